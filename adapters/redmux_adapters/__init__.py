@@ -1,0 +1,1 @@
+"""RED adapters as a library."""
