@@ -1,1 +1,31 @@
-"""RED adapters as a library."""
+"""RED adapters as a library: the vectors, their files, and where they belong in a model.
+
+Importing this package imports torch, not transformers.
+"""
+
+from .adapter import Adapter, Edit, check_base
+from .base import load_base
+from .config import AdapterMetadata
+from .files import parse_adapter, read_adapter, to_bytes, write_folder
+from .fingerprint import fingerprint
+from .header import Limits
+from .prompt import PromptFormat, Turn
+from .sites import editable_sites, ffn_sites
+
+__all__ = [
+    "Adapter",
+    "AdapterMetadata",
+    "Edit",
+    "Limits",
+    "PromptFormat",
+    "Turn",
+    "check_base",
+    "editable_sites",
+    "ffn_sites",
+    "fingerprint",
+    "load_base",
+    "parse_adapter",
+    "read_adapter",
+    "to_bytes",
+    "write_folder",
+]

@@ -1,3 +1,74 @@
-"""redmux: the client SDK."""
+"""Client SDK of redmux, which serves many RED adapters from one resident base model."""
+
+from redmux.aio import AsyncAdapters, AsyncClient
+from redmux.client import Adapters, Client
+from redmux.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    DataLossError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidAdapterError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    RedmuxError,
+    RequestCancelledError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+    UnimplementedError,
+    WrongBaseError,
+)
+from redmux.types import (
+    Adapter,
+    Chunk,
+    Completion,
+    FinishReason,
+    GenerationOptions,
+    Health,
+    Prompt,
+    ServerInfo,
+    Usage,
+)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AbortedError",
+    "Adapter",
+    "Adapters",
+    "AlreadyExistsError",
+    "AsyncAdapters",
+    "AsyncClient",
+    "Chunk",
+    "Client",
+    "Completion",
+    "DataLossError",
+    "DeadlineExceededError",
+    "FailedPreconditionError",
+    "FinishReason",
+    "GenerationOptions",
+    "Health",
+    "InvalidAdapterError",
+    "InvalidArgumentError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "Prompt",
+    "RedmuxError",
+    "RequestCancelledError",
+    "ResourceExhaustedError",
+    "ServerInfo",
+    "UnauthenticatedError",
+    "UnavailableError",
+    "UnimplementedError",
+    "Usage",
+    "WrongBaseError",
+    "__version__",
+]
+
+# So that tracebacks and pickles name what users import; type aliases are no classes of ours.
+for _name in __all__:
+    if isinstance(globals()[_name], type):
+        globals()[_name].__module__ = "redmux"
+del _name

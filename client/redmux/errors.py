@@ -2,7 +2,7 @@
 
     RedmuxError                     INTERNAL             500
     |- InvalidArgumentError         INVALID_ARGUMENT     400   the request can never succeed
-    |  '- InvalidAdapterError                                  the adapter's bytes are not acceptable
+    |  '- InvalidAdapterError                                  the adapter's bytes are unacceptable
     |- UnauthenticatedError         UNAUTHENTICATED      401   no API key, or an unknown one
     |- PermissionDeniedError        PERMISSION_DENIED    403   the key does not allow it
     |- NotFoundError                NOT_FOUND            404   no adapter of that name

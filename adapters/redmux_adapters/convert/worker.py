@@ -1,0 +1,179 @@
+"""The process that unpickles a stranger's file: `python -m redmux_adapters.convert.worker IN OUT`.
+
+torch's weights-only loader runs no code from the file, but it accepts sparse tensors that point out
+of their bounds, one-element storages expanded to terabytes and archives that inflate 200-fold. So
+it runs with limits, and only plain vectors of the expected names pass.
+"""
+
+import resource
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from redmux.errors import InvalidAdapterError
+
+from ..header import Limits, check_site
+from ..strictjson import shown
+
+MAX_BYTES = 64 << 20
+REFUSED = 3  # exit status with the reason, one line of ASCII, on standard output
+_ADDRESS_SPACE_BYTES = 2 << 30
+_CPU_S = 60
+_OPEN_FILES = 64
+_MAX_CAUSE_CHARS = 200
+_ENDINGS = {
+    ".delta_vector.activation_scaling": "scale",
+    ".delta_vector.activation_bias": "bias",
+}
+_WRAPPERS = ("module.", "base_model.")  # DataParallel's and the authors' own wrapper class
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def main(argv: list[str]) -> int:
+    """Converts the torch.save file `argv[0]` to the safetensors file `argv[1]`."""
+    source, target = argv
+    limit_resources()
+    try:
+        save_file(read_vectors(source), target)
+    except InvalidAdapterError as err:
+        print(ascii(err.message)[1:-1])
+        return REFUSED
+    except MemoryError:
+        print("the file takes too much memory to read")
+        return REFUSED
+    return 0
+
+
+def limit_resources() -> None:
+    """Bounds what this process may use from now on: memory, processor time, file size, files.
+
+    Where the system does not tell the present address space (no /proc), memory is not bounded.
+    """
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        _lower(resource.RLIMIT_AS, used + _ADDRESS_SPACE_BYTES)
+    _lower(resource.RLIMIT_CPU, _CPU_S)
+    _lower(resource.RLIMIT_FSIZE, MAX_BYTES + (1 << 20))
+    _lower(resource.RLIMIT_NOFILE, _OPEN_FILES)
+    _lower(resource.RLIMIT_CORE, 0)
+
+
+def read_vectors(path: str) -> dict[str, Tensor]:
+    """Returns {"<module path>.scale" or ".bias": [dim]} of a delta_vector.pth.
+
+    The tensors are own copies in the file's precision. Raises InvalidAdapterError.
+    """
+    check_archive(path)
+    torch.sparse.check_sparse_tensor_invariants.enable()  # type: ignore[no-untyped-call]
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch raises whatever the bytes provoke
+        raise InvalidAdapterError(f"torch refuses the file: {_first_cause(err)}") from None
+    if not isinstance(content, dict) or not content:
+        raise InvalidAdapterError(
+            f"the file holds {shown(type(content).__name__)}; a delta_vector.pth holds a "
+            "dictionary of tensors"
+        )
+    if len(content) > Limits().num_tensors:
+        raise InvalidAdapterError(
+            f"the file holds {len(content)} entries; limit {Limits().num_tensors}"
+        )
+    views: dict[str, Tensor] = {}
+    for key, value in content.items():
+        name = _tensor_name(key)
+        if name in views:
+            raise InvalidAdapterError(f"{shown(name)} occurs twice, under different prefixes")
+        views[name] = _vector(key, value)
+    # Views may share one storage: their copies are bounded too.
+    if sum(view.numel() * view.element_size() for view in views.values()) > MAX_BYTES:
+        raise InvalidAdapterError(f"the vectors exceed {MAX_BYTES} bytes")
+    return {name: view.clone() for name, view in views.items()}
+
+
+def check_archive(path: str) -> None:
+    """Raises InvalidAdapterError unless `path` is a zip archive as torch.save writes it.
+
+    That is one without compression, of entries that sum up to 64 MiB at most.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as err:
+        raise InvalidAdapterError(
+            f"the file is no zip archive as torch.save writes it: {shown(str(err))}"
+        ) from None
+    total = sum(entry.file_size for entry in entries)
+    if total > MAX_BYTES:
+        raise InvalidAdapterError(f"the archive unpacks to {total} bytes; limit {MAX_BYTES}")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise InvalidAdapterError(
+                f"the archive's entry {shown(entry.filename)} is compressed, which torch.save "
+                "never does"
+            )
+
+
+def _tensor_name(key: object) -> str:
+    if isinstance(key, str):
+        for ending, kind in _ENDINGS.items():
+            if key.endswith(ending):
+                site = key.removesuffix(ending)
+                while site.startswith(_WRAPPERS):
+                    site = site.partition(".")[2]
+                check_site(site)
+                return f"{site}.{kind}"
+    raise InvalidAdapterError(
+        f"unexpected entry {shown(key)}; names end in {' or '.join(_ENDINGS)}"
+    )
+
+
+def _vector(key: str, value: Any) -> Tensor:
+    """Returns `value` as [dim], still a view, if its memory is really there."""
+    if type(value) not in (Tensor, torch.nn.Parameter):
+        raise InvalidAdapterError(f"{shown(key)} is {shown(type(value).__name__)}, not a tensor")
+    tensor: Tensor = value.detach()
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise InvalidAdapterError(
+            f"{shown(key)} is a {tensor.layout} tensor on {tensor.device}; it has to be a dense "
+            "one with its values"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise InvalidAdapterError(
+            f"{shown(key)} has dtype {tensor.dtype}; allowed are float32, float16 and bfloat16"
+        )
+    if tensor.numel() == 0 or tensor.numel() != tensor.shape[-1:].numel():
+        raise InvalidAdapterError(
+            f"{shown(key)} has shape {shown(list(tensor.shape))}; it has to be [1, hidden size]"
+        )
+    needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+    if not tensor.is_contiguous() or needed > tensor.untyped_storage().nbytes():
+        raise InvalidAdapterError(
+            f"{shown(key)} claims {tensor.numel()} values, its storage has "
+            f"{tensor.untyped_storage().nbytes()} bytes"
+        )
+    return tensor.reshape(-1)
+
+
+def _first_cause(err: Exception) -> str:
+    """Returns the line of torch's long advice that says what is wrong."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    telling = [line for line in lines if "WeightsUnpickler error:" in line or "GLOBAL" in line]
+    line = (telling or lines or [type(err).__name__])[0]
+    return ascii(line.removeprefix("WeightsUnpickler error: ")[:_MAX_CAUSE_CHARS])
+
+
+def _lower(kind: int, value: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

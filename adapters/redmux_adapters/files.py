@@ -1,0 +1,224 @@
+"""Reads and writes adapters: a folder of two files, or one self-contained safetensors file."""
+
+import contextlib
+import difflib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from redmux.errors import InvalidAdapterError
+
+from .adapter import Adapter, Edit, vector_bytes
+from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
+from .header import Header, Limits, read_header, split_name, write_container
+from .strictjson import shown
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_DEFAULT = Limits()
+
+
+def read_adapter(
+    path: str | Path,
+    *,
+    expected_sites: Mapping[str, int] | None = None,
+    limits: Limits = _DEFAULT,
+) -> Adapter:
+    """Returns the adapter in a folder or in a self-contained safetensors file.
+
+    Files have to be regular ones: symbolic links, pipes and devices are refused. See
+    `parse_adapter` for `expected_sites`. Raises InvalidAdapterError.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        data = read_file(path, limits.file_bytes)
+        return parse_adapter(data, expected_sites=expected_sites, limits=limits)
+    config = read_file(path / CONFIG_NAME, limits.config_bytes)
+    data = read_file(path / WEIGHTS_NAME, limits.file_bytes)
+    try:
+        text = config.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise InvalidAdapterError(f"{CONFIG_NAME} is not UTF-8: bad byte at {err.start}") from None
+    if not text:
+        raise InvalidAdapterError(f"{CONFIG_NAME} is empty")
+    return parse_adapter(data, text, expected_sites=expected_sites, limits=limits)
+
+
+def parse_adapter(
+    safetensors: bytes,
+    config_json: str | None = None,
+    *,
+    expected_sites: Mapping[str, int] | None = None,
+    limits: Limits = _DEFAULT,
+) -> Adapter:
+    """Returns the adapter in the bytes of a safetensors file.
+
+    `config_json` is the text of adapter_config.json; None or "" where the file's own metadata
+    carries it. `expected_sites` are the base model's editable modules with their output sizes; an
+    edit of any other module, or of another size, is refused. Nothing but InvalidAdapterError is
+    raised, whatever the bytes.
+    """
+    header = read_header(safetensors, limits)
+    config = _find_config(header, config_json or None, limits)
+    edits = _read_edits(header, safetensors, expected_sites)
+    return Adapter(config.base_fingerprint, edits, config.prompt_format, config.metadata)
+
+
+def parse_edits(
+    safetensors: bytes,
+    *,
+    expected_sites: Mapping[str, int] | None = None,
+    limits: Limits = _DEFAULT,
+) -> dict[str, Edit]:
+    """Returns the vectors of a safetensors file that comes without adapter_config.json.
+
+    The values are not yet checked: constructing an Adapter of them does that.
+    """
+    return _read_edits(read_header(safetensors, limits), safetensors, expected_sites)
+
+
+def to_bytes(adapter: Adapter) -> bytes:
+    """Returns the self-contained safetensors file of `adapter`; equal adapters give equal bytes."""
+    return _container(adapter, {"format": "pt", "adapter_config": _config_text(adapter)})
+
+
+def write_folder(adapter: Adapter, folder: str | Path) -> None:
+    """Writes the two files of `adapter` into `folder`, creating it; each appears whole or not."""
+    folder = Path(folder)
+    data = _container(adapter, {"format": "pt"})
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS_NAME, data)
+    _replace(folder / CONFIG_NAME, _config_text(adapter).encode())
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """Returns the content of a regular file of at most `max_bytes`, or raises InvalidAdapterError.
+
+    The size is checked before reading, and the bytes are a private copy: what happens to the file
+    afterwards does not matter.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe waits for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as err:
+        if err.errno == errno.ELOOP:
+            raise InvalidAdapterError(f"{path} is a symbolic link; give the file itself") from None
+        raise InvalidAdapterError(f"cannot open {path}: {err.strerror}") from None
+    except ValueError:
+        raise InvalidAdapterError(f"{shown(str(path))} is not a possible path") from None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidAdapterError(f"{path} is not a regular file")
+        if status.st_size > max_bytes:
+            raise InvalidAdapterError(f"{path} has {status.st_size} bytes; limit {max_bytes}")
+        data = file.read(status.st_size + 1)
+    if len(data) != status.st_size:
+        raise InvalidAdapterError(f"{path} changed while it was read; try again")
+    return data
+
+
+def _find_config(header: Header, config_json: str | None, limits: Limits) -> AdapterConfig:
+    """Parses the configuration, which comes from outside, from inside, or the same from both."""
+    texts = [text for text in (config_json, header.metadata.get("adapter_config")) if text]
+    if not texts:
+        raise InvalidAdapterError(
+            f"no {CONFIG_NAME}: give it beside the file, or as 'adapter_config' in its __metadata__"
+        )
+    for text in texts:
+        # 4 bytes a character at most, so a cheap bound comes first.
+        if len(text) > limits.config_bytes or _num_bytes(text) > limits.config_bytes:
+            raise InvalidAdapterError(
+                f"{CONFIG_NAME} has {_num_bytes(text)} bytes; limit {limits.config_bytes}"
+            )
+    configs = [parse_config(text) for text in texts]
+    if configs[0] != configs[-1]:
+        raise InvalidAdapterError(
+            f"{CONFIG_NAME} differs from the one in the file's __metadata__; remove one of them"
+        )
+    return configs[0]
+
+
+def _read_edits(
+    header: Header, data: bytes, expected_sites: Mapping[str, int] | None
+) -> dict[str, Edit]:
+    dims = _site_dims(header)
+    if expected_sites is not None:
+        for site, dim in dims.items():
+            _check_expected(site, dim, expected_sites)
+    try:
+        vectors = load(data)
+    except Exception as err:  # a second opinion; any disagreement refuses the file
+        raise InvalidAdapterError(f"safetensors refuses the file: {shown(str(err))}") from None
+    return {site: _edit(site, dim, vectors) for site, dim in dims.items()}
+
+
+def _site_dims(header: Header) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    for name, entry in header.tensors.items():
+        site, _ = split_name(name)
+        if dims.setdefault(site, entry.dim) != entry.dim:
+            raise InvalidAdapterError(
+                f"scale and bias of {shown(site)} have {dims[site]} and {entry.dim} values; they "
+                "have to be the same"
+            )
+    return dims
+
+
+def _edit(site: str, dim: int, vectors: Mapping[str, Tensor]) -> Edit:
+    scale = vectors.get(f"{site}.scale")
+    bias = vectors.get(f"{site}.bias")
+    return Edit(
+        torch.ones(dim) if scale is None else scale, torch.zeros(dim) if bias is None else bias
+    )
+
+
+def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> None:
+    expected = expected_sites.get(site)
+    if expected is None:
+        near = difflib.get_close_matches(site, expected_sites, n=3) or list(expected_sites)[:1]
+        raise InvalidAdapterError(
+            f"the base model has no editable module {shown(site)}; near: {', '.join(near)}"
+        )
+    if dim != expected:
+        raise InvalidAdapterError(
+            f"the vectors of {shown(site)} have {dim} values; this module has {expected} outputs"
+        )
+
+
+def _container(adapter: Adapter, metadata: Mapping[str, str]) -> bytes:
+    tensors = {}
+    for site, edit in adapter.edits.items():
+        tensors[f"{site}.scale"] = vector_bytes(edit.scale)
+        tensors[f"{site}.bias"] = vector_bytes(edit.bias)
+    data = write_container(tensors, metadata)
+    read_header(data)  # an adapter too large to be read is refused here, not by its user
+    return data
+
+
+def _config_text(adapter: Adapter) -> str:
+    config = AdapterConfig(adapter.base_fingerprint, adapter.prompt_format, adapter.metadata)
+    return format_config(config)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _replace(path: Path, data: bytes) -> None:
+    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise

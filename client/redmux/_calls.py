@@ -1,0 +1,222 @@
+"""Arguments to messages, messages to values, statuses to errors: no I/O, shared by both clients."""
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC
+from typing import SupportsIndex, cast
+
+import grpc
+
+from redmux import errors
+from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
+from redmux.types import Adapter, Chunk, Completion, FinishReason, Health, Prompt, ServerInfo, Usage
+from redmux.v1 import adapter_service_pb2, admin_service_pb2
+from redmux.v1 import inference_service_pb2 as inference_pb2
+
+_FINISH_REASONS: dict[int, FinishReason] = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+_ERROR_OF_STATUS: dict[grpc.StatusCode, type[RedmuxError]] = {
+    kind.status: kind for kind in RedmuxError.__subclasses__()
+}
+# Classes that share the status of their parent; the server names them in its trailing metadata.
+_ERROR_OF_NAME: dict[str, type[RedmuxError]] = {
+    kind.__name__: kind for kind in (errors.InvalidAdapterError, errors.WrongBaseError)
+}
+
+
+def generation(
+    prompt: Prompt,
+    *,
+    adapter: str | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    logprobs: bool = False,
+) -> inference_pb2.Generation:
+    """Returns the message for a request; ranges are the server's to check.
+
+    Raises InvalidArgumentError for what no message can hold.
+    """
+    if adapter == "":
+        raise InvalidArgumentError("adapter is empty; leave it out for the base model")
+    if isinstance(stop, str):
+        raise InvalidArgumentError(f"stop is a sequence of texts; write stop=[{stop!r}]")
+    try:
+        message = inference_pb2.Generation(
+            adapter=adapter,
+            sampling=inference_pb2.Sampling(
+                temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+            ),
+            stopping=inference_pb2.Stopping(
+                max_tokens=max_tokens,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
+            ),
+            logprobs=logprobs,
+        )
+        _set_prompt(message, prompt)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"an argument has a wrong type or range: {error}") from None
+    return message
+
+
+def _set_prompt(message: inference_pb2.Generation, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        message.text = prompt
+        return
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
+        raise InvalidArgumentError(
+            f"prompt is a text, a sequence of token ids or a sequence of chat messages, "
+            f"not {type(prompt).__name__}"
+        )
+    if prompt and all(isinstance(item, Mapping) for item in prompt):
+        messages = [_chat_message(item) for item in cast(Sequence[Mapping[str, str]], prompt)]
+        message.chat.CopyFrom(inference_pb2.Chat(messages=messages))
+        return
+    # NumPy's integers count as ints; bool does so in Python, but never as a token id.
+    if not all(isinstance(item, SupportsIndex) and not isinstance(item, bool) for item in prompt):
+        raise InvalidArgumentError("prompt mixes token ids or chat messages with something else")
+    ids = [operator.index(item) for item in cast(Sequence[int], prompt)]
+    message.token_ids.CopyFrom(inference_pb2.TokenIds(ids=ids))
+
+
+def _chat_message(message: Mapping[str, str]) -> inference_pb2.ChatMessage:
+    if set(message) != {"role", "content"}:
+        raise InvalidArgumentError(
+            f"a chat message has the keys 'role' and 'content', not {sorted(map(str, message))}"
+        )
+    return inference_pb2.ChatMessage(role=message["role"], content=message["content"])
+
+
+def put_request(
+    name: str, safetensors: bytes, config_json: str, replace: bool
+) -> adapter_service_pb2.PutAdapterRequest:
+    """Returns the message that publishes an adapter."""
+    try:
+        return adapter_service_pb2.PutAdapterRequest(
+            name=check_name(name),
+            safetensors=safetensors,
+            config_json=config_json,
+            replace=replace,
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"an argument has a wrong type: {error}") from None
+
+
+def check_name(name: str) -> str:
+    """Returns the name; raises InvalidArgumentError if it is no text."""
+    if not isinstance(name, str):
+        raise InvalidArgumentError(f"an adapter's name is a text, not {type(name).__name__}")
+    return name
+
+
+def completion(message: inference_pb2.CompleteResponse, with_logprobs: bool) -> Completion:
+    """Returns the value of a whole completion."""
+    return Completion(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(message.logprobs) if with_logprobs else None,
+        finish_reason=_finish_reason(message.finish),
+        stop=message.finish.stop or None,
+        usage=_usage(message.finish.usage),
+        adapter=message.adapter.name or None,
+        digest=message.adapter.digest or None,
+    )
+
+
+def chunk(message: inference_pb2.GenerateResponse, with_logprobs: bool) -> Chunk:
+    """Returns the value of one message of a stream."""
+    is_last = message.HasField("finish")
+    return Chunk(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(message.logprobs) if with_logprobs else None,
+        adapter=message.adapter.name or None,
+        digest=message.adapter.digest or None,
+        finish_reason=_finish_reason(message.finish) if is_last else None,
+        stop=message.finish.stop or None,
+        usage=_usage(message.finish.usage) if is_last else None,
+    )
+
+
+def _finish_reason(finish: inference_pb2.Finish) -> FinishReason:
+    try:
+        return _FINISH_REASONS[finish.reason]
+    except KeyError:
+        raise RedmuxError(
+            f"the completion ended for a reason unknown to this client ({finish.reason}); "
+            "a newer redmux may know it"
+        ) from None
+
+
+def _usage(usage: inference_pb2.Usage) -> Usage:
+    return Usage(usage.prompt_tokens, usage.completion_tokens)
+
+
+def unfinished() -> RedmuxError:
+    """Returns the error of a stream that ended well, but without its last message."""
+    return RedmuxError("the stream ended before the completion did")
+
+
+def adapter(message: adapter_service_pb2.Adapter) -> Adapter:
+    """Returns the value of an adapter, with its time in UTC."""
+    return Adapter(
+        name=message.name,
+        digest=message.digest,
+        base_fingerprint=message.base_fingerprint,
+        num_sites=message.num_sites,
+        num_parameters=message.num_parameters,
+        size_bytes=message.size_bytes,
+        description=message.description,
+        created_at=message.created_at.ToDatetime(tzinfo=UTC),
+    )
+
+
+def server_info(message: admin_service_pb2.ServerInfo) -> ServerInfo:
+    """Returns the value of a server's description."""
+    fields = {name: getattr(message, name) for name in ServerInfo.__slots__}
+    return ServerInfo(**{**fields, "choices": tuple(message.choices)})
+
+
+# grpc.health.v1 in bytes. Its package would tie this SDK to one major version of protobuf, for a
+# request of one string and a response of one enum.
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+_SERVICE = b"redmux.v1.InferenceService"
+HEALTH_REQUEST = b"\x0a" + bytes([len(_SERVICE)]) + _SERVICE  # string service = 1
+_HEALTHS: dict[bytes, Health] = {b"\x08\x01": "serving", b"\x08\x02": "not_serving"}
+
+
+def health(response: bytes) -> Health:
+    """Returns the health that an encoded HealthCheckResponse tells."""
+    return _HEALTHS.get(response, "unknown")
+
+
+def error_of(rpc_error: grpc.RpcError) -> RedmuxError:
+    """Returns the redmux error that a failed call stands for."""
+    status = rpc_error.code()
+    metadata = dict(cast("Iterable[tuple[str, str | bytes]]", rpc_error.trailing_metadata() or ()))
+    kind = _ERROR_OF_STATUS.get(status, RedmuxError)
+    named = _ERROR_OF_NAME.get(str(metadata.get("redmux-error")))
+    if named is not None and named.status is status:
+        kind = named
+    message = rpc_error.details() or f"the call ended with {status.name} and no explanation"
+    if kind is ResourceExhaustedError:
+        return ResourceExhaustedError(message, _retry_after_s(metadata))
+    return kind(message)
+
+
+def _retry_after_s(metadata: Mapping[str, str | bytes]) -> float | None:
+    try:
+        pushback_ms = int(metadata["grpc-retry-pushback-ms"])
+    except (KeyError, ValueError):
+        return None
+    return pushback_ms / 1000 if pushback_ms >= 0 else None

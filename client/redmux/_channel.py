@@ -1,0 +1,297 @@
+"""The connection under a client: target, TLS, API key, deadlines, retries, errors.
+
+Everything here serves both clients; `Connection` and `AsyncConnection` are the only places where
+gRPC is called and where its errors become redmux errors.
+"""
+
+# gRPC's callables take type arguments in their stubs only.
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncGenerator, Generator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+import grpc.aio
+
+from redmux import _calls
+from redmux.errors import FailedPreconditionError, InvalidArgumentError, RequestCancelledError
+from redmux.v1.adapter_service_pb2_grpc import AdapterServiceStub
+from redmux.v1.admin_service_pb2_grpc import AdminServiceStub
+from redmux.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+if TYPE_CHECKING:
+    # Names of the .pyi files only.
+    from redmux.v1.adapter_service_pb2_grpc import AdapterServiceAsyncStub
+    from redmux.v1.admin_service_pb2_grpc import AdminServiceAsyncStub
+    from redmux.v1.inference_service_pb2_grpc import InferenceServiceAsyncStub
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+STREAM_TIMEOUT_S = 600.0
+
+_SERVICES = ("InferenceService", "AdapterService", "AdminService")
+
+# gRPC itself tries again, with backoff and within the deadline, and never once the server has begun
+# to answer. All calls may run twice: a generation leaves no trace, putting the same content again
+# changes nothing, and a second delete finds nothing left to do.
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [{"service": f"redmux.v1.{service}"} for service in _SERVICES],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    ("grpc.enable_retries", 1),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+    # The server accepts a ping every 20 s; idle channels send none.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # The limit that a keepalive ping really has, 60 s by default. With it, a stream from a server
+    # that fell silent ends 40 s later.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    # A server that restarts is found again within seconds; the defaults take minutes.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to reach a server; checked when made, without any I/O."""
+
+    target: str
+    api_key: str | None = field(repr=False)
+    tls: bool | grpc.ChannelCredentials
+    root_certificates: bytes | None = field(repr=False)
+    timeout_s: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, str) or not self.target:
+            raise InvalidArgumentError(f"target is a text like 'host:port', not {self.target!r}")
+        if not isinstance(self.tls, bool | grpc.ChannelCredentials):
+            raise InvalidArgumentError(f"tls is a bool or credentials, not {self.tls!r}")
+        if self.root_certificates is not None:
+            _check_root_certificates(self.root_certificates, self.tls)
+        if self.api_key is not None:
+            _check_api_key(self.api_key)
+        _check_timeout(self.timeout_s)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with every call.
+
+        Not call credentials, which gRPC refuses to send over plaintext, even to this very machine.
+        """
+        return () if self.api_key is None else (("authorization", f"Bearer {self.api_key}"),)
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """TLS credentials; None is plaintext."""
+        if isinstance(self.tls, grpc.ChannelCredentials):
+            return self.tls
+        return grpc.ssl_channel_credentials(self.root_certificates) if self.tls else None
+
+    @property
+    def options(self) -> tuple[tuple[str, int | str], ...]:
+        """Channel options; several addresses in the target share the calls."""
+        if "," in self.target:
+            return (*_OPTIONS, ("grpc.lb_policy_name", "round_robin"))
+        return _OPTIONS
+
+    def deadline_s(self, timeout_s: float | None, default_s: float | None = None) -> float:
+        """Returns the seconds that a call may take; there is always a limit."""
+        if timeout_s is None:
+            return self.timeout_s if default_s is None else default_s
+        return _check_timeout(timeout_s)
+
+
+def _check_root_certificates(pem: bytes, tls: bool | grpc.ChannelCredentials) -> None:
+    if tls is not True:
+        raise InvalidArgumentError("root_certificates needs tls=True")
+    if not isinstance(pem, bytes) or b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise InvalidArgumentError("root_certificates is no bytes with certificates in PEM form")
+
+
+def _check_api_key(api_key: str) -> None:
+    if not isinstance(api_key, str) or not (api_key.isascii() and api_key.isprintable()):
+        raise InvalidArgumentError("api_key is not a text of printable ASCII characters")
+    if not api_key:
+        raise InvalidArgumentError("api_key is empty; leave it out to send none")
+
+
+def _check_timeout(timeout_s: float) -> float:
+    if not isinstance(timeout_s, int | float) or not 0 < timeout_s < math.inf:
+        raise InvalidArgumentError(f"timeout_s is a positive number of seconds, not {timeout_s!r}")
+    return timeout_s
+
+
+def _closed() -> FailedPreconditionError:
+    return FailedPreconditionError("the client is closed; make another one")
+
+
+class Connection:
+    """A channel, its stubs and the ways to call them. Any thread may use it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        credentials = settings.credentials
+        self._channel = (
+            grpc.insecure_channel(settings.target, settings.options)
+            if credentials is None
+            else grpc.secure_channel(settings.target, credentials, settings.options)
+        )
+        self._is_closed = False
+        self.inference = InferenceServiceStub(self._channel)
+        self.adapters = AdapterServiceStub(self._channel)
+        self.admin = AdminServiceStub(self._channel)
+        self.health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
+            _calls.HEALTH_METHOD
+        )
+
+    def unary(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout_s: float | None = None,
+    ) -> Response:
+        """Returns the response to one request."""
+        if self._is_closed:
+            raise _closed()
+        deadline_s = self.settings.deadline_s(timeout_s)
+        try:
+            return method(request, timeout=deadline_s, metadata=self.settings.metadata)
+        except grpc.RpcError as error:
+            raise _calls.error_of(error) from None
+
+    def stream(
+        self,
+        method: grpc.UnaryStreamMultiCallable[Request, Response],
+        request: Request,
+        timeout_s: float,
+    ) -> Generator[Response, None, None]:
+        """Yields the responses to one request; the call ends when the iterator is closed."""
+        if self._is_closed:
+            raise _closed()
+        call = method(request, timeout=timeout_s, metadata=self.settings.metadata)
+        try:
+            yield from call
+        except grpc.RpcError as error:
+            raise _calls.error_of(error) from None
+        finally:
+            call.cancel()
+
+    def close(self) -> None:
+        """Ends all calls and frees the channel; closing again does nothing."""
+        self._is_closed = True
+        self._channel.close()
+
+
+class AsyncConnection:
+    """The same for asyncio. It belongs to the event loop of its first call."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._is_closed = False
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        # Made by the first call: an aio channel binds to the loop that runs when it is made, and
+        # clients may well be made before the loop runs.
+        if self._is_closed:
+            raise _closed()
+        credentials = self.settings.credentials
+        if credentials is None:
+            return grpc.aio.insecure_channel(self.settings.target, self.settings.options)
+        return grpc.aio.secure_channel(self.settings.target, credentials, self.settings.options)
+
+    @cached_property
+    def inference(self) -> InferenceServiceAsyncStub:
+        """Stub of InferenceService."""
+        return InferenceServiceStub(self._channel)
+
+    @cached_property
+    def adapters(self) -> AdapterServiceAsyncStub:
+        """Stub of AdapterService."""
+        return AdapterServiceStub(self._channel)
+
+    @cached_property
+    def admin(self) -> AdminServiceAsyncStub:
+        """Stub of AdminService."""
+        return AdminServiceStub(self._channel)
+
+    @cached_property
+    def health(self) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+        """The health check, on encoded messages."""
+        return self._channel.unary_unary(_calls.HEALTH_METHOD)
+
+    async def unary(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout_s: float | None = None,
+    ) -> Response:
+        """Returns the response to one request."""
+        if self._is_closed:
+            raise _closed()
+        deadline_s = self.settings.deadline_s(timeout_s)
+        try:
+            return await method(request, timeout=deadline_s, metadata=self.settings.metadata)
+        except grpc.RpcError as error:
+            raise _calls.error_of(error) from None
+        except asyncio.CancelledError:
+            self._check_cancelled()
+            raise
+
+    async def stream(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[Request, Response],
+        request: Request,
+        timeout_s: float,
+    ) -> AsyncGenerator[Response, None]:
+        """Yields the responses to one request; the call ends when the iterator is closed."""
+        if self._is_closed:
+            raise _closed()
+        call = method(request, timeout=timeout_s, metadata=self.settings.metadata)
+        try:
+            async for response in call:
+                yield response
+        except grpc.RpcError as error:
+            raise _calls.error_of(error) from None
+        except asyncio.CancelledError:
+            self._check_cancelled()
+            raise
+        finally:
+            call.cancel()
+
+    def _check_cancelled(self) -> None:
+        """Raises RequestCancelledError if close() ended the call, rather than its own task.
+
+        gRPC raises CancelledError for both, which would end the task of a caller without a word.
+        """
+        task = asyncio.current_task()
+        if self._is_closed and task is not None and not task.cancelling():
+            raise RequestCancelledError("the client was closed during the call") from None
+
+    async def close(self) -> None:
+        """Ends all calls and frees the channel; closing again does nothing."""
+        self._is_closed = True
+        if "_channel" in vars(self):
+            await self._channel.close()

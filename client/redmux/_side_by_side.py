@@ -1,0 +1,106 @@
+"""Runs one prompt with several adapters at once and prints the completions one below the other."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+
+from redmux.aio import AsyncClient
+from redmux.errors import RedmuxError
+from redmux.types import Chunk, GenerationOptions, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """One prompt for several adapters, of which None is the base model.
+
+    All requests run at the same time, so that the server may compute them in the same batches;
+    their texts are printed in the order of `adapters`. What fails is reported on stderr and does
+    not disturb the rest.
+    """
+
+    client: AsyncClient
+    prompt: Prompt
+    adapters: Sequence[str | None]
+    options: GenerationOptions
+    timeout_s: float | None
+
+    async def print_streams(self) -> int:
+        """Prints every text as it is decoded and returns the exit code."""
+        queues: list[asyncio.Queue[Chunk | RedmuxError | None]] = [
+            asyncio.Queue() for _ in self.adapters
+        ]
+        tasks = [
+            asyncio.create_task(self._fill(queue, adapter))
+            for queue, adapter in zip(queues, self.adapters, strict=True)
+        ]
+        num_failed = 0
+        try:
+            for queue, adapter in zip(queues, self.adapters, strict=True):
+                self._print_heading(adapter)
+                while isinstance(item := await queue.get(), Chunk):
+                    print(item.text, end="", flush=True)
+                print()
+                if item is not None:
+                    num_failed += self._report(adapter, item)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return min(num_failed, 1)
+
+    async def _fill(
+        self, queue: asyncio.Queue[Chunk | RedmuxError | None], adapter: str | None
+    ) -> None:
+        """Puts all chunks into the queue, then None or the error that ended them."""
+        try:
+            stream = self.client.stream(
+                self.prompt, timeout_s=self.timeout_s, **self._options(adapter)
+            )
+            async with aclosing(stream) as chunks:
+                async for chunk in chunks:
+                    queue.put_nowait(chunk)
+        except RedmuxError as error:
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    async def print_completions(self, as_json: bool) -> int:
+        """Prints all completions once they are whole, as text or one JSON object each."""
+        calls = (
+            self.client.generate(self.prompt, timeout_s=self.timeout_s, **self._options(adapter))
+            for adapter in self.adapters
+        )
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        num_failed = 0
+        for adapter, result in zip(self.adapters, results, strict=True):
+            if isinstance(result, RedmuxError):
+                num_failed += self._report(adapter, result)
+            elif isinstance(result, BaseException):
+                raise result
+            elif as_json:
+                print(json.dumps(asdict(result)))
+            else:
+                self._print_heading(adapter)
+                print(result.text)
+        return min(num_failed, 1)
+
+    def _options(self, adapter: str | None) -> GenerationOptions:
+        options = self.options.copy()
+        options["adapter"] = adapter
+        return options
+
+    def _print_heading(self, adapter: str | None) -> None:
+        if len(self.adapters) > 1:
+            print(f"== {_title(adapter)} ==")
+
+    def _report(self, adapter: str | None, error: RedmuxError) -> int:
+        where = f"{_title(adapter)}: " if len(self.adapters) > 1 else ""
+        print(f"redmux: {where}{' '.join(error.message.split())}", file=sys.stderr)
+        return 1
+
+
+def _title(adapter: str | None) -> str:
+    return "(base model)" if adapter is None else adapter

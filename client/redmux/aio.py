@@ -1,0 +1,176 @@
+"""The asynchronous client: the same names as the synchronous one."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from redmux import _calls
+from redmux._channel import STREAM_TIMEOUT_S, AsyncConnection, Settings
+from redmux._source import AdapterConfig, AdapterSource, read_source
+from redmux.errors import NotFoundError
+from redmux.types import (
+    Adapter,
+    Chunk,
+    Completion,
+    GenerationOptions,
+    Health,
+    Prompt,
+    ServerInfo,
+)
+from redmux.v1 import adapter_service_pb2, admin_service_pb2
+from redmux.v1 import inference_service_pb2 as inference_pb2
+
+
+class AsyncClient:
+    """A connection to one redmux server, for any number of tasks of one event loop.
+
+    Takes and raises what `Client` does. May be made before the loop runs; it belongs to the loop of
+    its first call.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        api_key: str | None = None,
+        tls: bool | grpc.ChannelCredentials = False,
+        root_certificates: bytes | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        settings = Settings(target, api_key, tls, root_certificates, timeout_s)
+        self._connection = AsyncConnection(settings)
+        self.adapters = AsyncAdapters(self._connection)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion:
+        """Returns the whole completion of a text, of token ids or of chat messages.
+
+        Raises InvalidArgumentError before anything is sent for arguments of a wrong kind.
+        Cancelling the task cancels the request.
+        """
+        generation = _calls.generation(prompt, **options)
+        request = inference_pb2.CompleteRequest(generation=generation)
+        response = await self._connection.unary(
+            self._connection.inference.Complete, request, timeout_s
+        )
+        return _calls.completion(response, generation.logprobs)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> AsyncGenerator[Chunk, None]:
+        """Yields the completion as it is decoded; the last chunk has a `finish_reason`.
+
+        Takes what `generate` takes. The request is sent when the first chunk is asked for, has 600
+        seconds unless `timeout_s` says otherwise, and is cancelled when the iterator is closed. An
+        error part-way comes after all chunks that arrived. Leaving an `async for` early does not
+        close its iterator; `contextlib.aclosing` around it does.
+        """
+        generation = _calls.generation(prompt, **options)
+        deadline_s = self._connection.settings.deadline_s(timeout_s, STREAM_TIMEOUT_S)
+        return self._chunks(generation, deadline_s)
+
+    async def _chunks(
+        self, generation: inference_pb2.Generation, deadline_s: float
+    ) -> AsyncGenerator[Chunk, None]:
+        request = inference_pb2.GenerateRequest(generation=generation)
+        method = self._connection.inference.Generate
+        is_finished = False
+        async with aclosing(self._connection.stream(method, request, deadline_s)) as messages:
+            async for message in messages:
+                chunk = _calls.chunk(message, generation.logprobs)
+                is_finished = chunk.finish_reason is not None
+                yield chunk
+        if not is_finished:
+            raise _calls.unfinished()
+
+    async def health(self) -> Health:
+        """Returns whether the server is ready to generate."""
+        try:
+            response = await self._connection.unary(self._connection.health, _calls.HEALTH_REQUEST)
+        except NotFoundError:
+            return "unknown"
+        return _calls.health(response)
+
+    async def info(self) -> ServerInfo:
+        """Returns what the server is, how it was set up and how busy it is."""
+        request = admin_service_pb2.GetServerInfoRequest()
+        response = await self._connection.unary(self._connection.admin.GetServerInfo, request)
+        return _calls.server_info(response.info)
+
+    async def close(self) -> None:
+        """Ends all running calls, which raise RequestCancelledError, and the connection."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncAdapters:
+    """The adapters of a server: `client.adapters`."""
+
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection = connection
+
+    async def put(
+        self,
+        name: str,
+        source: AdapterSource,
+        *,
+        config: AdapterConfig | None = None,
+        replace: bool = False,
+    ) -> Adapter:
+        """Publishes an adapter under a name and returns it; the same content again changes nothing.
+
+        `source` is a folder with adapter_config.json and adapter_model.safetensors, the path of a
+        .safetensors file, or the bytes of one. `config` is the adapter's configuration, a mapping
+        or JSON text, where neither the folder nor the file's metadata has it. Without `replace`, a
+        name that holds other content raises AlreadyExistsError. What cannot be read raises OSError.
+        """
+        safetensors, config_json = await asyncio.to_thread(read_source, source, config)
+        request = _calls.put_request(name, safetensors, config_json, replace)
+        response = await self._connection.unary(self._connection.adapters.PutAdapter, request)
+        return _calls.adapter(response.adapter)
+
+    async def get(self, name: str) -> Adapter:
+        """Returns the adapter of that name, or raises NotFoundError."""
+        request = adapter_service_pb2.GetAdapterRequest(name=_calls.check_name(name))
+        response = await self._connection.unary(self._connection.adapters.GetAdapter, request)
+        return _calls.adapter(response.adapter)
+
+    async def list(self) -> AsyncIterator[Adapter]:
+        """Yields all adapters in the order of their names, fetched page by page."""
+        request = adapter_service_pb2.ListAdaptersRequest()
+        while True:
+            page = await self._connection.unary(self._connection.adapters.ListAdapters, request)
+            for message in page.adapters:
+                yield _calls.adapter(message)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def delete(self, name: str) -> Adapter:
+        """Removes a name and returns what it stood for; running requests keep the adapter."""
+        request = adapter_service_pb2.DeleteAdapterRequest(name=_calls.check_name(name))
+        response = await self._connection.unary(self._connection.adapters.DeleteAdapter, request)
+        return _calls.adapter(response.adapter)

@@ -1,0 +1,176 @@
+"""The synchronous client."""
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from redmux import _calls
+from redmux._channel import STREAM_TIMEOUT_S, Connection, Settings
+from redmux._source import AdapterConfig, AdapterSource, read_source
+from redmux.errors import NotFoundError
+from redmux.types import (
+    Adapter,
+    Chunk,
+    Completion,
+    GenerationOptions,
+    Health,
+    Prompt,
+    ServerInfo,
+)
+from redmux.v1 import adapter_service_pb2, admin_service_pb2
+from redmux.v1 import inference_service_pb2 as inference_pb2
+
+
+class Client:
+    """A connection to one redmux server, for any number of threads.
+
+    `api_key` goes with every call, over plaintext too, so give `tls` wherever others can listen:
+    True for the system's certificate authorities or those in `root_certificates` (PEM), or your own
+    credentials. `timeout_s` limits every call that sets no limit itself, except `stream`. A server
+    that is not available is tried again for a moment before UnavailableError is raised.
+
+    Nothing is sent before the first call. All errors are RedmuxError.
+    """
+
+    def __init__(
+        self,
+        target: str = "localhost:50051",
+        *,
+        api_key: str | None = None,
+        tls: bool | grpc.ChannelCredentials = False,
+        root_certificates: bytes | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        settings = Settings(target, api_key, tls, root_certificates, timeout_s)
+        self._connection = Connection(settings)
+        self.adapters = Adapters(self._connection)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Completion:
+        """Returns the whole completion of a text, of token ids or of chat messages.
+
+        Raises InvalidArgumentError before anything is sent for arguments of a wrong kind.
+        """
+        generation = _calls.generation(prompt, **options)
+        request = inference_pb2.CompleteRequest(generation=generation)
+        response = self._connection.unary(self._connection.inference.Complete, request, timeout_s)
+        return _calls.completion(response, generation.logprobs)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[Chunk, None, None]:
+        """Yields the completion as it is decoded; the last chunk has a `finish_reason`.
+
+        Takes what `generate` takes. The request is sent when the first chunk is asked for, has 600
+        seconds unless `timeout_s` says otherwise, and is cancelled when the iterator is closed. An
+        error part-way comes after all chunks that arrived.
+        """
+        generation = _calls.generation(prompt, **options)
+        deadline_s = self._connection.settings.deadline_s(timeout_s, STREAM_TIMEOUT_S)
+        return self._chunks(generation, deadline_s)
+
+    def _chunks(
+        self, generation: inference_pb2.Generation, deadline_s: float
+    ) -> Generator[Chunk, None, None]:
+        request = inference_pb2.GenerateRequest(generation=generation)
+        method = self._connection.inference.Generate
+        is_finished = False
+        with closing(self._connection.stream(method, request, deadline_s)) as messages:
+            for message in messages:
+                chunk = _calls.chunk(message, generation.logprobs)
+                is_finished = chunk.finish_reason is not None
+                yield chunk
+        if not is_finished:
+            raise _calls.unfinished()
+
+    def health(self) -> Health:
+        """Returns whether the server is ready to generate."""
+        try:
+            response = self._connection.unary(self._connection.health, _calls.HEALTH_REQUEST)
+        except NotFoundError:
+            return "unknown"
+        return _calls.health(response)
+
+    def info(self) -> ServerInfo:
+        """Returns what the server is, how it was set up and how busy it is."""
+        request = admin_service_pb2.GetServerInfoRequest()
+        response = self._connection.unary(self._connection.admin.GetServerInfo, request)
+        return _calls.server_info(response.info)
+
+    def close(self) -> None:
+        """Ends all running calls, which raise RequestCancelledError, and the connection."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Adapters:
+    """The adapters of a server: `client.adapters`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def put(
+        self,
+        name: str,
+        source: AdapterSource,
+        *,
+        config: AdapterConfig | None = None,
+        replace: bool = False,
+    ) -> Adapter:
+        """Publishes an adapter under a name and returns it; the same content again changes nothing.
+
+        `source` is a folder with adapter_config.json and adapter_model.safetensors, the path of a
+        .safetensors file, or the bytes of one. `config` is the adapter's configuration, a mapping
+        or JSON text, where neither the folder nor the file's metadata has it. Without `replace`, a
+        name that holds other content raises AlreadyExistsError. What cannot be read raises OSError.
+        """
+        request = _calls.put_request(name, *read_source(source, config), replace)
+        return _calls.adapter(
+            self._connection.unary(self._connection.adapters.PutAdapter, request).adapter
+        )
+
+    def get(self, name: str) -> Adapter:
+        """Returns the adapter of that name, or raises NotFoundError."""
+        request = adapter_service_pb2.GetAdapterRequest(name=_calls.check_name(name))
+        return _calls.adapter(
+            self._connection.unary(self._connection.adapters.GetAdapter, request).adapter
+        )
+
+    def list(self) -> Iterator[Adapter]:
+        """Yields all adapters in the order of their names, fetched page by page."""
+        request = adapter_service_pb2.ListAdaptersRequest()
+        while True:
+            page = self._connection.unary(self._connection.adapters.ListAdapters, request)
+            yield from map(_calls.adapter, page.adapters)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def delete(self, name: str) -> Adapter:
+        """Removes a name and returns what it stood for; running requests keep the adapter."""
+        request = adapter_service_pb2.DeleteAdapterRequest(name=_calls.check_name(name))
+        return _calls.adapter(
+            self._connection.unary(self._connection.adapters.DeleteAdapter, request).adapter
+        )

@@ -1,0 +1,124 @@
+"""What the client takes and returns: frozen values without any protobuf in them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, TypeAlias, TypedDict
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+Health: TypeAlias = Literal["serving", "not_serving", "unknown"]
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Raw text, token ids, or chat messages with the keys "role" and "content"."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `generate` and `stream`; what is left out, the server decides."""
+
+    adapter: str | None
+    """Name or digest of a loaded adapter; None is the bare base model."""
+    max_tokens: int | None
+    """Most tokens to generate; by default 256, or what the context leaves."""
+    temperature: float | None
+    """0 or None is greedy."""
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    """Makes the draws repeatable, alone or in any batch."""
+    stop: Sequence[str]
+    """Texts that end the completion; they are not part of it."""
+    stop_token_ids: Sequence[int]
+    """Token ids that end the completion, beside the model's own end-of-text tokens."""
+    ignore_eos: bool
+    """Generates past the model's end-of-text tokens."""
+    logprobs: bool
+    """Returns the log-probability of each generated token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The tokens that a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole completion.
+
+    `logprobs` has one natural logarithm per token id, of the distribution before temperature, or
+    is None where they were not asked for. `stop` is the stop text that ended it. `adapter` and
+    `digest` name what it was computed with; both are None for the base model.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    finish_reason: FinishReason
+    stop: str | None
+    usage: Usage
+    adapter: str | None
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a completion: what was decoded since the chunk before.
+
+    The texts and tokens of all chunks, joined, are the completion. `text` may be empty while a
+    character is incomplete. Only the last chunk has `finish_reason` and `usage`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    adapter: str | None
+    digest: str | None
+    finish_reason: FinishReason | None
+    stop: str | None
+    usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A published adapter. `size_bytes` is the size of its vectors in the server's memory."""
+
+    name: str
+    digest: str
+    base_fingerprint: str
+    num_sites: int
+    num_parameters: int
+    size_bytes: int
+    description: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What a server is, how it was set up and how busy it is.
+
+    `choices` says why device, dtype, threads and kernels are what they are. `bit_identical` tells
+    whether the start-up check found logits bit-identical alone and in mixed batches. `max_context`
+    counts prompt and completion together; `max_running` and `max_batch_tokens` bound one forward
+    pass.
+    """
+
+    version: str
+    model: str
+    base_fingerprint: str
+    architecture: str
+    device: str
+    dtype: str
+    choices: tuple[str, ...]
+    bit_identical: bool
+    vocab_size: int
+    max_context: int
+    max_running: int
+    max_batch_tokens: int
+    max_queue: int
+    kv_cache_tokens: int
+    num_adapters: int
+    num_running: int
+    num_waiting: int
+    uptime_s: float

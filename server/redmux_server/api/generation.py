@@ -1,0 +1,164 @@
+"""GenerationService: from what a caller asks for to text, below every protocol."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from redmux.errors import RedmuxError
+from redmux_adapters import PromptFormat
+from redmux_server.api.validation import GenerationSpec, Prompt, Validator
+from redmux_server.engine.detokenize import Detokenizer, StopMatcher
+from redmux_server.engine.engine import Engine
+from redmux_server.engine.request import Event, Failed, Finished, FinishReason, Request, Token
+from redmux_server.metrics import Metrics
+from redmux_server.models.text import TextCodec
+from redmux_server.registry import AdapterRegistry, Published
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How a completion ended."""
+
+    reason: FinishReason
+    stop: str  # the stop text that ended it, or ""
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(slots=True)
+class Delta:
+    """What was generated since the last one; `finish` is set in the last."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+class Generation:
+    """One accepted request, read by one consumer through `deltas`."""
+
+    def __init__(self, request: Request, engine: Engine, codec: TextCodec, stops: list[str]):
+        self._request = request
+        self._engine = engine
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._detokenizer = Detokenizer(codec.decode)
+        self._matcher = StopMatcher(stops)
+        self._num_tokens = 0
+        request.sink = self._events.put_nowait
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """Yields everything that is ready at a time, until the completion ends.
+
+        Raises the request's error. Closing the iterator early cancels the request.
+        """
+        try:
+            finish = None
+            while finish is None:
+                delta = Delta()
+                event = await self._events.get()
+                while True:
+                    finish = self._take(event, delta)
+                    if finish is not None or self._events.empty():
+                        break
+                    event = self._events.get_nowait()
+                delta.finish = finish
+                if delta.text or delta.token_ids or finish is not None:
+                    yield delta
+        finally:
+            self._engine.cancel(self._request)
+
+    def _take(self, event: Event, delta: Delta) -> Finish | None:
+        if isinstance(event, Failed):
+            raise event.error
+        if isinstance(event, Finished):
+            delta.text += self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
+            return self._finish(
+                event.reason if self._matcher.matched is None else FinishReason.STOP
+            )
+        assert isinstance(event, Token)
+        self._num_tokens += 1
+        delta.token_ids.append(event.token_id)
+        if event.logprob is not None:
+            delta.logprobs.append(event.logprob)
+        if event.token_id not in self._request.stop_token_ids:
+            delta.text += self._matcher.push(self._detokenizer.push([event.token_id]))
+        return None if self._matcher.matched is None else self._finish(FinishReason.STOP)
+
+    def _finish(self, reason: FinishReason) -> Finish:
+        return Finish(
+            reason, self._matcher.matched or "", len(self._request.prompt_ids), self._num_tokens
+        )
+
+
+class GenerationService:
+    """Resolves, validates, tokenizes and submits; everything that is refused is refused here."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        registry: AdapterRegistry,
+        codec: TextCodec,
+        validator: Validator,
+        metrics: Metrics,
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._codec = codec
+        self._validator = validator
+        self._metrics = metrics
+        # One thread: tokenizing a long prompt must not hold up the event loop.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    async def submit(
+        self, spec: GenerationSpec, tenant: str
+    ) -> tuple[Generation, Published | None]:
+        """Returns the accepted generation and the adapter that it is pinned to.
+
+        Raises a RedmuxError for whatever cannot be served; nothing is queued then. `tenant` is
+        who the scheduler charges; empty charges the adapter.
+        """
+        try:
+            return await self._submit(spec, tenant)
+        except RedmuxError as err:
+            self._metrics.refused(err.status.name.lower())
+            raise
+
+    async def _submit(
+        self, spec: GenerationSpec, tenant: str
+    ) -> tuple[Generation, Published | None]:
+        published = self._registry.resolve(spec.adapter) if spec.adapter else None
+        adapter = published.adapter if published else None
+        sampling = self._validator.sampling(spec)
+        self._validator.stops(spec)
+        self._validator.prompt(spec.prompt)
+        prompt_ids = await self._encode(spec.prompt, adapter.prompt_format if adapter else None)
+        request = Request(
+            prompt_ids=prompt_ids,
+            max_tokens=self._validator.max_tokens(spec.max_tokens, len(prompt_ids)),
+            sampling=sampling,
+            stop_token_ids=frozenset(spec.stop_token_ids)
+            | (frozenset() if spec.ignore_eos else self._codec.eos_token_ids),
+            tenant=tenant or (published.name if published else ""),
+            adapter=adapter,
+            logprobs=spec.logprobs,
+            sink=lambda event: None,
+        )
+        generation = Generation(request, self._engine, self._codec, list(spec.stop))
+        self._engine.submit(request)
+        return generation, published
+
+    async def _encode(self, prompt: Prompt, prompt_format: PromptFormat | None) -> list[int]:
+        loop = asyncio.get_running_loop()
+        if isinstance(prompt, str):
+            return await loop.run_in_executor(self._tokenizing, self._codec.encode, prompt)
+        if prompt and isinstance(prompt[0], Mapping):
+            return await loop.run_in_executor(
+                self._tokenizing, self._codec.encode_chat, prompt, prompt_format
+            )
+        return list(prompt)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Ends the tokenizer thread."""
+        self._tokenizing.shutdown(wait=False)

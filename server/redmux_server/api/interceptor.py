@@ -1,0 +1,145 @@
+"""The one place where errors become statuses, keys are checked and slow readers are dropped."""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NoReturn
+
+import grpc
+
+from redmux.errors import (
+    InvalidArgumentError,
+    RedmuxError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+)
+
+logger = logging.getLogger(__name__)
+
+_STALL_S = 30.0
+_PUBLIC_PREFIX = "/grpc.health.v1.Health/"  # probes carry no key
+
+
+class _Malformed:
+    """Stands for a message that does not parse."""
+
+
+class ApiKeys:
+    """The keys that are let in; none lets everybody in."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def tenant(self, context: Any) -> str:
+        """Returns a short name for the caller's key, "" where none is needed.
+
+        Raises UnauthenticatedError for a missing or unknown key.
+        """
+        if not self._digests:
+            return ""
+        header = dict(context.invocation_metadata() or ()).get("authorization", "")
+        kind, _, key = str(header).partition(" ")
+        digest = hashlib.sha256(key.encode()).digest()
+        known = [hmac.compare_digest(digest, other) for other in self._digests]
+        if kind.lower() != "bearer" or not any(known):
+            raise UnauthenticatedError("missing or unknown API key")
+        return f"key-{digest[:4].hex()}"
+
+
+class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps every method: parse, authenticate, run, translate errors.
+
+    An exception that is no RedmuxError is logged with its traceback under an id, and the caller
+    sees the id only: grpc.aio would send the exception's text.
+    """
+
+    def __init__(self, keys: ApiKeys, stall_s: float = _STALL_S) -> None:
+        """`stall_s` is how long a stream waits for a reader before it gives up."""
+        self._keys = keys
+        self._stall_s = stall_s
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """See grpc.aio.ServerInterceptor."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(_PUBLIC_PREFIX):
+            return handler
+        parse = _tolerant(handler.request_deserializer)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(handler.unary_unary), parse, handler.response_serializer
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(handler.unary_stream), parse, handler.response_serializer
+            )
+        return handler._replace(request_deserializer=parse)  # reflection: a stream both ways
+
+    def _unary(self, method: Any) -> Any:
+        async def call(request: Any, context: Any) -> Any:
+            try:
+                self._admit(request, context)
+                return await method(request, context)
+            except Exception as err:
+                await _abort(context, err)
+
+        return call
+
+    def _stream(self, method: Any) -> Any:
+        async def call(request: Any, context: Any) -> None:
+            try:
+                self._admit(request, context)
+                async with contextlib.aclosing(method(request, context)) as replies:
+                    async for reply in replies:
+                        await self._write(context, reply)
+            except Exception as err:
+                await _abort(context, err)
+
+        return call
+
+    def _admit(self, request: Any, context: Any) -> None:
+        self._keys.tenant(context)
+        if isinstance(request, _Malformed):
+            raise InvalidArgumentError("the request is no valid protobuf message of this method")
+
+    async def _write(self, context: Any, reply: Any) -> None:
+        try:
+            await asyncio.wait_for(context.write(reply), self._stall_s)
+        except TimeoutError:
+            raise ResourceExhaustedError(
+                f"the client did not read for {self._stall_s:g} s"
+            ) from None
+
+
+def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if parse is None:
+        return None
+
+    def parse_or_mark(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except Exception:
+            return _Malformed()
+
+    return parse_or_mark
+
+
+async def _abort(context: Any, err: Exception) -> NoReturn:
+    if isinstance(err, grpc.aio.AbortError):
+        raise err
+    if not isinstance(err, RedmuxError):
+        error_id = secrets.token_hex(6)
+        logger.error("internal error %s", error_id, exc_info=err)
+        err = RedmuxError(f"internal error, id {error_id}")
+    metadata = [("redmux-error", type(err).__name__)]
+    if isinstance(err, ResourceExhaustedError) and err.retry_after_s is not None:
+        metadata.append(("grpc-retry-pushback-ms", str(round(1000 * err.retry_after_s))))
+    await context.abort(err.status, err.message, tuple(metadata))
+    raise AssertionError("abort does not return")

@@ -1,0 +1,199 @@
+"""The gRPC services: protobuf in, protobuf out, nothing else."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from redmux.errors import InvalidArgumentError
+from redmux.v1 import adapter_service_pb2 as adapter_pb
+from redmux.v1 import admin_service_pb2 as admin_pb
+from redmux.v1 import inference_service_pb2 as inference_pb
+from redmux.v1.adapter_service_pb2_grpc import AdapterServiceServicer
+from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
+from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
+from redmux_server.api.generation import Delta, Finish, GenerationService
+from redmux_server.api.interceptor import ApiKeys
+from redmux_server.api.validation import GenerationSpec, Prompt
+from redmux_server.engine.request import FinishReason
+from redmux_server.registry import AdapterRegistry, Published
+
+_DEFAULT_PAGE = 100
+_MAX_PAGE = 1000
+_REASONS = {
+    FinishReason.STOP: inference_pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb.FINISH_REASON_LENGTH,
+}
+
+
+class InferenceServicer(InferenceServiceServicer):
+    """Text generation, streamed or whole."""
+
+    def __init__(self, service: GenerationService, keys: ApiKeys) -> None:
+        self._service = service
+        self._keys = keys
+
+    async def Generate(  # type: ignore[override]
+        self, request: inference_pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb.GenerateResponse]:
+        """Streams deltas, one message for all tokens that are ready."""
+        spec = _spec(request.generation)
+        generation, published = await self._service.submit(spec, self._keys.tenant(context))
+        applied = _applied(published)
+        async with contextlib.aclosing(generation.deltas()) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                yield inference_pb.GenerateResponse(
+                    text=delta.text,
+                    token_ids=delta.token_ids,
+                    logprobs=delta.logprobs,
+                    adapter=applied,
+                    finish=None if delta.finish is None else _finish(delta.finish),
+                )
+
+    async def Complete(  # type: ignore[override]
+        self, request: inference_pb.CompleteRequest, context: Any
+    ) -> inference_pb.CompleteResponse:
+        """Returns the whole completion."""
+        spec = _spec(request.generation)
+        generation, published = await self._service.submit(spec, self._keys.tenant(context))
+        whole = Delta()
+        async with contextlib.aclosing(generation.deltas()) as deltas:  # type: ignore[type-var]
+            async for delta in deltas:
+                whole.text += delta.text
+                whole.token_ids += delta.token_ids
+                whole.logprobs += delta.logprobs
+                whole.finish = delta.finish
+        assert whole.finish is not None
+        return inference_pb.CompleteResponse(
+            text=whole.text,
+            token_ids=whole.token_ids,
+            logprobs=whole.logprobs,
+            adapter=_applied(published),
+            finish=_finish(whole.finish),
+        )
+
+
+class AdapterServicer(AdapterServiceServicer):
+    """Adapters while the server runs."""
+
+    def __init__(self, registry: AdapterRegistry, on_change: Callable[[], None]) -> None:
+        self._registry = registry
+        self._on_change = on_change
+
+    async def PutAdapter(  # type: ignore[override]
+        self, request: adapter_pb.PutAdapterRequest, context: Any
+    ) -> adapter_pb.PutAdapterResponse:
+        """Checks and publishes an adapter."""
+        published, created = await self._registry.put(
+            request.name, request.safetensors, request.config_json, request.replace
+        )
+        self._on_change()
+        return adapter_pb.PutAdapterResponse(adapter=_adapter(published), created=created)
+
+    async def GetAdapter(  # type: ignore[override]
+        self, request: adapter_pb.GetAdapterRequest, context: Any
+    ) -> adapter_pb.GetAdapterResponse:
+        """Returns what is known of an adapter."""
+        return adapter_pb.GetAdapterResponse(
+            adapter=_adapter(self._registry.resolve(request.name))
+        )
+
+    async def ListAdapters(  # type: ignore[override]
+        self, request: adapter_pb.ListAdaptersRequest, context: Any
+    ) -> adapter_pb.ListAdaptersResponse:
+        """Returns a page of adapters in order of name; a page's token is its last name."""
+        if request.page_size < 0:
+            raise InvalidArgumentError(f"page_size is {request.page_size}, must be 0 or more")
+        size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
+        found = self._registry.page(request.page_token, size + 1)
+        return adapter_pb.ListAdaptersResponse(
+            adapters=[_adapter(p) for p in found[:size]],
+            next_page_token=found[size - 1].name if len(found) > size else "",
+        )
+
+    async def DeleteAdapter(  # type: ignore[override]
+        self, request: adapter_pb.DeleteAdapterRequest, context: Any
+    ) -> adapter_pb.DeleteAdapterResponse:
+        """Removes a name."""
+        published = await self._registry.delete(request.name)
+        self._on_change()
+        return adapter_pb.DeleteAdapterResponse(adapter=_adapter(published))
+
+
+class AdminServicer(AdminServiceServicer):
+    """What the server is."""
+
+    def __init__(self, info: Callable[[], admin_pb.ServerInfo]) -> None:
+        self._info = info
+
+    async def GetServerInfo(  # type: ignore[override]
+        self, request: admin_pb.GetServerInfoRequest, context: Any
+    ) -> admin_pb.GetServerInfoResponse:
+        """Returns model, choices, limits and load."""
+        return admin_pb.GetServerInfoResponse(info=self._info())
+
+
+def _spec(message: inference_pb.Generation) -> GenerationSpec:
+    sampling, stopping = message.sampling, message.stopping
+
+    def optional(part: Any, name: str) -> Any:
+        return getattr(part, name) if part.HasField(name) else None
+
+    return GenerationSpec(
+        prompt=_prompt(message),
+        adapter=message.adapter,
+        temperature=optional(sampling, "temperature"),
+        top_p=optional(sampling, "top_p"),
+        top_k=optional(sampling, "top_k"),
+        seed=optional(sampling, "seed"),
+        max_tokens=optional(stopping, "max_tokens"),
+        stop=list(stopping.stop),
+        stop_token_ids=list(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        logprobs=message.logprobs,
+    )
+
+
+def _prompt(message: inference_pb.Generation) -> Prompt:
+    form = message.WhichOneof("prompt")
+    if form == "text":
+        return message.text
+    if form == "token_ids":
+        return list(message.token_ids.ids)
+    if form == "chat":
+        messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
+        if not messages:
+            raise InvalidArgumentError("chat has no messages; give at least one user message")
+        return messages
+    raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
+
+
+def _applied(published: Published | None) -> inference_pb.AppliedAdapter:
+    if published is None:
+        return inference_pb.AppliedAdapter()
+    return inference_pb.AppliedAdapter(name=published.name, digest=published.adapter.digest)
+
+
+def _finish(finish: Finish) -> inference_pb.Finish:
+    return inference_pb.Finish(
+        reason=_REASONS[finish.reason],
+        stop=finish.stop,
+        usage=inference_pb.Usage(
+            prompt_tokens=finish.num_prompt_tokens,
+            completion_tokens=finish.num_completion_tokens,
+        ),
+    )
+
+
+def _adapter(published: Published) -> adapter_pb.Adapter:
+    adapter = published.adapter
+    message = adapter_pb.Adapter(
+        name=published.name,
+        digest=adapter.digest,
+        base_fingerprint=adapter.base_fingerprint,
+        num_sites=len(adapter.edits),
+        num_parameters=adapter.num_parameters,
+        size_bytes=adapter.nbytes,
+        description=adapter.metadata.description,
+    )
+    message.created_at.FromDatetime(published.created_at)
+    return message

@@ -1,0 +1,121 @@
+"""Check what a caller asks for, before anything is queued. The one validator for every door."""
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from redmux.errors import InvalidArgumentError
+from redmux_server.engine.request import SamplingParams
+
+DEFAULT_MAX_TOKENS = 256
+MAX_STOPS = 16
+MAX_STOP_BYTES = 128
+MAX_STOP_TOKEN_IDS = 64
+MAX_TEMPERATURE = 100.0
+# More bytes than any tokenizer packs into one token on average; checked before tokenizing, which
+# is slow for megabytes.
+_MAX_BYTES_PER_TOKEN = 16
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """What a caller asks for, as it came in; None is unset."""
+
+    prompt: Prompt
+    adapter: str = ""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Validator:
+    """The limits of the served model; every method raises InvalidArgumentError."""
+
+    vocab_size: int
+    max_context: int
+    max_prompt_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_prompt_bytes", _MAX_BYTES_PER_TOKEN * self.max_context)
+
+    def prompt(self, prompt: Prompt) -> None:
+        """Checks a prompt before it is tokenized."""
+        if isinstance(prompt, str):
+            num_bytes = len(prompt.encode())
+        elif prompt and isinstance(prompt[0], Mapping):
+            num_bytes = sum(len(str(m["content"]).encode()) for m in prompt)  # type: ignore[index]
+        else:
+            self._token_ids("token_ids", prompt)  # type: ignore[arg-type]
+            return
+        if num_bytes > self.max_prompt_bytes:
+            raise InvalidArgumentError(
+                f"prompt has {num_bytes} bytes; limit {self.max_prompt_bytes} for a context of "
+                f"{self.max_context} tokens"
+            )
+
+    def sampling(self, spec: GenerationSpec) -> SamplingParams:
+        """Returns the sampling parameters with their defaults filled in."""
+        temperature = 0.0 if spec.temperature is None else spec.temperature
+        if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
+            raise InvalidArgumentError(
+                f"temperature is {temperature}, must be from 0 to {MAX_TEMPERATURE:g}"
+            )
+        top_p = 1.0 if spec.top_p is None else spec.top_p
+        if not 0 < top_p <= 1:  # false for NaN, too
+            raise InvalidArgumentError(f"top_p is {top_p}, must be above 0 and at most 1")
+        top_k = spec.top_k or 0
+        if top_k < 0:
+            raise InvalidArgumentError(f"top_k is {top_k}, must be 0 (no limit) or more")
+        seed = secrets.randbits(64) if spec.seed is None else spec.seed
+        if not 0 <= seed < 1 << 64:
+            raise InvalidArgumentError(f"seed is {seed}, must be from 0 to 2**64 - 1")
+        return SamplingParams(temperature, top_p, min(top_k, self.vocab_size), seed)
+
+    def stops(self, spec: GenerationSpec) -> None:
+        """Checks stop texts and stop token ids."""
+        if len(spec.stop) > MAX_STOPS:
+            raise InvalidArgumentError(f"{len(spec.stop)} stop strings; limit {MAX_STOPS}")
+        for stop in spec.stop:
+            num_bytes = len(stop.encode())
+            if not 0 < num_bytes <= MAX_STOP_BYTES:
+                raise InvalidArgumentError(
+                    f"stop string has {num_bytes} bytes, must be 1 to {MAX_STOP_BYTES}"
+                )
+        if len(spec.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidArgumentError(
+                f"{len(spec.stop_token_ids)} stop_token_ids; limit {MAX_STOP_TOKEN_IDS}"
+            )
+        self._token_ids("stop_token_ids", spec.stop_token_ids)
+
+    def max_tokens(self, requested: int | None, num_prompt_tokens: int) -> int:
+        """Returns how many tokens may be generated after a prompt of this length."""
+        if num_prompt_tokens == 0:
+            raise InvalidArgumentError("the prompt is empty; give at least one token")
+        left = self.max_context - num_prompt_tokens
+        if requested is None:
+            requested = max(1, min(DEFAULT_MAX_TOKENS, left))
+        if requested < 1:
+            raise InvalidArgumentError(f"max_tokens is {requested}, must be at least 1")
+        if requested > left:
+            raise InvalidArgumentError(
+                f"prompt has {num_prompt_tokens} tokens and max_tokens is {requested}; together "
+                f"they must be at most {self.max_context}"
+            )
+        return requested
+
+    def _token_ids(self, name: str, ids: Sequence[int]) -> None:
+        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+            index = next(i for i, t in enumerate(ids) if not 0 <= t < self.vocab_size)
+            raise InvalidArgumentError(
+                f"{name}[{index}] = {ids[index]} is outside [0, {self.vocab_size})"
+            )

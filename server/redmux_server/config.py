@@ -1,0 +1,165 @@
+"""ServerConfig: everything that can be set, from flags, REDMUX_* variables or a TOML file."""
+
+import argparse
+import dataclasses
+import os
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redmux.errors import InvalidArgumentError
+
+
+def _option(default: object, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The complete configuration of a server; never changed after construction.
+
+    Each field is a flag (`max_queue` is --max-queue), a variable (REDMUX_MAX_QUEUE) and a key of
+    the config file; the flag wins over the variable, the variable over the file.
+    """
+
+    model: str = _option("smollm2", "smollm2, a folder, a .gguf file or a hub id")
+    host: str = _option("127.0.0.1", "address to listen on")
+    port: int = _option(50051, "port of gRPC; 0 picks a free one")
+    metrics_port: int = _option(9095, "port of /metrics; 0 picks a free one")
+    device: str = _option("auto", "auto, cpu or cuda")
+    dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
+    threads: int = _option(0, "CPU threads of the engine; 0 takes every core")
+    max_running: int = _option(64, "most requests in one forward pass")
+    max_batch_tokens: int = _option(256, "most tokens in one forward pass")
+    max_queue: int = _option(512, "most requests that wait")
+    max_context: int = _option(0, "most tokens of prompt and completion; 0 is the model's limit")
+    kv_cache_tokens: int = _option(0, "size of the key/value cache in tokens; 0 fits the memory")
+    bank_bytes: int = _option(256 << 20, "memory for the vectors of adapters in use")
+    adapters: tuple[str, ...] = _option(
+        (), "adapters to load at start: files or folders, NAME=PATH to name them, or zoo"
+    )
+    adapter_dir: str = _option("", "folder that keeps adapters put at run time; empty keeps none")
+    api_keys: tuple[str, ...] = _option((), "API keys that are let in; none lets everybody in")
+    tls_cert: str = _option("", "PEM file with the certificate chain")
+    tls_key: str = _option("", "PEM file with the private key")
+    drain_s: float = _option(30.0, "seconds that running requests get at shutdown")
+    log_level: str = _option("info", "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value < low:
+                raise InvalidArgumentError(f"{name} is {value}, must be at least {low}")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InvalidArgumentError(f"{name} is {value!r}, must be one of {allowed}")
+        for name in ("port", "metrics_port"):
+            if getattr(self, name) > 65535:
+                raise InvalidArgumentError(f"{name} is {getattr(self, name)}, must be below 65536")
+        if self.max_batch_tokens < self.max_running:
+            raise InvalidArgumentError(
+                f"max_batch_tokens is {self.max_batch_tokens}, must be at least max_running "
+                f"({self.max_running})"
+            )
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise InvalidArgumentError("tls_cert and tls_key must be given together")
+
+
+_LOWEST = {
+    "port": 0, "metrics_port": 0, "threads": 0, "max_running": 1, "max_batch_tokens": 1,
+    "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "bank_bytes": 0, "drain_s": 0,
+}  # fmt: skip
+_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
+
+
+def load_config(
+    argv: Sequence[str], environ: Mapping[str, str] = os.environ, prog: str = "redmux serve"
+) -> ServerConfig:
+    """Returns the configuration that flags, environment and --config FILE give together.
+
+    Raises InvalidArgumentError for an unknown key or variable and for a value that does not
+    parse, naming where it came from; argparse exits with 2 for unknown flags.
+    """
+    fields = {f.name: f for f in dataclasses.fields(ServerConfig)}
+    parser = argparse.ArgumentParser(prog=prog, description="Serve RED adapters over gRPC.")
+    parser.add_argument("--config", help="TOML file with any of these options")
+    for name, field in fields.items():
+        kind = " (repeatable)" if _is_list(name) else ""
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            action="append" if _is_list(name) else "store",
+            metavar=name.upper(),
+            help=f"{field.metadata['help']}{kind}; default: {field.default or 'none'}",
+        )
+    flags = vars(parser.parse_args(argv))
+    file = flags.pop("config") or environ.get("REDMUX_CONFIG")
+    values = _from_file(Path(file), fields) if file else {}
+    values |= _from_environment(environ, fields)
+    for name, text in flags.items():
+        if text is not None:
+            flag = f"--{name.replace('_', '-')}"
+            values[name] = tuple(text) if _is_list(name) else _parse(name, text, flag)
+    return ServerConfig(**values)
+
+
+def _is_list(name: str) -> bool:
+    return typing.get_origin(typing.get_type_hints(ServerConfig)[name]) is tuple
+
+
+def _parse(name: str, text: str, source: str) -> Any:
+    kind = typing.get_type_hints(ServerConfig)[name]
+    if _is_list(name):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        return kind(text)
+    except ValueError:
+        raise InvalidArgumentError(
+            f"{source} is {text!r}, must be a number ({kind.__name__})"
+        ) from None
+
+
+# Variables of the client and of the model cache, which share the prefix.
+_OTHER_VARIABLES = {"REDMUX_CONFIG", "REDMUX_CACHE", "REDMUX_TARGET", "REDMUX_API_KEY"}
+
+
+def _from_environment(environ: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
+    values = {}
+    for variable, text in environ.items():
+        if not variable.startswith("REDMUX_") or variable in _OTHER_VARIABLES:
+            continue
+        name = variable.removeprefix("REDMUX_").lower()
+        if name not in fields:
+            raise InvalidArgumentError(f"unknown environment variable {variable}")
+        values[name] = _parse(name, text, variable)
+    return values
+
+
+def _from_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        raise InvalidArgumentError(f"cannot read config file {path}: {err}") from err
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        if name not in fields:
+            raise InvalidArgumentError(f"{path}: unknown option {name!r}")
+        kind = typing.get_type_hints(ServerConfig)[name]
+        if _is_list(name):
+            ok = isinstance(value, list) and all(isinstance(v, str) for v in value)
+            value = tuple(value) if ok else value
+        elif kind is float and type(value) is int:
+            value, ok = float(value), True
+        else:
+            ok = type(value) is kind
+        if not ok:
+            raise InvalidArgumentError(f"{path}: {name} is {value!r}, must be of type {kind}")
+        values[name] = value
+    return values

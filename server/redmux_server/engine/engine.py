@@ -1,0 +1,263 @@
+"""Engine: the one thread that runs the model, one step after the other."""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from redmux.errors import (
+    FailedPreconditionError,
+    RedmuxError,
+    RequestCancelledError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.request import Event, Failed, Finished, Request, Token, Work
+from redmux_server.engine.sampling import NonFinite, sample
+from redmux_server.engine.scheduler import Scheduler
+from redmux_server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 0.5
+
+
+class Runner(Protocol):
+    """What the engine asks of a model."""
+
+    def enter_thread(self) -> None:
+        """Is called once on the engine thread, before the first step."""
+
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        """Computes a step and returns [n, vocab] logits, a row per work item that samples."""
+
+
+@dataclass(slots=True)
+class _Stamps:
+    """When things happened to a request, in seconds of time.monotonic()."""
+
+    submitted_s: float
+    last_token_s: float | None = None
+
+
+class Engine:
+    """Takes requests from the event loop, steps the model, hands events back to the loop.
+
+    `submit` and `cancel` belong to the event loop's thread, everything else to the engine thread.
+    There is one hand-over each way: a queue in, one `call_soon_threadsafe` per step out.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        bank: AdapterBank,
+        metrics: Metrics,
+        *,
+        max_open: int,
+    ) -> None:
+        """`max_open` bounds the requests that wait or run."""
+        self._runner = runner
+        self._scheduler = scheduler
+        self._bank = bank
+        self._metrics = metrics
+        self._max_open = max_open
+        self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # Owned by the event loop's thread.
+        self._open: dict[Request, _Stamps] = {}
+        self._is_draining = False
+        self._is_cut_short = False
+        # Written by the engine thread, read by anyone.
+        self._events: list[tuple[Request, Event]] = []
+        self._is_stopping = False
+        self.last_step_s = time.monotonic()
+
+    # -- event loop's side --------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the engine thread; call it inside the event loop that will read the events."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def num_open(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return len(self._open)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that are part of the current steps."""
+        return len(self._scheduler.running)
+
+    def is_stuck(self, limit_s: float) -> bool:
+        """Whether there is work but no step has finished for `limit_s` seconds."""
+        return not self._thread.is_alive() or (
+            bool(self._open) and time.monotonic() - self.last_step_s > limit_s
+        )
+
+    def submit(self, request: Request) -> None:
+        """Accepts a request: from here on its sink gets exactly one ending.
+
+        Raises ResourceExhaustedError if the queue is full and UnavailableError while draining.
+        """
+        if self._is_draining:
+            raise UnavailableError("the server is shutting down")
+        if len(self._open) >= self._max_open:
+            raise ResourceExhaustedError(
+                f"{len(self._open)} requests are open, the limit is {self._max_open}; "
+                f"try again in {_RETRY_AFTER_S} s",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        if not self._open:
+            self.last_step_s = time.monotonic()
+        self._open[request] = _Stamps(time.monotonic())
+        self._inbox.put(request)
+
+    def cancel(self, request: Request) -> None:
+        """Gives a request up; the next step leaves it out. Harmless once it has ended."""
+        request.is_cancelled = True
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new requests and waits for the open ones, at most `timeout_s` seconds."""
+        self._is_draining = True
+        deadline = time.monotonic() + timeout_s
+        while self._open and time.monotonic() < deadline and not self._is_cut_short:
+            await asyncio.sleep(0.02)
+
+    def cut_draining(self) -> None:
+        """Ends a `drain` that is under way at once."""
+        self._is_cut_short = True
+
+    async def stop(self) -> None:
+        """Ends the engine thread after its current step; open requests fail as unavailable."""
+        self._is_draining = True
+        self._is_stopping = True
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+        for request in list(self._open):
+            self._deliver([(request, Failed(UnavailableError("the server is shutting down")))])
+
+    def _deliver(self, events: Sequence[tuple[Request, Event]]) -> None:
+        now = time.monotonic()
+        for request, event in events:
+            stamps = self._open.get(request)
+            if stamps is None:
+                continue
+            if isinstance(event, Token):
+                if stamps.last_token_s is None:
+                    self._metrics.first_token_s.observe(now - stamps.submitted_s)
+                else:
+                    self._metrics.inter_token_s.observe(now - stamps.last_token_s)
+                stamps.last_token_s = now
+            else:
+                del self._open[request]
+                self._metrics.ended(event, now - stamps.submitted_s)
+            request.sink(event)
+
+    # -- engine thread's side -----------------------------------------------------------------
+
+    def run(self) -> None:
+        """Steps until `stop`; sleeps while there is nothing to do."""
+        self._runner.enter_thread()
+        while not self._is_stopping:
+            has_work = bool(self._scheduler.running) or self._scheduler.num_waiting > 0
+            self._take_inbox(block=not has_work)
+            if not self._is_stopping:
+                self.step()
+                self.last_step_s = time.monotonic()
+
+    def step(self) -> None:
+        """Runs one step: leave out the cancelled, plan, compute, draw, hand the events over."""
+        for request in self._scheduler.take_cancelled():
+            self._end(request, Failed(RequestCancelledError("the request was cancelled")))
+        work = self._scheduler.plan()
+        if work:
+            started_s = time.monotonic()
+            self._acquire_slots(work)
+            self._compute(work)
+            self._metrics.step(work, time.monotonic() - started_s)
+        self._metrics.state(self._scheduler, self._bank)
+        if self._events and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._deliver, self._events)
+            self._events = []
+
+    def _take_inbox(self, block: bool) -> None:
+        try:
+            request = self._inbox.get(block)
+            while True:
+                if request is not None:
+                    self._scheduler.submit(request)
+                request = self._inbox.get_nowait()
+        except queue.Empty:
+            pass
+
+    def _acquire_slots(self, work: Sequence[Work]) -> None:
+        for item in work:
+            request = item.request
+            if request.adapter is not None and request.slot is None:
+                started_s = time.monotonic()
+                fills = self._bank.num_fills
+                request.slot = self._bank.acquire(request.adapter.digest, request.adapter.edits)
+                if self._bank.num_fills > fills:
+                    self._metrics.adapter_load_s.observe(time.monotonic() - started_s)
+
+    def _compute(self, work: Sequence[Work]) -> None:
+        try:
+            logits = self._runner.forward(work)
+            drawn = sample(logits, [item.request for item in work if item.samples])
+        except Exception as err:
+            self._recover(work, err)
+            return
+        results = iter(drawn)
+        for item in work:
+            is_sampled = item.samples
+            item.request.num_computed += item.count
+            if is_sampled:
+                self._append(item.request, next(results))
+
+    def _append(self, request: Request, result: Token | NonFinite) -> None:
+        if isinstance(result, NonFinite):
+            name = "the base model" if request.adapter is None else request.adapter.digest
+            self._end(
+                request,
+                Failed(
+                    FailedPreconditionError(
+                        f"{name} produced a value that is not finite for this prompt"
+                    )
+                ),
+            )
+            return
+        request.token_ids.append(result.token_id)
+        self._events.append((request, result))
+        reason = request.finish_reason()
+        if reason is not None:
+            self._end(request, Finished(reason))
+
+    def _end(self, request: Request, event: Event) -> None:
+        self._scheduler.remove(request)
+        if request.slot is not None:
+            self._bank.release(request.slot)
+            request.slot = None
+        self._events.append((request, event))
+
+    def _recover(self, work: Sequence[Work], err: Exception) -> None:
+        """After a failed step, runs its requests one by one, so that only the culprit fails.
+
+        Nothing was committed: computing the same tokens again writes the same cache entries.
+        """
+        if len(work) == 1:
+            logger.error("a step failed for one request", exc_info=err)
+            self._end(work[0].request, Failed(RedmuxError("internal error in the engine")))
+            return
+        logger.error("a step of %d requests failed, running them one by one", len(work))
+        for item in work:
+            self._compute([item])

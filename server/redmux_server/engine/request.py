@@ -1,0 +1,113 @@
+"""Request: one generation, from its acceptance to its one end."""
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from redmux.errors import RedmuxError
+from redmux_adapters import Adapter
+
+
+class FinishReason(enum.Enum):
+    """Why a generation ended by itself."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a token is drawn. Temperature 0 is greedy; top_p 1 and top_k 0 do not restrict."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `logprob` is None unless it was asked for."""
+
+    token_id: int
+    logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The request ended by itself."""
+
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended with an error; a cancelled one with RequestCancelledError."""
+
+    error: RedmuxError
+
+
+Event = Token | Finished | Failed
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What crosses the borders between service, scheduler and engine.
+
+    The service creates it and reads its events; after submission everything below the line is
+    owned by the engine thread, except `is_cancelled`, which the service sets.
+    """
+
+    prompt_ids: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int]
+    tenant: str  # whom the scheduler charges
+    adapter: Adapter | None  # pinned: replacing or deleting its name changes nothing here
+    logprobs: bool
+    sink: Callable[[Event], None]  # called on the event loop, in order; its last is no Token
+    # ---------------------------------------------------------------------------------------
+    is_cancelled: bool = False
+    token_ids: list[int] = field(default_factory=list)  # prompt and output
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    blocks: list[int] = field(default_factory=list)
+    slot: int | None = None  # row of the adapter bank while running
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens the request can ever hold: prompt and output."""
+        return len(self.prompt_ids) + self.max_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the newest token is left to compute."""
+        return self.num_computed == len(self.token_ids) - 1 and self.num_output > 0
+
+    def finish_reason(self) -> FinishReason | None:
+        """Returns why the request is complete after its newest token, or None if it is not."""
+        if self.token_ids[-1] in self.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output >= self.max_tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step does for one request: compute its next `count` tokens."""
+
+    request: Request
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this work ends at the newest token, so that the next one is drawn."""
+        return self.request.num_computed + self.count == len(self.request.token_ids)
+
+

@@ -1,0 +1,107 @@
+"""All Prometheus collectors of the server."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from redmux_server.engine.request import Event, Failed, Finished, Work
+
+if TYPE_CHECKING:
+    from redmux_server.engine.bank import AdapterBank
+    from redmux_server.engine.scheduler import Scheduler
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Metrics:
+    """The collectors, in a registry of their own so that two servers can share a process.
+
+    No label is made from what a client sends: outcomes and kinds are fixed sets.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self._requests = Counter(
+            "redmux_requests", "Requests that ended.", ["outcome"], registry=r
+        )
+        self._refused = Counter(
+            "redmux_requests_refused", "Requests refused before queueing.", ["code"], registry=r
+        )
+        self._tokens = Counter("redmux_tokens", "Tokens computed.", ["kind"], registry=r)
+        self._prefill_tokens = self._tokens.labels("prefill")
+        self._decode_tokens = self._tokens.labels("decode")
+        self.first_token_s = Histogram(
+            "redmux_time_to_first_token_seconds", "From acceptance to the first token.",
+            buckets=_LATENCY_S, registry=r,
+        )  # fmt: skip
+        self.inter_token_s = Histogram(
+            "redmux_inter_token_latency_seconds", "Between two tokens of one request.",
+            buckets=_LATENCY_S, registry=r,
+        )  # fmt: skip
+        self._request_s = Histogram(
+            "redmux_request_duration_seconds", "From acceptance to the end.",
+            buckets=(*_LATENCY_S, 120, 300, 600), registry=r,
+        )  # fmt: skip
+        self._step_s = Histogram(
+            "redmux_step_duration_seconds", "One forward pass with sampling.",
+            buckets=_LATENCY_S, registry=r,
+        )  # fmt: skip
+        self._batch_rows = Histogram(
+            "redmux_batch_requests", "Requests in one step.", buckets=_COUNTS, registry=r
+        )
+        self._batch_adapters = Histogram(
+            "redmux_batch_distinct_adapters", "Distinct adapters in one step, base not counted.",
+            buckets=(0, *_COUNTS), registry=r,
+        )  # fmt: skip
+        self.adapter_load_s = Histogram(
+            "redmux_adapter_load_seconds", "Copying an adapter into the bank.",
+            buckets=(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 1), registry=r,
+        )  # fmt: skip
+        self._running = Gauge("redmux_requests_running", "Requests in the batch.", registry=r)
+        self._waiting = Gauge("redmux_requests_waiting", "Requests in the queue.", registry=r)
+        self._kv_used = Gauge(
+            "redmux_kv_cache_used_ratio", "Share of cache blocks in use.", registry=r
+        )
+        self._bank_slots = Gauge("redmux_bank_slots", "Rows of the adapter bank.", registry=r)
+        self._bank_resident = Gauge(
+            "redmux_bank_resident_adapters", "Adapters that hold a row.", registry=r
+        )
+        self._bank_bytes = Gauge("redmux_bank_bytes", "Size of the adapter bank.", registry=r)
+        self.adapters = Gauge("redmux_adapters", "Published adapters.", registry=r)
+
+    def refused(self, code: str) -> None:
+        """Counts a request that was not accepted, by its status code."""
+        self._refused.labels(code).inc()
+
+    def ended(self, event: Event, duration_s: float) -> None:
+        """Counts the end of an accepted request."""
+        if isinstance(event, Finished):
+            outcome = event.reason.value
+        else:
+            assert isinstance(event, Failed)
+            outcome = event.error.status.name.lower()
+        self._requests.labels(outcome).inc()
+        self._request_s.observe(duration_s)
+
+    def step(self, work: Sequence[Work], duration_s: float) -> None:
+        """Observes one step after it was committed."""
+        self._step_s.observe(duration_s)
+        self._batch_rows.observe(len(work))
+        self._batch_adapters.observe(
+            len({w.request.adapter.digest for w in work if w.request.adapter is not None})
+        )
+        decodes = sum(w.count == 1 for w in work)
+        self._decode_tokens.inc(decodes)
+        self._prefill_tokens.inc(sum(w.count for w in work) - decodes)
+
+    def state(self, scheduler: "Scheduler", bank: "AdapterBank") -> None:
+        """Sets the gauges that describe the engine after a step."""
+        self._running.set(len(scheduler.running))
+        self._waiting.set(scheduler.num_waiting)
+        self._kv_used.set(scheduler.kv_used_ratio)
+        self._bank_slots.set(bank.num_slots)
+        self._bank_resident.set(bank.num_resident)
+        self._bank_bytes.set(bank.nbytes)

@@ -1,0 +1,148 @@
+"""Prove at start that the packed, paged engine computes what the plain model computes."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redmux.errors import FailedPreconditionError
+from redmux_adapters import Adapter, Edit
+from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.request import Request, SamplingParams, Work
+from redmux_server.models.editing import Editing
+from redmux_server.models.kvcache import KVCache
+from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.runner import CausalRunner
+
+logger = logging.getLogger(__name__)
+
+_LENGTHS = (5, 13, 40, 21, 2)
+# Largest difference to plain attention, relative to the largest logit.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Last-token logits [vocab] of the check's prompts, from the unchanged model."""
+
+    prompts: Sequence[list[int]]
+    logits: Sequence[Tensor]
+
+
+@torch.inference_mode()
+def reference(model: Any) -> Reference:
+    """Runs the prompts one by one through the model as transformers loaded it."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.get_input_embeddings().weight.shape[0]
+    prompts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in _LENGTHS]
+    logits = [
+        model(input_ids=torch.tensor([p], device=model.device), use_cache=False).logits[0, -1]
+        for p in prompts
+    ]
+    return Reference(prompts, logits)
+
+
+class SelfCheck:
+    """Runs the reference's prompts through the engine's own path, alone and mixed."""
+
+    def __init__(
+        self,
+        model: Any,
+        cache: KVCache,
+        editing: Editing,
+        sites: Mapping[str, int],
+        num_threads: int,
+    ) -> None:
+        """`sites` are the modules that the check's random adapters edit."""
+        self._bank = AdapterBank(
+            sites, device=model.device, dtype=model.dtype, max_bytes=0, min_slots=8
+        )
+        self._runner = CausalRunner(model, cache, editing, self._bank, num_threads)
+        self._runner.enter_thread()
+        self._pool = BlockPool(cache.num_blocks, BLOCK)
+        self._adapters = [None, *(_random_adapter(sites, seed) for seed in range(1, 4))]
+        self._dtype = model.dtype
+
+    def compare(self, expected: Reference) -> None:
+        """Raises FailedPreconditionError unless a packed step equals plain attention."""
+        requests = [self._request(p, None) for p in expected.prompts]
+        got = self._step([(r, len(r.prompt_ids)) for r in requests])
+        self._release(requests)
+        for row, want in zip(got, expected.logits, strict=True):
+            error = float((row - want).abs().max() / want.abs().max())
+            if not error < _TOLERANCE[self._dtype]:
+                raise FailedPreconditionError(
+                    f"the packed engine differs from the plain model by {error:.1e} relative to "
+                    f"the largest logit: this architecture cannot be served"
+                )
+
+    def is_bit_identical(self, prompts: Sequence[list[int]]) -> bool:
+        """Whether logits have the same bits alone and mixed, whatever the chunks and neighbours."""
+        alone = []
+        for i, prompt in enumerate(prompts):
+            request = self._request(prompt, self._adapters[i % 4])
+            rows = [*self._step([(request, len(prompt))])]
+            request.token_ids.append(7)
+            rows.append(self._step([(request, 1)])[0])
+            alone.append(torch.stack(rows))
+            self._release([request])
+        requests = [self._request(p, self._adapters[i % 4]) for i, p in enumerate(prompts)]
+        mixed: list[list[Tensor]] = [[] for _ in requests]
+        while any(len(rows) < 2 for rows in mixed):
+            plan = []
+            for i, r in enumerate(requests):
+                if len(mixed[i]) == 1 and len(r.token_ids) == len(r.prompt_ids):
+                    r.token_ids.append(7)
+                left = len(r.token_ids) - r.num_computed
+                if left:
+                    plan.append((r, min(left, 3 + 4 * i)))
+            plan.sort(key=lambda item: item[1] > 1 or not item[0].is_decoding)
+            ends = [r for r, n in plan if r.num_computed + n == len(r.token_ids)]
+            for r, row in zip(ends, self._step(plan), strict=True):
+                mixed[requests.index(r)].append(row)
+        self._release(requests)
+        return all(torch.equal(a, torch.stack(m)) for a, m in zip(alone, mixed, strict=True))
+
+    def _request(self, prompt: list[int], adapter: Adapter | None) -> Request:
+        request = Request(
+            prompt_ids=prompt, max_tokens=2, sampling=SamplingParams(),
+            stop_token_ids=frozenset(), tenant="", adapter=adapter, logprobs=False,
+            sink=lambda event: None,
+        )  # fmt: skip
+        blocks = self._pool.allocate(request.max_length)
+        if blocks is None:
+            raise FailedPreconditionError(
+                f"kv_cache_tokens is too small: the start-up check needs {sum(_LENGTHS) + 160}"
+            )
+        request.blocks = blocks
+        if adapter is not None:
+            request.slot = self._bank.acquire(adapter.digest, adapter.edits)
+        return request
+
+    def _release(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._pool.release(request.blocks)
+            if request.slot is not None:
+                self._bank.release(request.slot)
+
+    def _step(self, plan: Sequence[tuple[Request, int]]) -> Tensor:
+        logits = self._runner.forward([Work(r, n) for r, n in plan])
+        for request, count in plan:
+            request.num_computed += count
+        return logits
+
+
+def _random_adapter(sites: Mapping[str, int], seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    edits = {
+        site: Edit(
+            1 + 0.3 * torch.randn(dim, generator=generator),
+            0.1 * torch.randn(dim, generator=generator),
+        )
+        for site, dim in sites.items()
+    }
+    return Adapter(base_fingerprint="self-check", edits=edits)

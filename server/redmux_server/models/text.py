@@ -1,0 +1,68 @@
+"""TextCodec: between text and the token ids of the base model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from redmux.errors import InvalidArgumentError
+from redmux_adapters import PromptFormat
+
+
+class TextCodec:
+    """Encodes prompts and decodes completions with the base model's tokenizer.
+
+    Encoding mutates the tokenizer's settings, so it belongs to one thread; decoding to any.
+    """
+
+    def __init__(self, tokenizer: Any, generation_config: Any) -> None:
+        self._tokenizer = tokenizer
+        eos = generation_config.eos_token_id if generation_config is not None else None
+        ids = eos if isinstance(eos, list) else [eos]
+        self.eos_token_ids = frozenset(
+            i for i in (*ids, tokenizer.eos_token_id) if i is not None
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a raw text, with the special tokens the model expects around it."""
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        return ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], prompt_format: PromptFormat | None
+    ) -> list[int]:
+        """Returns the ids of a conversation up to where the assistant's answer begins.
+
+        Rendered in `prompt_format`, or in the model's own chat template where that is None.
+        """
+        if prompt_format is not None:
+            text = prompt_format.render(messages)
+        else:
+            text = self._apply_template(messages)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of these ids, without special tokens."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise InvalidArgumentError(
+                "the base model has no chat template; send the prompt as text"
+            )
+        for message in messages:
+            if message["role"] not in ("system", "user", "assistant"):
+                raise InvalidArgumentError(
+                    f"unknown role {message['role'][:80]!r}; use system, user or assistant"
+                )
+        if not messages:
+            raise InvalidArgumentError("chat has no messages")
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as err:
+            raise InvalidArgumentError(f"the base model's chat template refused: {err}") from None
+        return text

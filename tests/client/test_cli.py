@@ -1,0 +1,334 @@
+import io
+import json
+import signal
+import subprocess
+import sys
+import threading
+import types
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2
+
+import redmux
+from redmux.cli import main
+
+DIGEST = "sha256:" + "ab" * 32
+
+
+@pytest.fixture
+def run(target, capsys):
+    """Runs a command against the server; returns its exit code, stdout and stderr."""
+
+    def run(*arguments, options=None):
+        code = main([*arguments, *(["--target", target] if options is None else options)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def fail_for(name, code=grpc.StatusCode.NOT_FOUND):
+    def fail(call, context):
+        if call.request.generation.adapter == name:
+            context.abort(code, f"no adapter '{name}';\n see ListAdapters")
+
+    return fail
+
+
+def test_generate_streams_the_text(run, server):
+    assert run("generate", "Say hello") == (0, "Hello world\n", "")
+    assert [call.method for call in server.calls] == ["Generate"]
+    generation = server.calls[0].request.generation
+    assert (generation.text, generation.adapter) == ("Say hello", "")
+
+
+def test_generate_prints_chunks_as_they_come(run, server, monkeypatch):
+    events = []
+
+    class Output(io.StringIO):
+        def write(self, text):
+            events.append(text)
+            has_written.set()
+            return len(text)
+
+    has_written = threading.Event()
+
+    def script(generation, call):
+        first, second = server.two_messages(generation, call)
+        yield first
+        assert has_written.wait(10)
+        events.append("second is made")
+        yield second
+
+    server.script = script
+    monkeypatch.setattr(sys, "stdout", Output())
+    assert run("generate", "Hi")[0] == 0
+    assert events.index("Hello") < events.index("second is made") < events.index(" world")
+
+
+def test_generate_without_stream_waits_for_the_whole(run, server):
+    assert run("generate", "--no-stream", "Hi") == (0, "Hello world\n", "")
+    assert [call.method for call in server.calls] == ["Complete"]
+
+
+def test_generate_passes_all_options_on(run, server):
+    run(
+        *("generate", "Hi", "--adapter", "acme/a", "--max-tokens", "5", "--temperature", "0.5"),
+        *("--top-p", "0.25", "--top-k", "3", "--seed", "9", "--stop", "x", "--stop", "y"),
+        *("--stop-token-id", "2", "--ignore-eos", "--timeout", "9"),
+    )
+    generation = server.calls[0].request.generation
+    sampling, stopping = generation.sampling, generation.stopping
+    assert generation.adapter == "acme/a"
+    assert (sampling.temperature, sampling.top_p) == (0.5, 0.25)
+    assert (sampling.top_k, sampling.seed) == (3, 9)
+    assert (stopping.max_tokens, list(stopping.stop)) == (5, ["x", "y"])
+    assert (list(stopping.stop_token_ids), stopping.ignore_eos) == ([2], True)
+    assert abs(server.calls[0].time_remaining_s - 9) < 4
+
+
+def test_generate_chat_sends_a_users_message(run, server):
+    run("generate", "--chat", "Hi")
+    (message,) = server.calls[0].request.generation.chat.messages
+    assert (message.role, message.content) == ("user", "Hi")
+
+
+def test_generate_reads_the_prompt_from_stdin(run, server, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    run("generate", "-")
+    assert server.calls[0].request.generation.text == "from a pipe\n"
+
+
+def test_generate_json_is_the_whole_completion(run):
+    code, out, _ = run("generate", "--json", "--logprobs", "--adapter", "acme/a", "Hi")
+    assert code == 0
+    assert json.loads(out) == {
+        "text": "Hello world",
+        "token_ids": [7, 8, 9],
+        "logprobs": [-0.5, -0.25, -2.0],
+        "finish_reason": "stop",
+        "stop": "\n",
+        "usage": {"prompt_tokens": 4, "completion_tokens": 3},
+        "adapter": "acme/a",
+        "digest": DIGEST,
+    }
+
+
+@pytest.mark.parametrize("form", [[], ["--no-stream"], ["--json"]], ids=str)
+def test_generate_runs_several_adapters_at_once(run, server, form):
+    all_three = threading.Barrier(3)
+
+    def script(generation, call):
+        all_three.wait(10)
+        for message in server.two_messages(generation, call):
+            message.text = message.text.replace("world", generation.adapter or "base")
+            yield message
+
+    server.script = script
+    adapters = ["--adapter", "acme/b", "--base", "--adapter", "acme/a"]
+    code, out, err = run("generate", *adapters, *form, "Hi")
+    assert (code, err) == (0, "")
+    if form == ["--json"]:
+        texts = [json.loads(line)["text"] for line in out.splitlines()]
+        assert texts == ["Hello base", "Hello acme/b", "Hello acme/a"]
+    else:
+        assert out == (
+            "== (base model) ==\nHello base\n== acme/b ==\nHello acme/b\n"
+            "== acme/a ==\nHello acme/a\n"
+        )
+
+
+@pytest.mark.parametrize("form", [[], ["--no-stream"]], ids=str)
+def test_one_failing_adapter_does_not_disturb_the_others(run, server, form):
+    server.fail = fail_for("acme/none")
+    code, out, err = run("generate", "--adapter", "acme/none", "--adapter", "acme/a", *form, "Hi")
+    assert code == 1
+    assert out.endswith("== acme/a ==\nHello world\n")
+    assert err == "redmux: acme/none: no adapter 'acme/none'; see ListAdapters\n"
+
+
+def test_an_error_is_one_line_on_stderr(run, server):
+    server.fail = fail_for("acme/none")
+    code, _, err = run("generate", "--adapter", "acme/none", "Hi")
+    assert (code, err) == (1, "redmux: no adapter 'acme/none'; see ListAdapters\n")
+
+
+def test_adapters_put_get_list_and_delete(run, server, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"vectors")
+    (tmp_path / "c.json").write_text("{}")
+    source, config = str(tmp_path / "a.safetensors"), str(tmp_path / "c.json")
+
+    code, out, _ = run("adapters", "put", "acme/a", source, "--config", config, "--replace")
+    assert code == 0
+    assert f"digest: {DIGEST}\n" in out
+    request = server.calls[-1].request
+    assert (request.safetensors, request.config_json, request.replace) == (b"vectors", "{}", True)
+
+    code, out, _ = run("adapters", "get", "acme/a")
+    assert code == 0
+    assert "created_at: 2026-01-02T03:04:05+00:00\n" in out
+
+    code, out, _ = run("adapters", "list")
+    assert code == 0
+    heading, row = out.splitlines()
+    assert heading.split()[:2] == ["NAME", "DIGEST"]
+    assert row.split()[:2] == ["acme/a", "sha256:abababababab"]
+
+    code, out, _ = run("adapters", "delete", "acme/a")
+    assert code == 0
+    assert "name: acme/a\n" in out
+    assert server.adapters == {}
+
+
+@pytest.mark.parametrize("verb", [["list"], ["get", "acme/a"], ["delete", "acme/a"]], ids=str)
+def test_adapters_print_json(run, server, verb):
+    server.adapters["acme/a"] = server.adapter("acme/a")
+    code, out, _ = run("adapters", *verb, "--json")
+    assert code == 0
+    printed = json.loads(out)
+    assert (printed["name"], printed["created_at"]) == ("acme/a", "2026-01-02T03:04:05+00:00")
+
+
+def test_a_file_that_is_not_there_is_one_line_on_stderr(run, tmp_path):
+    code, out, err = run("adapters", "put", "acme/a", str(tmp_path / "none.safetensors"))
+    assert (code, out) == (1, "")
+    assert err.startswith("redmux: ")
+    assert "none.safetensors" in err
+    assert err.count("\n") == 1
+
+
+def test_info_prints_every_field(run, server):
+    server.info.model = "SmolLM2"
+    server.info.choices.extend(["cpu: no accelerator", "float32: exact"])
+    code, out, _ = run("info")
+    assert code == 0
+    assert "model: SmolLM2\n" in out
+    assert "choices: cpu: no accelerator; float32: exact\n" in out
+    code, out, _ = run("info", "--json")
+    assert json.loads(out)["choices"] == ["cpu: no accelerator", "float32: exact"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "text"),
+    [
+        (health_pb2.HealthCheckResponse.SERVING, 0, "serving"),
+        (health_pb2.HealthCheckResponse.NOT_SERVING, 1, "not_serving"),
+    ],
+)
+def test_health_tells_by_its_exit_code(run, server, status, code, text):
+    server.health.set("redmux.v1.InferenceService", status)
+    assert run("health") == (code, f"{text}\n", "")
+    assert run("health", "--json") == (code, f'{{"health": "{text}"}}\n', "")
+
+
+def test_target_and_key_come_from_the_environment(run, server, target, monkeypatch):
+    monkeypatch.setenv("REDMUX_TARGET", target)
+    monkeypatch.setenv("REDMUX_API_KEY", "s3cret")
+    assert run("info", options=[])[0] == 0
+    assert server.calls[-1].metadata["authorization"] == "Bearer s3cret"
+    assert run("generate", "Hi", options=["--api-key", "other"])[0] == 0
+    assert server.calls[-1].metadata["authorization"] == "Bearer other"
+
+
+def test_ca_uses_tls(run, serve, server, tmp_path):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate = authority.issue_cert("localhost")
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    pair = (certificate.private_key_pem.bytes(), chain)
+    target = serve(server, grpc.ssl_server_credentials([pair]))
+    options = ["--target", target, "--ca", str(tmp_path / "ca.pem")]
+    assert run("info", options=options)[0] == 0
+    assert run("generate", "Hi", options=options)[:2] == (0, "Hello world\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["generate"],
+        ["generate", "Hi", "--max-tokens", "many"],
+        ["generate", "Hi", "--no-such-option"],
+        ["adapters"],
+        ["adapters", "put", "acme/a"],
+    ],
+    ids=str,
+)
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    assert main(arguments) == 2
+    assert "usage: redmux" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["--version"]], ids=str)
+def test_version_is_that_of_the_package(arguments, capsys):
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"redmux {redmux.__version__}\n"
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("serve", "generate", "adapters", "info", "health", "version"):
+        assert f"    {command} " in out
+    assert main(["adapters", "--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("list", "get", "put", "delete", "create", "convert", "show", "verify"):
+        assert f"    {command} " in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "function", "rest"),
+    [
+        (["serve", "--model", "x"], "redmux_server.cli", "serve", ["--model", "x"]),
+        (["adapters", "show", "--x", "f"], "redmux_adapters.cli", "main", ["show", "--x", "f"]),
+        (["adapters", "create", "-h"], "redmux_adapters.cli", "main", ["create", "-h"]),
+        (["adapters", "convert"], "redmux_adapters.cli", "main", ["convert"]),
+        (["adapters", "verify", "f"], "redmux_adapters.cli", "main", ["verify", "f"]),
+    ],
+    ids=str,
+)
+def test_tools_of_the_extras_parse_their_own_arguments(
+    monkeypatch, capsys, arguments, module, function, rest
+):
+    seen = []
+
+    def tool(argv):
+        seen.append(argv)
+        return 7
+
+    parent = types.ModuleType(module.partition(".")[0])
+    child = types.ModuleType(module)
+    setattr(child, function, tool)
+    monkeypatch.setitem(sys.modules, parent.__name__, parent)
+    monkeypatch.setitem(sys.modules, module, child)
+    assert main(arguments) == 7
+    assert seen == [rest]
+
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "pip install 'redmux[server]'" in err
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_is_exit_code_130_and_cancels_on_the_server(server, target):
+    server.script = server.first_then_silence
+    command = [sys.executable, "-m", "redmux", "generate", "Hi", "--target", target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(5) == b"Hello"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == b""
+    assert server.calls[0].has_ended.wait(10)
+
+
+def test_a_reader_that_goes_away_is_no_traceback(server, target):
+    server.info.model = "x" * 1_000_000
+    command = [sys.executable, "-m", "redmux", "info", "--target", target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(20) == 1
+        assert process.stderr.read() == b""

@@ -1,0 +1,59 @@
+from dataclasses import asdict, fields
+
+import pytest
+from grpc_health.v1 import health_pb2
+
+import redmux
+from redmux.v1 import admin_service_pb2
+
+READINESS = "redmux.v1.InferenceService"
+
+
+@pytest.mark.parametrize(
+    ("status", "health"),
+    [
+        (health_pb2.HealthCheckResponse.SERVING, "serving"),
+        (health_pb2.HealthCheckResponse.NOT_SERVING, "not_serving"),
+        (health_pb2.HealthCheckResponse.UNKNOWN, "unknown"),
+        (health_pb2.HealthCheckResponse.SERVICE_UNKNOWN, "unknown"),
+    ],
+)
+def test_health_is_that_of_the_inference_service(client, server, status, health):
+    server.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    server.health.set(READINESS, status)
+    assert client.health() == health
+
+
+def test_health_is_unknown_to_a_server_without_that_service(client):
+    assert client.health() == "unknown"
+
+
+def test_info_has_every_field_of_the_message(client, server):
+    server.info = admin_service_pb2.ServerInfo(
+        version="1.2.3",
+        model="HuggingFaceTB/SmolLM2-135M",
+        base_fingerprint="base-1",
+        architecture="llama",
+        device="cpu",
+        dtype="float32",
+        choices=["cpu: no accelerator", "float32: exact"],
+        bit_identical=True,
+        vocab_size=49_152,
+        max_context=2_048,
+        max_running=64,
+        max_batch_tokens=4_096,
+        max_queue=512,
+        kv_cache_tokens=65_536,
+        num_adapters=3,
+        num_running=2,
+        num_waiting=1,
+        uptime_s=12.5,
+    )
+    expected = {field.name: value for field, value in server.info.ListFields()}
+    expected["choices"] = tuple(server.info.choices)
+    assert asdict(client.info()) == expected
+
+
+def test_server_info_and_its_message_have_the_same_fields():
+    message = [field.name for field in admin_service_pb2.ServerInfo.DESCRIPTOR.fields]
+    assert [field.name for field in fields(redmux.ServerInfo)] == message
