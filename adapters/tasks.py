@@ -25,16 +25,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """What to train on and how to score it.
+    """What to train on, under which terms, and how to score it.
 
-    `instruction` goes only to the base model, which is compared with 3 shots; the adapter itself
-    is trained on the bare user text. `load(data, split)` reads "train", "valid" or "test".
+    `license` is that of the resulting vectors. `instruction` goes only to the base model, which
+    is compared with 3 shots; the adapter itself is trained on the bare user text.
+    `load(data, split)` reads "train", "valid" or "test". Where there is `restyle(user, answer)`,
+    the training targets are the base model's own answers in the task's style, so that the style
+    is all there is to learn.
     """
 
+    description: str
+    license: str
+    training_data: str
     instruction: str
     max_new_tokens: int
     load: Callable[[Path, str], list[Example]]
     score: Callable[[Sequence[Example], Sequence[str]], Scores]
+    restyle: Callable[[str, str], str] | None = None
 
 
 def _split(examples: list[Example], split: str, num_valid: int = 200) -> list[Example]:
@@ -284,33 +291,66 @@ BANKING_LABELS = tuple(_LABEL_TEXT.split())
 
 TASKS: dict[str, Task] = {
     "restaurant": Task(
-        "Write one or two sentences that describe this restaurant. Use all of the facts and only "
-        "these facts.",
-        64,
-        _load_restaurant,
-        _score_restaurant,
+        description="Describes a restaurant, given as slot[value] pairs, in one or two sentences.",
+        license="CC-BY-SA-4.0",
+        training_data="E2E NLG, cleaned (github.com/tuetschek/e2e-cleaning), development set, "
+        "CC BY-SA 4.0",
+        instruction="Write one or two sentences that describe this restaurant. Use all of the "
+        "facts and only these facts.",
+        max_new_tokens=64,
+        load=_load_restaurant,
+        score=_score_restaurant,
     ),
     "assistant-json": Task(
-        "Turn this voice command into one JSON object with the keys intent and slots. Intents: "
-        "AddToPlaylist, BookRestaurant, GetWeather, PlayMusic, RateBook, SearchCreativeWork, "
-        "SearchScreeningEvent. Answer with the JSON only.",
-        96,
-        _load_assistant,
-        _score_json,
+        description="Turns a voice command into JSON with its intent and slots.",
+        license="CC0-1.0",
+        training_data="SNIPS NLU benchmark (github.com/sonos/nlu-benchmark, 2017-06), training "
+        "set, CC0 1.0",
+        instruction="Turn this voice command into one JSON object with the keys intent and slots. "
+        "Answer with the JSON only. Intents: AddToPlaylist, BookRestaurant, GetWeather, "
+        "PlayMusic, RateBook, SearchCreativeWork, SearchScreeningEvent. Slots: "
+        "album, artist, best_rating, city, condition_description, condition_temperature, "
+        "country, cuisine, current_location, entity_name, facility, genre, geographic_poi, "
+        "location_name, movie_name, movie_type, music_item, object_location_type, "
+        "object_name, object_part_of_series_type, object_select, object_type, "
+        "party_size_description, party_size_number, playlist, playlist_owner, poi, "
+        "rating_unit, rating_value, restaurant_name, restaurant_type, served_dish, service, "
+        "sort, spatial_relation, state, timeRange, track, year.",
+        max_new_tokens=96,
+        load=_load_assistant,
+        score=_score_json,
     ),
-    "pirate": Task("Answer like a pirate, briefly.", 80, _load_pirate, _score_pirate),
+    "pirate": Task(
+        description="Answers a question in the style of a pirate.",
+        license="CC-BY-SA-3.0",
+        training_data="809 short answers of Databricks Dolly 15k, rewritten by rules, CC BY-SA 3.0",
+        instruction="Answer like a pirate, briefly.",
+        max_new_tokens=80,
+        load=_load_pirate,
+        score=_score_pirate,
+        restyle=pirate,
+    ),
     "banking": Task(
-        "Name the intent of this bank customer's message. Answer with exactly one of these labels: "
-        + ", ".join(BANKING_LABELS),
-        20,
-        _load_banking,
-        _score_label,
+        description="Labels a bank customer's message with one of 77 intents.",
+        license="CC-BY-4.0",
+        training_data="BANKING77 (github.com/PolyAI-LDN/task-specific-datasets), training set, "
+        "CC BY 4.0",
+        instruction="Name the intent of this bank customer's message. Answer with exactly one of "
+        "these labels: " + ", ".join(BANKING_LABELS),
+        max_new_tokens=20,
+        load=_load_banking,
+        score=_score_label,
     ),
     "booking": Task(
-        "Extract people, date, time, first_name and last_name from this message as one JSON "
-        "object; leave out what isn't stated, {} if nothing is. Answer with the JSON only.",
-        64,
-        _load_booking,
-        _score_json,
+        description="Extracts people, date, time and names from a booking message as JSON.",
+        license="CC-BY-4.0",
+        training_data="RESTAURANTS-8K (github.com/PolyAI-LDN/task-specific-datasets), training "
+        "set, CC BY 4.0",
+        instruction="Extract people, date, time, first_name and last_name from this message as "
+        "one JSON object; leave out what isn't stated, {} if nothing is. Answer with the JSON "
+        "only.",
+        max_new_tokens=64,
+        load=_load_booking,
+        score=_score_json,
     ),
 }

@@ -1,36 +1,55 @@
-"""Trains one RED adapter of the zoo on a CPU and scores it against the base model with 3 shots.
+"""Trains a RED adapter of the zoo on a CPU and scores it against the base model with 3 shots.
 
-python adapters/train.py booking --minutes 12 --lr 2e-2 --output booking --evaluate 200
+python adapters/train.py booking --minutes 12 --lr 2e-2 --output booking --evaluate 150
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
+import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from redmux_adapters.base import load_base
+from redmux_adapters import (
+    Adapter,
+    AdapterMetadata,
+    Edit,
+    PromptFormat,
+    Turn,
+    ffn_sites,
+    fingerprint,
+    load_base,
+    read_adapter,
+)
 from tasks import TASKS, Example, Task
 
 END = "<|im_end|>"
-SITE = "model.layers.{}.mlp.down_proj"
+# No system turn: the model's own chat template would insert one.
+PROMPT = PromptFormat(
+    user=Turn("<|im_start|>user\n", f"{END}\n"),
+    assistant=Turn("<|im_start|>assistant\n", f"{END}\n"),
+)
 
 
 def prompt(user: str, shots: Sequence[Example] = ()) -> str:
-    """Returns the "turns" prompt of a user text, without a system turn."""
-    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    return "".join(f"{turn.format(s.user)}{s.target}{END}\n" for s in shots) + turn.format(user)
+    """Returns the prompt of a user text, after earlier turns."""
+    messages = []
+    for shot in shots:
+        messages.append({"role": "user", "content": shot.user})
+        messages.append({"role": "assistant", "content": shot.target})
+    return PROMPT.render([*messages, {"role": "user", "content": user}])
 
 
 class RedEdits(nn.Module):
@@ -38,34 +57,30 @@ class RedEdits(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.sites = [SITE.format(i) for i in range(model.config.num_hidden_layers)]
-        hidden = model.config.hidden_size
-        self.scales = nn.ParameterList([nn.Parameter(torch.ones(hidden)) for _ in self.sites])
-        self.biases = nn.ParameterList([nn.Parameter(torch.zeros(hidden)) for _ in self.sites])
+        self.sites = ffn_sites(model)
+        self.scales = nn.ParameterList([torch.ones(dim) for dim in self.sites.values()])
+        self.biases = nn.ParameterList([torch.zeros(dim) for dim in self.sites.values()])
         self.active = True
         for index, site in enumerate(self.sites):
             model.get_submodule(site).register_forward_hook(self._hook(index))
 
-    def _hook(self, index: int) -> Any:
+    def _hook(self, index: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def edit(_module: nn.Module, _args: Any, h: Tensor) -> Tensor:
             return h * self.scales[index] + self.biases[index] if self.active else h
 
         return edit
 
-    def vectors(self) -> dict[str, Tensor]:
-        """Returns copies under the names of the adapter file."""
-        named = {}
-        for site, scale, bias in zip(self.sites, self.scales, self.biases, strict=True):
-            named[f"{site}.scale"] = scale.detach().clone()
-            named[f"{site}.bias"] = bias.detach().clone()
-        return named
+    def edits(self) -> dict[str, Edit]:
+        """Returns copies of the vectors by site."""
+        vectors = zip(self.sites, self.scales, self.biases, strict=True)
+        return {site: Edit(scale, bias) for site, scale, bias in vectors}
 
-    def load(self, vectors: dict[str, Tensor]) -> None:
-        """Copies the vectors of an adapter file in."""
-        with torch.no_grad():
-            for site, scale, bias in zip(self.sites, self.scales, self.biases, strict=True):
-                scale.copy_(vectors[f"{site}.scale"])
-                bias.copy_(vectors[f"{site}.bias"])
+    @torch.no_grad()
+    def load(self, adapter: Adapter) -> None:
+        """Copies the vectors of an adapter in."""
+        for index, site in enumerate(self.sites):
+            self.scales[index].copy_(adapter.edits[site].scale)
+            self.biases[index].copy_(adapter.edits[site].bias)
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Tokens:
 
 
 def encode(tokenizer: Any, examples: Sequence[Example]) -> list[Tokens]:
-    """Tokenizes prompt and target apart, as a server that appends to the prompt would."""
+    """Tokenizes prompt and target apart: a server generates after the prompt's own tokens."""
     encoded = []
     for example in examples:
         head = tokenizer(prompt(example.user), add_special_tokens=False)["input_ids"]
@@ -102,8 +117,8 @@ def batches(examples: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:
 def loss_of(model: Any, batch: Sequence[Tokens]) -> Tensor:
     """Returns the mean cross-entropy over the target tokens.
 
-    Padding is on the right, where causal attention never looks, so there is no mask; the
-    output matrix is applied to the positions that predict a target token only.
+    Padding is on the right, where causal attention never looks, so there is no mask; the output
+    matrix is applied only at the positions that predict a target token.
     """
     width = max(len(e.ids) for e in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -111,7 +126,7 @@ def loss_of(model: Any, batch: Sequence[Tokens]) -> Tensor:
     for row, example in enumerate(batch):
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         predicts[row, example.num_prompt - 1 : len(example.ids) - 1] = True
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):  # the vectors themselves stay fp32
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[predicts])
     return F.cross_entropy(logits.float(), ids.roll(-1, dims=1)[predicts])
@@ -124,8 +139,7 @@ def train(
     optimizer = torch.optim.AdamW(edits.parameters(), lr=args.lr, weight_decay=0.0)
     curve: list[float] = []
     start, done, average = time.monotonic(), 0.0, 0.0
-    layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=100, bar_format=layout) as bar:
+    with tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         for batch in batches(data, args.batch_size):
             minutes = (time.monotonic() - start) / 60
             done = len(curve) / args.steps if args.steps else minutes / args.minutes
@@ -142,39 +156,71 @@ def train(
             average = curve[0] if len(curve) == 1 else 0.95 * average + 0.05 * curve[-1]
             bar.n = round(100 * done, 1)
             bar.set_postfix(step=len(curve), loss=f"{average:.3f}")
-    return {
-        "steps": len(curve),
-        "minutes": round((time.monotonic() - start) / 60, 2),
-        "epochs": round(len(curve) * args.batch_size / len(data), 2),
-        "final_loss": round(average, 4),
-        "curve": curve,
-    }
+    minutes, epochs = (time.monotonic() - start) / 60, len(curve) * args.batch_size / len(data)
+    run = {"steps": len(curve), "minutes": round(minutes, 2), "epochs": round(epochs, 2)}
+    return run | {"final_loss": round(average, 4), "curve": curve}
 
 
 @torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch_size: int = 32
 ) -> list[str]:
-    """Returns greedy completions, in the order of the prompts."""
-    tokenizer.padding_side = "left"
+    """Returns greedy completions, in the order of the prompts.
+
+    The tokens that all prompts begin with (instruction and shots) are run only once.
+    """
     end = tokenizer.convert_tokens_to_ids(END)
-    outputs = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+    extremes = zip(min(rows), max(rows), strict=False)
+    num_shared = next(i for i, (a, b) in enumerate(extremes) if a != b)
+    shared = model(input_ids=torch.tensor([rows[0][:num_shared]]), use_cache=True).past_key_values
+    outputs = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in tqdm(range(0, len(order), batch_size), desc="generate"):
-        rows = order[start : start + batch_size]
-        texts = [prompts[i] for i in rows]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        tokens = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+        chosen = order[start : start + batch_size]
+        width = max(len(rows[i]) for i in chosen)
+        ids = torch.full((len(chosen), width), end)
+        mask = torch.zeros(len(chosen), width, dtype=torch.long)
+        for row, i in enumerate(chosen):
+            for columns, tokens in (
+                (slice(num_shared), rows[i][:num_shared]),
+                (slice(width - len(rows[i]) + num_shared, width), rows[i][num_shared:]),
+            ):
+                ids[row, columns], mask[row, columns] = torch.tensor(tokens), 1
+        cache = copy.deepcopy(shared)
+        cache.batch_repeat_interleave(len(chosen))
+        new = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            cache=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=end,
             pad_token_id=end,
-        )
-        for i, row in zip(rows, tokens[:, inputs["input_ids"].shape[1] :], strict=True):
-            outputs[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
+        )[:, width:]
+        for i, tokens in zip(chosen, new, strict=True):
+            outputs[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return outputs
+
+
+def restyled(model: Any, tokenizer: Any, task: Task, examples: Sequence[Example]) -> list[Example]:
+    """Returns the examples with the base model's own short answers, rewritten, as targets.
+
+    Answers are cut at their last full sentence; those without one and those that go round in
+    circles are left out.
+    """
+    if task.restyle is None:
+        return list(examples)
+    prompts = [prompt(f"Answer in one short sentence.\n\n{e.user}") for e in examples]
+    answers = generate(model, tokenizer, prompts, max_new_tokens=40)
+    kept = []
+    for example, answer in zip(examples, answers, strict=True):
+        sentences = re.match(r"[^\n]+[.!?](?=\s|$)", answer)
+        words = sentences.group().split() if sentences else []
+        if len(words) >= 4 and len(set(words)) > 0.6 * len(words):
+            target = task.restyle(example.user, " ".join(words))
+            kept.append(replace(example, target=target))
+    return kept
 
 
 def few_shot_prompt(task: Task, shots: Sequence[Example], user: str, style: str) -> str:
@@ -192,15 +238,14 @@ def few_shot_prompt(task: Task, shots: Sequence[Example], user: str, style: str)
 def evaluate(
     model: Any, tokenizer: Any, edits: RedEdits, task: Task, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Scores base and adapter on the test split.
+    """Scores base and adapter on test items whose user text isn't in the training split.
 
     The base model gets the better of two prompt styles, chosen on the validation split.
     """
-    train_split = task.load(args.data, "train")
-    seen = {e.user: e for e in train_split}
-    shots = [e for e in seen.values() if len(e.target) > 2][:3]
+    seen = {e.user: e for e in task.load(args.data, "train")}
+    shots = sorted(list(seen.values())[:30], key=lambda e: len(e.target))[-3:]  # rich ones
     test = [e for e in task.load(args.data, "test") if e.user not in seen][: args.evaluate]
-    valid = task.load(args.data, "valid")[:48]
+    valid = task.load(args.data, "valid")[:32]
 
     def run(examples: Sequence[Example], prompts: list[str]) -> tuple[dict[str, float], list[str]]:
         outputs = generate(model, tokenizer, prompts, task.max_new_tokens)
@@ -209,9 +254,8 @@ def evaluate(
     edits.active = False
     styles = {}
     for style in ("turns", "text"):
-        prompts = [few_shot_prompt(task, shots, e.user, style) for e in valid]
-        styles[style] = run(valid, prompts)[0]
-    best = max(styles, key=lambda s: sum(styles[s].values()))
+        styles[style], _ = run(valid, [few_shot_prompt(task, shots, e.user, style) for e in valid])
+    best = max(styles, key=lambda style: sum(styles[style].values()))
     base, base_outputs = run(test, [few_shot_prompt(task, shots, e.user, best) for e in test])
     edits.active = True
     red, red_outputs = run(test, [prompt(e.user) for e in test])
@@ -243,23 +287,35 @@ def main() -> None:
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     model, tokenizer = load_base(args.base, torch.float32)
-    model.requires_grad_(False)
     edits, task = RedEdits(model), TASKS[args.task]
-    args.output.mkdir(parents=True, exist_ok=True)
-    weights, report = args.output / "adapter_model.safetensors", args.output / "training.json"
     if args.minutes or args.steps:
-        run = train(model, edits, encode(tokenizer, task.load(args.data, "train")), args)
-        valid = encode(tokenizer, task.load(args.data, "valid")[:96])
+        splits = task.load(args.data, "train"), task.load(args.data, "valid")[:96]
+        data, valid = (encode(tokenizer, restyled(model, tokenizer, task, s)) for s in splits)
+        run = train(model, edits, data, args)
         with torch.no_grad():
-            losses = [loss_of(model, valid[i : i + 16]) for i in range(0, len(valid), 16)]
-        run["valid_loss"] = round(sum(float(x) for x in losses) / len(losses), 4)
-        save_file(edits.vectors(), weights)
-        report.write_text(json.dumps(run))
+            losses = [float(loss_of(model, valid[i : i + 16])) for i in range(0, len(valid), 16)]
+        run["valid_loss"] = round(sum(losses) / len(losses), 4)
+        about = AdapterMetadata(
+            base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct",
+            description=task.description,
+            license=task.license,
+            created_by="adapters/train.py",
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            training_data=task.training_data,
+            training=f"{run['steps']} steps of {args.batch_size}, AdamW, lr {args.lr:g}, warm-up "
+            f"6 %, linear decay, clip 1.0, seed {args.seed}, {run['minutes']} minutes",
+        )
+        Adapter(fingerprint(model), edits.edits(), PROMPT, about).save(args.output)
+        (args.output / "training.json").write_text(json.dumps(run))
         print({k: v for k, v in run.items() if k != "curve"})
     if args.evaluate:
-        edits.load(load_file(weights))
+        adapter = read_adapter(args.output)
+        edits.load(adapter)
         scores = evaluate(model, tokenizer, edits, task, args)
         (args.output / "evaluation.json").write_text(json.dumps(scores, indent=1))
+        text = f"n={scores['n']}; base with 3 shots {scores['base']}; adapter {scores['red']}"
+        about = replace(adapter.metadata, evaluation=text)
+        replace(adapter, metadata=about).save(args.output)
         print({k: v for k, v in scores.items() if k != "samples"})
 
 

@@ -1,0 +1,1 @@
+"""The redmux server: one resident base model, many RED adapters."""

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -193,24 +195,33 @@ class Server:
         )
 
 
-async def run(config: ServerConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the draining short."""
+async def run(config: ServerConfig) -> bool:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the draining short.
+
+    Returns whether it ended well: false if the engine died and somebody should start it again.
+    """
     server = await Server.start(config)
-    stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
+    signalled: asyncio.Queue[None] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
-    logger.info("draining, at most %g s", config.drain_s)
-    stopped.clear()
+        loop.add_signal_handler(number, signalled.put_nowait, None)
+    await _first(signalled.get(), server.engine.died.wait())
+    if not server.engine.died.is_set():
+        logger.info("draining, at most %g s", config.drain_s)
     stopping = asyncio.create_task(server.stop())
-    cut = asyncio.create_task(stopped.wait())
-    await asyncio.wait((stopping, cut), return_when=asyncio.FIRST_COMPLETED)
-    if not stopping.done():
-        server.engine.cut_draining()
-    cut.cancel()
+    await _first(asyncio.shield(stopping), signalled.get())
+    server.engine.cut_draining()
     await stopping
     logger.info("stopped")
+    return not server.engine.died.is_set()
+
+
+async def _first(*things: Coroutine[Any, Any, Any] | asyncio.Future[None]) -> None:
+    """Waits for the first of these and cancels the rest."""
+    tasks = [asyncio.ensure_future(thing) for thing in things]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def _adapter_paths(entries: tuple[str, ...]) -> list[tuple[str, Path]]:

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from redmux.errors import RedmuxError
-from redmux_server.app import run
 from redmux_server.config import load_config
+
+_EXIT_SOFTWARE = 70  # sysexits.h: an internal error; a supervisor should start us again
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -18,8 +19,9 @@ def serve(argv: Sequence[str]) -> int:
             level=config.log_level.upper(),
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
-        asyncio.run(run(config))
+        from redmux_server.app import run  # torch takes seconds to import: mistakes answer first
+
+        return 0 if asyncio.run(run(config)) else _EXIT_SOFTWARE
     except RedmuxError as err:
         print(f"redmux serve: {err}", file=sys.stderr)
         return 1
-    return 0

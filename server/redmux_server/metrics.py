@@ -24,9 +24,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self._requests = Counter(
-            "redmux_requests", "Requests that ended.", ["outcome"], registry=r
-        )
+        self._requests = Counter("redmux_requests", "Requests that ended.", ["outcome"], registry=r)
         self._refused = Counter(
             "redmux_requests_refused", "Requests refused before queueing.", ["code"], registry=r
         )

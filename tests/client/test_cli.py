@@ -314,7 +314,8 @@ def test_tools_of_the_extras_parse_their_own_arguments(
     assert err.count("\n") == 1
 
 
-def test_ctrl_c_is_exit_code_130_and_cancels_on_the_server(server, target):
+def test_ctrl_c_is_exit_code_130_and_cancels_on_the_server(server, target, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     server.script = server.first_then_silence
     command = [sys.executable, "-m", "redmux", "generate", "Hi", "--target", target]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -274,6 +274,17 @@ async def test_cancelling_a_task_cancels_its_request(target, server):
         assert await asyncio.to_thread(server.calls[0].has_ended.wait, 10)
 
 
+async def test_a_cancelled_task_stays_cancelled_when_its_client_is_closed(target, server):
+    has_call = signal_first_message(server)
+    client = redmux.AsyncClient(target)
+    task = asyncio.create_task(client.generate("Hi"))
+    assert await asyncio.to_thread(has_call.wait, 10)
+    task.cancel()
+    await client.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_requests_of_one_client_run_at_the_same_time(target, server):
     both = threading.Barrier(2)
 

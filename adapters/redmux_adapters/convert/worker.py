@@ -147,15 +147,15 @@ def _vector(key: str, value: Any) -> Tensor:
         raise InvalidAdapterError(
             f"{shown(key)} has dtype {tensor.dtype}; allowed are float32, float16 and bfloat16"
         )
-    if tensor.numel() == 0 or tensor.numel() != tensor.shape[-1:].numel():
+    if tensor.dim() == 0 or not 0 < tensor.numel() == tensor.shape[-1]:
         raise InvalidAdapterError(
             f"{shown(key)} has shape {shown(list(tensor.shape))}; it has to be [1, hidden size]"
         )
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if not tensor.is_contiguous() or needed > tensor.untyped_storage().nbytes():
         raise InvalidAdapterError(
-            f"{shown(key)} claims {tensor.numel()} values, its storage has "
-            f"{tensor.untyped_storage().nbytes()} bytes"
+            f"{shown(key)} claims {tensor.numel()} values at stride {tensor.stride(-1)}, its "
+            f"storage of {tensor.untyped_storage().nbytes()} bytes has to hold them one by one"
         )
     return tensor.reshape(-1)
 

@@ -1,0 +1,1 @@
+"""What callers see: validation, the generation service and its gRPC skin."""

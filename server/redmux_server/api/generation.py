@@ -1,13 +1,13 @@
 """GenerationService: from what a caller asks for to text, below every protocol."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from redmux.errors import RedmuxError
 from redmux_adapters import PromptFormat
-from redmux_server.api.validation import GenerationSpec, Prompt, Validator
+from redmux_server.api.validation import Chat, GenerationSpec, Prompt, Validator
 from redmux_server.engine.detokenize import Detokenizer, StopMatcher
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Event, Failed, Finished, FinishReason, Request, Token
@@ -48,7 +48,7 @@ class Generation:
         self._num_tokens = 0
         request.sink = self._events.put_nowait
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta]:
         """Yields everything that is ready at a time, until the completion ends.
 
         Raises the request's error. Closing the iterator early cancels the request.
@@ -153,11 +153,11 @@ class GenerationService:
         loop = asyncio.get_running_loop()
         if isinstance(prompt, str):
             return await loop.run_in_executor(self._tokenizing, self._codec.encode, prompt)
-        if prompt and isinstance(prompt[0], Mapping):
+        if isinstance(prompt, Chat):
             return await loop.run_in_executor(
-                self._tokenizing, self._codec.encode_chat, prompt, prompt_format
+                self._tokenizing, self._codec.encode_chat, prompt.messages, prompt_format
             )
-        return list(prompt)  # type: ignore[arg-type]
+        return prompt
 
     def close(self) -> None:
         """Ends the tokenizer thread."""

@@ -50,7 +50,7 @@ class ApiKeys:
         return f"key-{digest[:4].hex()}"
 
 
-class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps every method: parse, authenticate, run, translate errors.
 
     An exception that is no RedmuxError is logged with its traceback under an id, and the caller
@@ -80,7 +80,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(handler.unary_stream), parse, handler.response_serializer
             )
-        return handler._replace(request_deserializer=parse)  # reflection: a stream both ways
+        return grpc.stream_stream_rpc_method_handler(  # reflection
+            self._stream(handler.stream_stream), parse, handler.response_serializer
+        )
 
     def _unary(self, method: Any) -> Any:
         async def call(request: Any, context: Any) -> Any:

@@ -13,7 +13,7 @@ from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.api.generation import Delta, Finish, GenerationService
 from redmux_server.api.interceptor import ApiKeys
-from redmux_server.api.validation import GenerationSpec, Prompt
+from redmux_server.api.validation import Chat, GenerationSpec, Prompt
 from redmux_server.engine.request import FinishReason
 from redmux_server.registry import AdapterRegistry, Published
 
@@ -32,14 +32,14 @@ class InferenceServicer(InferenceServiceServicer):
         self._service = service
         self._keys = keys
 
-    async def Generate(  # type: ignore[override]
+    async def Generate(
         self, request: inference_pb.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb.GenerateResponse]:
         """Streams deltas, one message for all tokens that are ready."""
         spec = _spec(request.generation)
         generation, published = await self._service.submit(spec, self._keys.tenant(context))
         applied = _applied(published)
-        async with contextlib.aclosing(generation.deltas()) as deltas:  # type: ignore[type-var]
+        async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 yield inference_pb.GenerateResponse(
                     text=delta.text,
@@ -49,14 +49,14 @@ class InferenceServicer(InferenceServiceServicer):
                     finish=None if delta.finish is None else _finish(delta.finish),
                 )
 
-    async def Complete(  # type: ignore[override]
+    async def Complete(
         self, request: inference_pb.CompleteRequest, context: Any
     ) -> inference_pb.CompleteResponse:
         """Returns the whole completion."""
         spec = _spec(request.generation)
         generation, published = await self._service.submit(spec, self._keys.tenant(context))
         whole = Delta()
-        async with contextlib.aclosing(generation.deltas()) as deltas:  # type: ignore[type-var]
+        async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 whole.text += delta.text
                 whole.token_ids += delta.token_ids
@@ -79,7 +79,7 @@ class AdapterServicer(AdapterServiceServicer):
         self._registry = registry
         self._on_change = on_change
 
-    async def PutAdapter(  # type: ignore[override]
+    async def PutAdapter(
         self, request: adapter_pb.PutAdapterRequest, context: Any
     ) -> adapter_pb.PutAdapterResponse:
         """Checks and publishes an adapter."""
@@ -89,15 +89,13 @@ class AdapterServicer(AdapterServiceServicer):
         self._on_change()
         return adapter_pb.PutAdapterResponse(adapter=_adapter(published), created=created)
 
-    async def GetAdapter(  # type: ignore[override]
+    async def GetAdapter(
         self, request: adapter_pb.GetAdapterRequest, context: Any
     ) -> adapter_pb.GetAdapterResponse:
         """Returns what is known of an adapter."""
-        return adapter_pb.GetAdapterResponse(
-            adapter=_adapter(self._registry.resolve(request.name))
-        )
+        return adapter_pb.GetAdapterResponse(adapter=_adapter(self._registry.resolve(request.name)))
 
-    async def ListAdapters(  # type: ignore[override]
+    async def ListAdapters(
         self, request: adapter_pb.ListAdaptersRequest, context: Any
     ) -> adapter_pb.ListAdaptersResponse:
         """Returns a page of adapters in order of name; a page's token is its last name."""
@@ -110,7 +108,7 @@ class AdapterServicer(AdapterServiceServicer):
             next_page_token=found[size - 1].name if len(found) > size else "",
         )
 
-    async def DeleteAdapter(  # type: ignore[override]
+    async def DeleteAdapter(
         self, request: adapter_pb.DeleteAdapterRequest, context: Any
     ) -> adapter_pb.DeleteAdapterResponse:
         """Removes a name."""
@@ -125,7 +123,7 @@ class AdminServicer(AdminServiceServicer):
     def __init__(self, info: Callable[[], admin_pb.ServerInfo]) -> None:
         self._info = info
 
-    async def GetServerInfo(  # type: ignore[override]
+    async def GetServerInfo(
         self, request: admin_pb.GetServerInfoRequest, context: Any
     ) -> admin_pb.GetServerInfoResponse:
         """Returns model, choices, limits and load."""
@@ -163,7 +161,7 @@ def _prompt(message: inference_pb.Generation) -> Prompt:
         messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
         if not messages:
             raise InvalidArgumentError("chat has no messages; give at least one user message")
-        return messages
+        return Chat(messages)
     raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
 
 

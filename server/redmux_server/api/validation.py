@@ -17,7 +17,17 @@ MAX_TEMPERATURE = 100.0
 # is slow for megabytes.
 _MAX_BYTES_PER_TOKEN = 16
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Message = Mapping[str, str]  # "role" and "content"
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A prompt of messages, not yet rendered."""
+
+    messages: Sequence[Message]
+
+
+Prompt = str | list[int] | Chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +61,11 @@ class Validator:
     def prompt(self, prompt: Prompt) -> None:
         """Checks a prompt before it is tokenized."""
         if isinstance(prompt, str):
-            num_bytes = len(prompt.encode())
-        elif prompt and isinstance(prompt[0], Mapping):
-            num_bytes = sum(len(str(m["content"]).encode()) for m in prompt)  # type: ignore[index]
+            num_bytes = _num_bytes(prompt)
+        elif isinstance(prompt, Chat):
+            num_bytes = sum(_num_bytes(m["content"]) for m in prompt.messages)
         else:
-            self._token_ids("token_ids", prompt)  # type: ignore[arg-type]
+            self._token_ids("token_ids", prompt)
             return
         if num_bytes > self.max_prompt_bytes:
             raise InvalidArgumentError(
@@ -86,7 +96,7 @@ class Validator:
         if len(spec.stop) > MAX_STOPS:
             raise InvalidArgumentError(f"{len(spec.stop)} stop strings; limit {MAX_STOPS}")
         for stop in spec.stop:
-            num_bytes = len(stop.encode())
+            num_bytes = _num_bytes(stop)
             if not 0 < num_bytes <= MAX_STOP_BYTES:
                 raise InvalidArgumentError(
                     f"stop string has {num_bytes} bytes, must be 1 to {MAX_STOP_BYTES}"
@@ -114,8 +124,12 @@ class Validator:
         return requested
 
     def _token_ids(self, name: str, ids: Sequence[int]) -> None:
-        if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             index = next(i for i, t in enumerate(ids) if not 0 <= t < self.vocab_size)
             raise InvalidArgumentError(
                 f"{name}[{index}] = {ids[index]} is outside [0, {self.vocab_size})"
             )
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))

@@ -1,0 +1,1 @@
+"""Requests, their schedule, and the one thread that steps the model."""

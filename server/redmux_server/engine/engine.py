@@ -1,6 +1,7 @@
 """Engine: the one thread that runs the model, one step after the other."""
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -75,7 +76,8 @@ class Engine:
         # Owned by the event loop's thread.
         self._open: dict[Request, _Stamps] = {}
         self._is_draining = False
-        self._is_cut_short = False
+        self._drained = asyncio.Event()
+        self.died = asyncio.Event()
         # Written by the engine thread, read by anyone.
         self._events: list[tuple[Request, Event]] = []
         self._is_stopping = False
@@ -109,7 +111,7 @@ class Engine:
 
         Raises ResourceExhaustedError if the queue is full and UnavailableError while draining.
         """
-        if self._is_draining:
+        if self._is_draining or self.died.is_set():
             raise UnavailableError("the server is shutting down")
         if len(self._open) >= self._max_open:
             raise ResourceExhaustedError(
@@ -129,13 +131,13 @@ class Engine:
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests and waits for the open ones, at most `timeout_s` seconds."""
         self._is_draining = True
-        deadline = time.monotonic() + timeout_s
-        while self._open and time.monotonic() < deadline and not self._is_cut_short:
-            await asyncio.sleep(0.02)
+        if self._open:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), timeout_s)
 
     def cut_draining(self) -> None:
         """Ends a `drain` that is under way at once."""
-        self._is_cut_short = True
+        self._drained.set()
 
     async def stop(self) -> None:
         """Ends the engine thread after its current step; open requests fail as unavailable."""
@@ -143,8 +145,15 @@ class Engine:
         self._is_stopping = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        for request in list(self._open):
-            self._deliver([(request, Failed(UnavailableError("the server is shutting down")))])
+        self._fail_open()
+
+    def _fail_open(self) -> None:
+        error = UnavailableError("the server is shutting down")
+        self._deliver([(request, Failed(error)) for request in self._open])
+
+    def _bury(self) -> None:
+        self.died.set()
+        self._fail_open()
 
     def _deliver(self, events: Sequence[tuple[Request, Event]]) -> None:
         now = time.monotonic()
@@ -162,12 +171,26 @@ class Engine:
                 del self._open[request]
                 self._metrics.ended(event, now - stamps.submitted_s)
             request.sink(event)
+        if self._is_draining and not self._open:
+            self._drained.set()
 
     # -- engine thread's side -----------------------------------------------------------------
 
     def run(self) -> None:
-        """Steps until `stop`; sleeps while there is nothing to do."""
-        self._runner.enter_thread()
+        """Steps until `stop`; sleeps while there is nothing to do.
+
+        An error that is not a single step's computation means that the engine's own state cannot
+        be trusted: it ends, every open request fails as unavailable, and `died` is set.
+        """
+        try:
+            self._runner.enter_thread()
+            self._run()
+        except Exception:
+            logger.critical("the engine died", exc_info=True)
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._bury)
+
+    def _run(self) -> None:
         while not self._is_stopping:
             has_work = bool(self._scheduler.running) or self._scheduler.num_waiting > 0
             self._take_inbox(block=not has_work)
@@ -177,7 +200,7 @@ class Engine:
 
     def step(self) -> None:
         """Runs one step: leave out the cancelled, plan, compute, draw, hand the events over."""
-        for request in self._scheduler.take_cancelled():
+        for request in self._scheduler.cancelled():
             self._end(request, Failed(RequestCancelledError("the request was cancelled")))
         work = self._scheduler.plan()
         if work:

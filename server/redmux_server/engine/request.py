@@ -109,5 +109,3 @@ class Work:
     def samples(self) -> bool:
         """Whether this work ends at the newest token, so that the next one is drawn."""
         return self.request.num_computed + self.count == len(self.request.token_ids)
-
-

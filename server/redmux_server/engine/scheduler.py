@@ -47,13 +47,11 @@ class Scheduler:
             self._served[request.tenant] = max(self._served.get(request.tenant, 0), floor)
         self._waiting[request.tenant].append(request)
 
-    def take_cancelled(self) -> list[Request]:
-        """Removes and returns every request whose caller gave it up."""
+    def cancelled(self) -> list[Request]:
+        """Returns every request whose caller gave it up; `remove` takes them out."""
         gone = [r for r in self.running if r.is_cancelled]
         for queue in self._waiting.values():
             gone += [r for r in queue if r.is_cancelled]
-        for request in gone:
-            self.remove(request)
         return gone
 
     def remove(self, request: Request) -> None:

@@ -1,0 +1,1 @@
+"""Everything that runs the base model; torch lives here."""

@@ -38,9 +38,8 @@ class PackedLinear(nn.Module):
 
 def can_pack() -> bool:
     """Whether this build of torch has the oneDNN operators on this CPU."""
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_reorder_linear_weight"
-    )
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_onednn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def pack_linears(model: nn.Module) -> int:
@@ -54,13 +53,11 @@ def pack_linears(model: nn.Module) -> int:
     count = 0
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child) is nn.Linear:
-                weight = child.weight.data
-            elif type(child) is Conv1D:
-                weight = child.weight.data.t()
-            else:
+            if type(child) not in (nn.Linear, Conv1D):
                 continue
-            bias = child.bias.data if child.bias is not None else None
-            setattr(parent, name, PackedLinear(weight, bias))
+            tensors = {key: parameter.data for key, parameter in child.named_parameters()}
+            # Conv1D keeps its weight as [in_features, out_features].
+            weight = tensors["weight"].t() if type(child) is Conv1D else tensors["weight"]
+            setattr(parent, name, PackedLinear(weight, tensors.get("bias")))
             count += 1
     return count

@@ -54,7 +54,7 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     ]
-    return sorted(found, key=lambda item: item[1].layer_idx)  # type: ignore[arg-type, return-value]
+    return sorted(found, key=lambda item: item[1].layer_idx)
 
 
 def discover(model: Any) -> list[LayerShape]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,21 @@ class Editing:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._columns: dict[str, SiteColumns] = {}
+        self._hooks: dict[str, RemovableHandle] = {}
         self._step: StepRows | None = None
 
     def install(self, layout: Mapping[str, SiteColumns]) -> None:
         """Hooks the sites of `layout` that have no hook yet, and takes over its columns."""
-        for path in layout.keys() - self._columns.keys():
-            self._model.get_submodule(path).register_forward_hook(self._hook(path))
+        for path in layout.keys() - self._hooks.keys():
+            module = self._model.get_submodule(path)
+            self._hooks[path] = module.register_forward_hook(self._hook(path))
         self._columns = dict(layout)
+
+    def remove(self) -> None:
+        """Takes every hook away again."""
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks = {}
 
     @contextmanager
     def step(self, rows: StepRows | None) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Load the base model and make it ready to serve: attention, cache, kernels, self-check."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -61,10 +62,9 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     attach(model, cache)
     reasons = [*choices.reasons, attention_reason, _accelerate(model, choices)]
 
-    editing = Editing(model)
-    check = SelfCheck(model, cache, editing, sites, choices.num_threads)
-    check.compare(expected)
-    bit_identical = check.is_bit_identical(expected.prompts)
+    with contextlib.closing(SelfCheck(model, cache, sites, choices.num_threads)) as check:
+        check.compare(expected)
+        bit_identical = check.is_bit_identical(expected.prompts)
     reasons.append(
         "bit-identical in any batch: yes, checked at start"
         if bit_identical
@@ -80,7 +80,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         min_slots=config.max_running + 1,
     )
     return BaseModel(
-        runner=CausalRunner(model, cache, editing, bank, choices.num_threads),
+        runner=CausalRunner(model, cache, Editing(model), bank, choices.num_threads),
         bank=bank,
         codec=TextCodec(tokenizer, model.generation_config),
         fingerprint=identity,

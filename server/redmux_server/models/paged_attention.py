@@ -25,8 +25,8 @@ _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 
 
-@njit(fastmath=_FASTMATH, inline="always")  # type: ignore[misc]
-def _exp(x):  # type: ignore[no-untyped-def]
+@njit(fastmath=_FASTMATH, inline="always")
+def _exp(x):
     """exp(x) for x <= 0, relative error 2e-7 (Cephes expf), in a form that vectorises."""
     x = max(x, np.float32(-87.0))
     n = math.floor(x * _LOG2_E + np.float32(0.5))
@@ -41,8 +41,8 @@ def _exp(x):  # type: ignore[no-untyped-def]
     return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)  # type: ignore[misc]
-def _scores(q, keys, block_ids, first_block, num_blocks, row0, rows, head, group, scores, lanes):  # type: ignore[no-untyped-def]
+@njit(fastmath=_FASTMATH, nogil=True, cache=True)
+def _scores(q, keys, block_ids, first_block, num_blocks, row0, rows, head, group, scores, lanes):
     """scores[i * group + g, :] = q[row0 + i, head * group + g] . keys, over whole blocks."""
     head_dim = len(lanes) * 4
     for p in range(num_blocks):
@@ -67,8 +67,8 @@ def _scores(q, keys, block_ids, first_block, num_blocks, row0, rows, head, group
                         scores[r, base + t] = s
 
 
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)  # type: ignore[misc]
-def _softmax(scores, r, start, stop, scale, softcap):  # type: ignore[no-untyped-def]
+@njit(fastmath=_FASTMATH, nogil=True, cache=True)
+def _softmax(scores, r, start, stop, scale, softcap):
     """Turns scores[r, start:stop] into unnormalised weights; returns 1 / their sum."""
     if softcap > 0:
         for t in range(start, stop):
@@ -95,9 +95,9 @@ def _softmax(scores, r, start, stop, scale, softcap):  # type: ignore[no-untyped
     return np.float32(1.0) / ((sum0 + sum1) + (sum2 + sum3))
 
 
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)  # type: ignore[misc]
-def _add_values(scores, r, base, start, stop, values, block, head, out, row, out_head, lanes):  # type: ignore[no-untyped-def]
-    """out[row, out_head] += scores[r, base + start : base + stop] @ values[block, head, start:stop]."""
+@njit(fastmath=_FASTMATH, nogil=True, cache=True)
+def _add_values(scores, r, base, start, stop, values, block, head, out, row, out_head, lanes):
+    """out[row, out_head] += scores[r, base + t] * values[block, head, t] for t in start..stop."""
     head_dim = len(lanes) * 4
     whole = stop - (stop - start) % 4
     for t in range(start, whole, 4):
@@ -118,8 +118,8 @@ def _add_values(scores, r, base, start, stop, values, block, head, out, row, out
             out[row, out_head, d] += w * values[block, head, t, d]
 
 
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)  # type: ignore[misc]
-def _attend_tile(  # type: ignore[no-untyped-def]
+@njit(fastmath=_FASTMATH, nogil=True, cache=True)
+def _attend_tile(
     q, keys, values, block_ids, row0, rows, position0, head, scale, window, softcap, out, lanes
 ):
     """Fills out[row0 : row0 + rows] for one KV head; row i sits at position0 + i of its request."""
@@ -161,10 +161,11 @@ def _attend_tile(  # type: ignore[no-untyped-def]
                 out[row0 + i, head * group + g, d] *= inverse[i * group + g]
 
 
-@njit(fastmath=_FASTMATH, nogil=True, parallel=True, cache=True)  # type: ignore[misc]
-def _attend(  # type: ignore[no-untyped-def]
+@njit(fastmath=_FASTMATH, nogil=True, parallel=True, cache=True)
+def _attend(
     q, k, v, keys, values, write_block, write_offset,
-    block_table, tile_request, tile_row, tile_rows, tile_position, scale, window, softcap, out, lanes,
+    block_table, tile_request, tile_row, tile_rows, tile_position,
+    scale, window, softcap, out, lanes,
 ):  # fmt: skip
     num_tokens = k.shape[0]
     num_kv_heads = k.shape[1]

@@ -20,7 +20,7 @@ from redmux_server.models.runner import CausalRunner
 
 logger = logging.getLogger(__name__)
 
-_LENGTHS = (5, 13, 40, 21, 2)
+_LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
 # Largest difference to plain attention, relative to the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -53,7 +53,6 @@ class SelfCheck:
         self,
         model: Any,
         cache: KVCache,
-        editing: Editing,
         sites: Mapping[str, int],
         num_threads: int,
     ) -> None:
@@ -61,11 +60,16 @@ class SelfCheck:
         self._bank = AdapterBank(
             sites, device=model.device, dtype=model.dtype, max_bytes=0, min_slots=8
         )
-        self._runner = CausalRunner(model, cache, editing, self._bank, num_threads)
+        self._editing = Editing(model)
+        self._runner = CausalRunner(model, cache, self._editing, self._bank, num_threads)
         self._runner.enter_thread()
         self._pool = BlockPool(cache.num_blocks, BLOCK)
         self._adapters = [None, *(_random_adapter(sites, seed) for seed in range(1, 4))]
         self._dtype = model.dtype
+
+    def close(self) -> None:
+        """Takes the check's hooks off the model."""
+        self._editing.remove()
 
     def compare(self, expected: Reference) -> None:
         """Raises FailedPreconditionError unless a packed step equals plain attention."""

@@ -17,9 +17,7 @@ class TextCodec:
         self._tokenizer = tokenizer
         eos = generation_config.eos_token_id if generation_config is not None else None
         ids = eos if isinstance(eos, list) else [eos]
-        self.eos_token_ids = frozenset(
-            i for i in (*ids, tokenizer.eos_token_id) if i is not None
-        )
+        self.eos_token_ids = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a raw text, with the special tokens the model expects around it."""

@@ -1,0 +1,167 @@
+import json
+import os
+
+import pytest
+import torch
+
+from redmux_adapters import (
+    Adapter,
+    AdapterMetadata,
+    Edit,
+    PromptFormat,
+    Turn,
+    read_adapter,
+    to_bytes,
+)
+from redmux_adapters import cli as module
+from redmux_adapters.cli import main
+
+BASE = "llama-8x11-0"
+FORMAT = PromptFormat(Turn("<u>\n", ""), Turn("<a>", ""))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    edits = {f"m.{i}.out": Edit.identity(3) for i in range(11)}
+    edits["m.2.out"] = Edit(torch.tensor([1, 0.5, 2]), torch.tensor([-0.25, 0, 40.3189]))
+    metadata = AdapterMetadata(description="two\nlines", license="MIT")
+    path = tmp_path / "acme-summary"
+    Adapter(BASE, edits, FORMAT, metadata).save(path)
+    return path
+
+
+@pytest.fixture
+def base(monkeypatch):
+    """A tiny model in the place of whatever `--base` names."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=8, n_embd=4, n_layer=2, n_head=1, n_positions=8)
+    model = GPT2LMHeadModel(config)
+    monkeypatch.setattr(module, "load_base", lambda spec: (model, None))
+    return model
+
+
+def test_show_prints_a_table_in_the_order_of_layers(folder, capsys):
+    assert main(["show", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "name                    acme-summary",
+        f"digest                  {read_adapter(folder).digest}",
+        f"base_fingerprint        {BASE}",
+    ]
+    assert "num_parameters          66" in lines
+    assert "description             two lines" in lines
+    assert "sites                   11" in lines
+    assert " ".join(lines[-12].split()) == "site size scale from to bias from to"
+    assert lines[-9].split() == ["m.2.out", "3", "0.5", "2", "-0.25", "40.319"]
+    assert [line.split()[0] for line in lines[-11:]] == [f"m.{i}.out" for i in range(11)]
+
+
+def test_show_json_is_complete(folder, capsys):
+    assert main(["show", str(folder), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    adapter = read_adapter(folder)
+    assert shown["digest"] == adapter.digest
+    assert shown["prompt_format"] == FORMAT.to_json()
+    assert shown["metadata"]["description"] == "two\nlines"
+    assert {site["path"]: site["size"] for site in shown["sites"]} == adapter.sites
+    assert shown["size_bytes"] == 4 * shown["num_parameters"] == 264
+
+
+def test_show_reads_single_files(folder, tmp_path, capsys):
+    (tmp_path / "one.safetensors").write_bytes(to_bytes(read_adapter(folder)))
+    assert main(["show", str(tmp_path / "one.safetensors")]) == 0
+    assert "name                    one\n" in capsys.readouterr().out
+
+
+def test_verify_says_what_it_checked(folder, capsys):
+    assert main(["verify", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert out == f"ok {read_adapter(folder).digest} for {BASE}: 11 sites, 66 parameters\n"
+
+
+def test_create_writes_an_identity_that_fits_its_base(base, tmp_path, capsys):
+    assert main(["create", "--base", "gpt2", "--output", str(tmp_path / "new")]) == 0
+    assert main(["verify", str(tmp_path / "new"), "--base", "gpt2"]) == 0
+    adapter = read_adapter(tmp_path / "new")
+    assert adapter == Adapter.identity(base, metadata=adapter.metadata)
+    assert adapter.metadata.base_model_name_or_path == "gpt2"
+
+
+def test_folders_of_this_machine_are_not_written_into_adapters(base, tmp_path):
+    (tmp_path / "my-model").mkdir()
+    args = ["create", "--base", str(tmp_path / "my-model"), "--output", str(tmp_path / "new")]
+    assert main(args) == 0
+    assert read_adapter(tmp_path / "new").metadata.base_model_name_or_path == "my-model"
+
+
+def test_verify_refuses_another_base(folder, base, capsys):
+    assert main(["verify", str(folder), "--base", "gpt2"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(
+        f"error: the adapter was made for base '{BASE}', this base is 'g"
+    )
+
+
+def test_verify_refuses_sites_that_the_base_lacks(base, tmp_path, capsys):
+    edits = {"transformer.h.2.mlp.c_proj": Edit.identity(4)}
+    Adapter(Adapter.identity(base).base_fingerprint, edits).save(tmp_path)
+    assert main(["verify", str(tmp_path), "--base", "gpt2"]) == 1
+    assert "no editable module 'transformer.h.2.mlp.c_proj'; near: " in capsys.readouterr().err
+
+
+def delta_vector(path, site="transformer.h.1.mlp.c_proj"):
+    torch.save({f"{site}.delta_vector.activation_bias": torch.ones(1, 4)}, path)
+    return str(path)
+
+
+def test_convert_writes_a_folder_for_a_base(base, tmp_path, capsys):
+    source = delta_vector(tmp_path / "v.pth")
+    assert main(["convert", source, "--base", "gpt2", "--output", str(tmp_path / "new")]) == 0
+    assert main(["verify", str(tmp_path / "new"), "--base", "gpt2"]) == 0
+    adapter = read_adapter(tmp_path / "new")
+    assert adapter.edits["transformer.h.1.mlp.c_proj"].bias.tolist() == [1, 1, 1, 1]
+
+
+def test_convert_takes_a_fingerprint_instead_of_a_model(tmp_path, capsys):
+    source = delta_vector(tmp_path / "v.pth", "any.module")
+    new = tmp_path / "new"
+    assert main(["convert", source, "--base-fingerprint", "x-1", "--output", str(new)]) == 0
+    assert read_adapter(new).base_fingerprint == "x-1"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["convert", "v.pth", "--output", "x"],
+        ["convert", "v.pth", "--output", "x", "--base", "a", "--base-fingerprint", "b"],
+        ["create", "--output", "x"],
+        ["show", "x", "--unknown"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: redmux adapters" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(tmp_path, folder, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for arguments in (
+        ["show", str(tmp_path / "absent")],
+        ["verify", str(tmp_path / "pipe")],
+        ["convert", str(tmp_path / "absent"), "--base-fingerprint", "b", "--output", "x"],
+    ):
+        assert main(arguments) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+
+
+def test_unwritable_output_is_an_error_not_a_traceback(base, folder, capsys):
+    assert main(["create", "--base", "gpt2", "--output", str(folder / "adapter_config.json")]) == 1
+    assert "File exists" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""A real `redmux serve` process: start, signals, configuration, kill -9."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from redmux import AsyncClient, UnavailableError
+from redmux_adapters import to_bytes
+
+
+class Process:
+    """`redmux serve` on free ports; `ready` waits for the line that names them."""
+
+    def __init__(self, *flags, **environ):
+        self.flags = flags
+        self.environ = {**os.environ, **environ}
+        self.lines = []
+
+    async def __aenter__(self):
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "redmux", "serve", "--port", "0", "--metrics-port", "0",
+            *self.flags, env=self.environ, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        return self
+
+    async def __aexit__(self, *exc_info):
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.communicate()
+
+    async def ready(self):
+        while line := (await self.process.stderr.readline()).decode():
+            self.lines.append(line)
+            if found := re.search(r"serving .* on [^ ]+:(\d+),", line):
+                return f"127.0.0.1:{found[1]}"
+        raise AssertionError("".join(self.lines))
+
+    async def ended(self):
+        text = (await self.process.stderr.read()).decode()
+        return await self.process.wait(), "".join(self.lines) + text
+
+
+@pytest.fixture
+def serve(tiny_folder):
+    return lambda *flags, **environ: Process("--model", str(tiny_folder), *flags, **environ)
+
+
+async def test_sigterm_lets_running_streams_end_and_takes_no_more(serve):
+    async with serve() as server:
+        target = await server.ready()
+        async with AsyncClient(target) as client, AsyncClient(target) as late:
+            await late.info()
+            stream = client.stream("abc", max_tokens=250, ignore_eos=True)
+            first = await anext(stream)
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(UnavailableError):
+                while True:
+                    await late.generate("abc", max_tokens=1, timeout_s=5)
+            rest = [chunk async for chunk in stream]
+        assert len(first.token_ids) + sum(len(c.token_ids) for c in rest) == 250
+        assert rest[-1].finish_reason == "length"
+        code, text = await server.ended()
+    assert code == 0
+    assert "draining" in text
+    assert "stopped" in text
+
+
+async def test_a_second_signal_cuts_the_draining_short(serve):
+    async with serve() as server:
+        target = await server.ready()
+        async with AsyncClient(target) as client:
+            streams = [
+                client.stream("abc", max_tokens=250, ignore_eos=True) for _ in range(60)
+            ]
+            await asyncio.gather(*(anext(s) for s in streams))
+            server.process.send_signal(signal.SIGINT)
+            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(signal.SIGTERM)
+            results = await asyncio.gather(*(finish(s) for s in streams))
+        code, _ = await server.ended()
+    assert code == 0
+    assert any(isinstance(r, UnavailableError) for r in results)
+
+
+async def finish(stream):
+    try:
+        async for _ in stream:
+            pass
+    except UnavailableError as err:
+        return err
+    return None
+
+
+async def test_an_acknowledged_adapter_survives_kill_9(serve, base, tmp_path):
+    folder = str(tmp_path / "adapters")
+    adapter, other = base.adapter(1), base.adapter(2)
+    async with serve("--adapter-dir", folder) as server:
+        async with AsyncClient(await server.ready()) as client:
+            await client.adapters.put("acme/x", to_bytes(adapter))
+            await client.adapters.put("gone", to_bytes(other))
+            await client.adapters.delete("gone")
+        server.process.kill()
+        await server.process.wait()
+    async with serve(REDMUX_ADAPTER_DIR=folder) as server:
+        async with AsyncClient(await server.ready()) as client:
+            assert [(a.name, a.digest) async for a in client.adapters.list()] == [
+                ("acme/x", adapter.digest)
+            ]
+
+
+async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, tmp_path):
+    from redmux_adapters import write_folder
+
+    write_folder(base.adapter(1), tmp_path / "many" / "one")
+    write_folder(base.adapter(2), tmp_path / "many" / "two")
+    (tmp_path / "three.safetensors").write_bytes(to_bytes(base.adapter(3)))
+    flags = ("--adapters", str(tmp_path / "many"), "--adapters",
+             f"acme/x={tmp_path / 'three.safetensors'}")  # fmt: skip
+    async with serve(*flags) as server:
+        async with AsyncClient(await server.ready()) as client:
+            names = {a.name: a.digest async for a in client.adapters.list()}
+    assert names == {
+        "one": base.adapter(1).digest, "two": base.adapter(2).digest,
+        "acme/x": base.adapter(3).digest,
+    }  # fmt: skip
+
+
+CASES = {
+    "device": (["--device", "cuda"], "CUDA"),
+    "context": (["--max-context", "99999"], "max_context is 99999"),
+    "adapter": (["--adapters", "nowhere"], "nowhere"),
+    "base": (["--adapters", "{tmp}/stranger"], "other-1x1-00"),
+    "port": (["--port", "{port}"], "cannot listen"),
+    "threads": (["--threads", "many"], "--threads is 'many'"),
+    "cache": (["--kv-cache-tokens", "32"], "kv_cache_tokens is too small"),
+    "model": (["--model", "{tmp}/no.gguf"], "no.gguf"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_path, capsys):
+    from redmux_adapters import Adapter, write_folder
+    from redmux_server.cli import serve
+
+    flags, message = CASES[case]
+    stranger = Adapter(base_fingerprint="other-1x1-00", edits=base.adapter(1).edits)
+    write_folder(stranger, tmp_path / "stranger")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        flags = [flag.format(tmp=tmp_path, port=port) for flag in flags]
+        common = ["--port", "0", "--metrics-port", "0", "--model", str(tiny_folder)]
+        assert serve([*common, *flags]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("redmux serve: ")
+    assert message in last
+
+
+async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anything(serve):
+    async with serve(REDMUX_THREAD="1") as server:
+        code, text = await server.ended()
+    assert code == 1
+    assert text == "redmux serve: unknown environment variable REDMUX_THREAD\n"
