@@ -11,9 +11,7 @@ from redmux import AsyncClient
 from redmux_adapters import Adapter, Edit, fingerprint, load_base, to_bytes
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
-)
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
 
 def save_tiny_model(folder: Path, config, seed: int = 0) -> Path:

@@ -1,4 +1,4 @@
-"""Load a frozen base model and its tokenizer from a folder, a GGUF file, a hub id or the default."""
+"""Load a frozen base model and its tokenizer: a folder, a GGUF file, a hub id or the default."""
 
 import hashlib
 import importlib.util

@@ -46,9 +46,22 @@ def editable_sites(model: nn.Module) -> dict[str, int]:
     """Returns {module path: output size} of every linear module in the model's layers.
 
     That is what RED++ chooses from: attention and FFN projections, neither embeddings nor the
-    output head. Ask right after loading, as for `ffn_sites`; raises as it does.
+    output head. Ask right after loading, as for `ffn_sites`. Needs no knowledge of the
+    architecture; raises InvalidArgumentError for a model without one list of layers.
     """
-    return _projections(model, _layout(model)[0])
+    config: Any = model.config
+    depth = config.get_text_config().num_hidden_layers
+    stacks = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if len(stacks) != 1:
+        raise InvalidArgumentError(
+            f"{config.model_type!r} models have {len(stacks)} lists of {depth} modules; the layers "
+            "have to be one list"
+        )
+    return _projections(model, stacks[0])
 
 
 def _layout(model: nn.Module) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import tomllib
 import typing
@@ -51,7 +52,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for name, low in _LOWEST.items():
             value = getattr(self, name)
-            if value < low:
+            if not low <= value < math.inf:  # true for NaN, too
                 raise InvalidArgumentError(f"{name} is {value}, must be at least {low}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)

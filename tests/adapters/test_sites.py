@@ -139,12 +139,25 @@ def test_identity_of_a_model_edits_its_ffn_outputs():
     assert Adapter.identity(model, "other").base_fingerprint == "other"
 
 
-def test_unknown_architecture_is_refused_by_name():
+def test_the_paper_s_site_of_an_unknown_architecture_is_refused_by_name():
     model = tiny("llama")
     model.config.model_type = "mamba"
-    for sites in (ffn_sites, editable_sites):
-        with pytest.raises(InvalidArgumentError, match="'mamba' models are not known; known are"):
-            sites(model)
+    with pytest.raises(InvalidArgumentError, match="'mamba' models are not known; known are"):
+        ffn_sites(model)
+
+
+def test_editable_sites_need_no_knowledge_of_the_architecture():
+    model = tiny("llama")
+    known = editable_sites(model)
+    model.config.model_type = "mamba"
+    assert editable_sites(model) == known
+
+
+def test_a_model_without_one_list_of_layers_is_refused():
+    model = tiny("llama")
+    model.config.num_hidden_layers = 77
+    with pytest.raises(InvalidArgumentError, match="0 lists of 77 modules"):
+        editable_sites(model)
 
 
 @pytest.mark.model

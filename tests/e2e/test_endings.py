@@ -155,9 +155,7 @@ async def test_metrics_count_what_was_served(server, client, base, put):
     import urllib.request
 
     await put("x", base.adapter(1))
-    await asyncio.gather(
-        *(whole(client, adapter=name, max_tokens=5) for name in ("x", None, "x"))
-    )
+    await asyncio.gather(*(whole(client, adapter=name, max_tokens=5) for name in ("x", None, "x")))
     with pytest.raises(redmux.NotFoundError):
         await whole(client, adapter="y")
     url = f"http://127.0.0.1:{server.metrics_port}/metrics"

@@ -60,8 +60,7 @@ async def test_sigterm_lets_running_streams_end_and_takes_no_more(serve):
             first = await anext(stream)
             server.process.send_signal(signal.SIGTERM)
             with pytest.raises(UnavailableError):
-                while True:
-                    await late.generate("abc", max_tokens=1, timeout_s=5)
+                await keep_asking(late)
             rest = [chunk async for chunk in stream]
         assert len(first.token_ids) + sum(len(c.token_ids) for c in rest) == 250
         assert rest[-1].finish_reason == "length"
@@ -71,13 +70,16 @@ async def test_sigterm_lets_running_streams_end_and_takes_no_more(serve):
     assert "stopped" in text
 
 
+async def keep_asking(client):
+    while True:
+        await client.generate("abc", max_tokens=1, timeout_s=5)
+
+
 async def test_a_second_signal_cuts_the_draining_short(serve):
     async with serve() as server:
         target = await server.ready()
         async with AsyncClient(target) as client:
-            streams = [
-                client.stream("abc", max_tokens=250, ignore_eos=True) for _ in range(60)
-            ]
+            streams = [client.stream("abc", max_tokens=250, ignore_eos=True) for _ in range(60)]
             await asyncio.gather(*(anext(s) for s in streams))
             server.process.send_signal(signal.SIGINT)
             server.process.send_signal(signal.SIGTERM)
@@ -107,11 +109,12 @@ async def test_an_acknowledged_adapter_survives_kill_9(serve, base, tmp_path):
             await client.adapters.delete("gone")
         server.process.kill()
         await server.process.wait()
-    async with serve(REDMUX_ADAPTER_DIR=folder) as server:
-        async with AsyncClient(await server.ready()) as client:
-            assert [(a.name, a.digest) async for a in client.adapters.list()] == [
-                ("acme/x", adapter.digest)
-            ]
+    async with (
+        serve(REDMUX_ADAPTER_DIR=folder) as server,
+        AsyncClient(await server.ready()) as client,
+    ):
+        kept = [(a.name, a.digest) async for a in client.adapters.list()]
+    assert kept == [("acme/x", adapter.digest)]
 
 
 async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, tmp_path):
@@ -122,9 +125,8 @@ async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, 
     (tmp_path / "three.safetensors").write_bytes(to_bytes(base.adapter(3)))
     flags = ("--adapters", str(tmp_path / "many"), "--adapters",
              f"acme/x={tmp_path / 'three.safetensors'}")  # fmt: skip
-    async with serve(*flags) as server:
-        async with AsyncClient(await server.ready()) as client:
-            names = {a.name: a.digest async for a in client.adapters.list()}
+    async with serve(*flags) as server, AsyncClient(await server.ready()) as client:
+        names = {a.name: a.digest async for a in client.adapters.list()}
     assert names == {
         "one": base.adapter(1).digest, "two": base.adapter(2).digest,
         "acme/x": base.adapter(3).digest,

@@ -86,7 +86,7 @@ async def test_an_unfit_adapter_is_refused_and_not_published(case, base, client)
 async def test_values_that_are_not_finite_are_refused(base, client):
     data = bytearray(to_bytes(base.adapter(1)))
     data[-4:] = b"\x00\x00\xc0\x7f"  # a quiet NaN as the last value
-    with pytest.raises(redmux.InvalidAdapterError, match="not finite|non-finite"):
+    with pytest.raises(redmux.InvalidAdapterError, match="non-finite"):
         await client.adapters.put("x", bytes(data))
 
 

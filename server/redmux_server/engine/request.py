@@ -3,9 +3,12 @@
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from redmux.errors import RedmuxError
-from redmux_adapters import Adapter
+
+if TYPE_CHECKING:  # it would bring torch into the scheduler
+    from redmux_adapters import Adapter
 
 
 class FinishReason(enum.Enum):
@@ -63,7 +66,7 @@ class Request:
     sampling: SamplingParams
     stop_token_ids: frozenset[int]
     tenant: str  # whom the scheduler charges
-    adapter: Adapter | None  # pinned: replacing or deleting its name changes nothing here
+    adapter: "Adapter | None"  # pinned: replacing or deleting its name changes nothing here
     logprobs: bool
     sink: Callable[[Event], None]  # called on the event loop, in order; its last is no Token
     # ---------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
 def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     params = [r.sampling for r in requests]
     device = logits.device
-    temperature = torch.tensor([[p.temperature] for p in params], device=device)
+    # In fp32 a tiny temperature would be 0, and 0 / 0 is no number.
+    tiny = torch.finfo(torch.float32).tiny
+    temperature = torch.tensor([[max(p.temperature, tiny)] for p in params], device=device)
     # Shifted before the division, so that a tiny temperature cannot overflow to infinity.
     scaled = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperature
     probs = torch.softmax(scaled, -1)

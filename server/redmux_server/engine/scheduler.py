@@ -25,6 +25,7 @@ class Scheduler:
         self.running: list[Request] = []
         self._waiting: dict[str, deque[Request]] = {}
         self._served: dict[str, int] = {}  # tenant -> tokens computed for it
+        self._level = 0  # what the tenant admitted last had been served; it never falls
 
     @property
     def num_waiting(self) -> int:
@@ -40,11 +41,9 @@ class Scheduler:
         """Queues a request behind the others of its tenant."""
         if request.tenant not in self._waiting:
             self._waiting[request.tenant] = deque()
-            # A tenant that was idle starts level with the least served of the active ones:
-            # waiting is not saved up, and a newcomer does not starve the rest.
-            active = {r.tenant for r in self.running} | self._waiting.keys() - {request.tenant}
-            floor = min((self._served.get(t, 0) for t in active), default=0)
-            self._served[request.tenant] = max(self._served.get(request.tenant, 0), floor)
+            # A tenant that had nothing waiting starts level with those that had: what it did not
+            # ask for is not saved up, so neither it nor a newcomer can starve the rest.
+            self._served[request.tenant] = max(self._served.get(request.tenant, 0), self._level)
         self._waiting[request.tenant].append(request)
 
     def cancelled(self) -> list[Request]:
@@ -71,8 +70,7 @@ class Scheduler:
         Admits waiting requests while the step's token budget, the running limit and the cache
         allow it. Empty only if nothing can be done.
         """
-        decoding = [r for r in self.running if r.is_decoding]
-        work = [Work(r, 1) for r in decoding]
+        work = [self._charge(r, 1) for r in self.running if r.is_decoding]
         budget = self._max_batch_tokens - len(work)
         for request in self.running:
             if budget and not request.is_decoding:
@@ -84,13 +82,15 @@ class Scheduler:
                 break
             work.append(self._prefill(admitted, budget))
             budget -= work[-1].count
-        for item in work:
-            self._served[item.request.tenant] += item.count
         return work
 
-    @staticmethod
-    def _prefill(request: Request, budget: int) -> Work:
-        return Work(request, min(budget, len(request.token_ids) - request.num_computed))
+    def _prefill(self, request: Request, budget: int) -> Work:
+        return self._charge(request, min(budget, len(request.token_ids) - request.num_computed))
+
+    def _charge(self, request: Request, count: int) -> Work:
+        # At once: the next admission of the same step must see it.
+        self._served[request.tenant] += count
+        return Work(request, count)
 
     def _admit(self) -> Request | None:
         if not self._waiting:
@@ -100,6 +100,7 @@ class Scheduler:
         blocks = self._blocks.allocate(request.max_length)
         if blocks is None:  # wait for it rather than let smaller requests starve it
             return None
+        self._level = self._served[tenant]
         self._waiting[tenant].popleft()
         self._drop_empty(tenant)
         request.blocks = blocks

