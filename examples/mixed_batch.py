@@ -5,6 +5,7 @@ Everything but the start goes through the public client; `--once` stops after th
 
 import argparse
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from redmux import AsyncClient, Completion
+from redmux import AsyncClient, Completion, DeadlineExceededError
 
 ZOO = Path(__file__).resolve().parents[1] / "adapters" / "redmux_adapters" / "zoo"
 
@@ -48,10 +49,7 @@ async def show_batch(server: "subprocess.Popen[bytes]", port: int, metrics_port:
     firsts = {r["adapter"]: r for r in reversed(requests)}
     requests += [{"adapter": None, "prompt": r["prompt"]} for r in firsts.values()]
     async with AsyncClient(f"localhost:{port}") as client:
-        while await client.health() != "serving":
-            if server.poll() is not None:
-                raise SystemExit(server.returncode)
-            await asyncio.sleep(0.2)
+        await ready(client, server)
         loaded = [adapter async for adapter in client.adapters.list()]
         print(f"\n{len(loaded)} adapters are loaded:")
         for adapter in loaded:
@@ -68,6 +66,14 @@ async def show_batch(server: "subprocess.Popen[bytes]", port: int, metrics_port:
     mean = adapters_per_step(metrics_port)
     print(f"{tokens} tokens in {elapsed:.1f} s: {tokens / elapsed:.0f} tokens/s")
     print(f"{mean:.1f} different adapters in a forward pass on average")
+
+
+async def ready(client: AsyncClient, server: "subprocess.Popen[bytes]") -> None:
+    while True:
+        with contextlib.suppress(DeadlineExceededError):
+            return await client.wait_ready(timeout_s=1)
+        if server.poll() is not None:
+            raise SystemExit(server.returncode)
 
 
 async def ask(client: AsyncClient, request: dict[str, str]) -> Completion:

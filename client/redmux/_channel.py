@@ -34,6 +34,7 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 STREAM_TIMEOUT_S = 600.0
+READY_POLL_S = 0.1
 
 _SERVICES = ("InferenceService", "AdapterService", "AdminService")
 

@@ -1,17 +1,18 @@
 """The asynchronous client: the same names as the synchronous one."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self, Unpack
 
 import grpc
 
 from redmux import _calls
-from redmux._channel import STREAM_TIMEOUT_S, AsyncConnection, Settings
+from redmux._channel import READY_POLL_S, STREAM_TIMEOUT_S, AsyncConnection, Settings
 from redmux._source import AdapterConfig, AdapterSource, read_source
-from redmux.errors import NotFoundError
+from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
 from redmux.types import (
     Adapter,
     Chunk,
@@ -103,6 +104,20 @@ class AsyncClient:
         except NotFoundError:
             return "unknown"
         return _calls.health(response)
+
+    async def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Returns once the server is ready, for as long as it may still be starting.
+
+        Raises DeadlineExceededError after `timeout_s` seconds.
+        """
+        end_s = time.monotonic() + timeout_s
+        while True:
+            with suppress(UnavailableError):
+                if await self.health() == "serving":
+                    return
+            if time.monotonic() > end_s:
+                raise DeadlineExceededError(f"the server was not ready within {timeout_s:g} s")
+            await asyncio.sleep(READY_POLL_S)
 
     async def info(self) -> ServerInfo:
         """Returns what the server is, how it was set up and how busy it is."""

@@ -1,16 +1,17 @@
 """The synchronous client."""
 
+import time
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from types import TracebackType
 from typing import Self, Unpack
 
 import grpc
 
 from redmux import _calls
-from redmux._channel import STREAM_TIMEOUT_S, Connection, Settings
+from redmux._channel import READY_POLL_S, STREAM_TIMEOUT_S, Connection, Settings
 from redmux._source import AdapterConfig, AdapterSource, read_source
-from redmux.errors import NotFoundError
+from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
 from redmux.types import (
     Adapter,
     Chunk,
@@ -102,6 +103,20 @@ class Client:
         except NotFoundError:
             return "unknown"
         return _calls.health(response)
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Returns once the server is ready, for as long as it may still be starting.
+
+        Raises DeadlineExceededError after `timeout_s` seconds.
+        """
+        end_s = time.monotonic() + timeout_s
+        while True:
+            with suppress(UnavailableError):
+                if self.health() == "serving":
+                    return
+            if time.monotonic() > end_s:
+                raise DeadlineExceededError(f"the server was not ready within {timeout_s:g} s")
+            time.sleep(READY_POLL_S)
 
     def info(self) -> ServerInfo:
         """Returns what the server is, how it was set up and how busy it is."""

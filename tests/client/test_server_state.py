@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 
 import pytest
@@ -57,3 +58,19 @@ def test_info_has_every_field_of_the_message(client, server):
 def test_server_info_and_its_message_have_the_same_fields():
     message = [field.name for field in admin_service_pb2.ServerInfo.DESCRIPTOR.fields]
     assert [field.name for field in fields(redmux.ServerInfo)] == message
+
+
+def test_wait_ready_returns_once_the_server_serves_and_not_before(client, server):
+    server.health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.wait_ready, timeout_s=10)
+        assert client.health() == "not_serving"
+        assert not waiting.done()
+        server.health.set(READINESS, health_pb2.HealthCheckResponse.SERVING)
+        assert waiting.result() is None
+
+
+def test_wait_ready_gives_up_in_time(client, server):
+    server.health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
+    with pytest.raises(redmux.DeadlineExceededError, match=r"not ready within 0\.05 s"):
+        client.wait_ready(timeout_s=0.05)
