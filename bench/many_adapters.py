@@ -100,8 +100,8 @@ async def measure(args: argparse.Namespace, target: str, sites: dict[str, int]) 
             await ask(i, f"fresh-{i}", 1)
             fresh.append(time.perf_counter() - started)
         extra = statistics.median(f - r for f, r in zip(fresh, resident, strict=True))
-        first_s, resident_s = statistics.median(fresh), statistics.median(resident)
-        print(f"put to first token:    {1e3 * first_s:7.1f} ms, resident {1e3 * resident_s:.1f} ms, "
+        first_s, other_s = statistics.median(fresh), statistics.median(resident)
+        print(f"put to first token:    {1e3 * first_s:7.1f} ms, resident {1e3 * other_s:.1f} ms, "
               f"difference {1e3 * extra:.1f} ms")  # fmt: skip
 
 

@@ -60,11 +60,11 @@ def test_server_info_and_its_message_have_the_same_fields():
     assert [field.name for field in fields(redmux.ServerInfo)] == message
 
 
-def test_wait_ready_returns_once_the_server_serves_and_not_before(client, server):
+def test_wait_ready_returns_once_the_server_serves_and_not_before(client, server, target):
     server.health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, redmux.Client(target) as other:
         waiting = pool.submit(client.wait_ready, timeout_s=10)
-        assert client.health() == "not_serving"
+        assert other.health() == "not_serving"
         assert not waiting.done()
         server.health.set(READINESS, health_pb2.HealthCheckResponse.SERVING)
         assert waiting.result() is None
