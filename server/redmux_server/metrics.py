@@ -84,16 +84,15 @@ class Metrics:
         self._requests.labels(outcome).inc()
         self._request_s.observe(duration_s)
 
-    def step(self, work: Sequence[Work], duration_s: float) -> None:
+    def step(self, work: Sequence[Work], num_decodes: int, duration_s: float) -> None:
         """Observes one step after it was committed."""
         self._step_s.observe(duration_s)
         self._batch_rows.observe(len(work))
         self._batch_adapters.observe(
             len({w.request.adapter.digest for w in work if w.request.adapter is not None})
         )
-        decodes = sum(w.count == 1 for w in work)
-        self._decode_tokens.inc(decodes)
-        self._prefill_tokens.inc(sum(w.count for w in work) - decodes)
+        self._decode_tokens.inc(num_decodes)
+        self._prefill_tokens.inc(sum(w.count for w in work) - num_decodes)
 
     def state(self, scheduler: "Scheduler", bank: "AdapterBank") -> None:
         """Sets the gauges that describe the engine after a step."""

@@ -179,3 +179,28 @@ async def test_info_tells_model_choices_and_limits(server, client, base):
     assert info.bit_identical
     assert (info.vocab_size, info.max_context, info.max_running) == (260, 256, 16)
     assert any("oneDNN" in choice for choice in info.choices)
+
+
+async def test_a_request_ended_by_a_stop_text_counts_as_stopped(server, client, base, put):
+    await put("x", base.adapter(3))
+    stop = (await whole(client, adapter="x")).text[9:12]
+    await whole(client, adapter="x", stop=[stop], max_tokens=200)
+    while server.engine.num_open:
+        await asyncio.sleep(0)
+    counted = server.metrics.registry.get_sample_value
+    assert counted("redmux_requests_total", {"outcome": "stop"}) == 1
+    assert counted("redmux_requests_total", {"outcome": "cancelled"}) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+async def test_other_precisions_are_served_by_the_torch_attention(dtype, start_server, base):
+    from redmux_adapters import Adapter, to_bytes
+
+    server = await start_server(dtype=dtype)
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        info = await client.info()
+        assert (info.dtype, info.bit_identical) == (dtype, False)
+        adapter = Adapter(info.base_fingerprint, base.adapter(1).edits)
+        await client.adapters.put("x", to_bytes(adapter))
+        got = await client.generate("abc", adapter="x", max_tokens=5, ignore_eos=True)
+    assert len(got.token_ids) == 5

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from redmux.errors import RedmuxError
+from redmux.errors import RedmuxError, RequestCancelledError
 from redmux_adapters import PromptFormat
 from redmux_server.api.validation import Chat, GenerationSpec, Prompt, Validator
 from redmux_server.engine.detokenize import Detokenizer, StopMatcher
@@ -67,7 +67,8 @@ class Generation:
                 if delta.text or delta.token_ids or finish is not None:
                     yield delta
         finally:
-            self._engine.cancel(self._request)
+            cancelled = RequestCancelledError("the request was cancelled")
+            self._engine.end(self._request, Failed(cancelled))
 
     def _take(self, event: Event, delta: Delta) -> Finish | None:
         if isinstance(event, Failed):
@@ -84,7 +85,10 @@ class Generation:
             delta.logprobs.append(event.logprob)
         if event.token_id not in self._request.stop_token_ids:
             delta.text += self._matcher.push(self._detokenizer.push([event.token_id]))
-        return None if self._matcher.matched is None else self._finish(FinishReason.STOP)
+        if self._matcher.matched is None:
+            return None
+        self._engine.end(self._request, Finished(FinishReason.STOP))
+        return self._finish(FinishReason.STOP)
 
     def _finish(self, reason: FinishReason) -> Finish:
         return Finish(

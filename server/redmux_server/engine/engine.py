@@ -15,7 +15,6 @@ from torch import Tensor
 from redmux.errors import (
     FailedPreconditionError,
     RedmuxError,
-    RequestCancelledError,
     ResourceExhaustedError,
     UnavailableError,
 )
@@ -51,7 +50,7 @@ class _Stamps:
 class Engine:
     """Takes requests from the event loop, steps the model, hands events back to the loop.
 
-    `submit` and `cancel` belong to the event loop's thread, everything else to the engine thread.
+    `submit` and `end` belong to the event loop's thread, everything else to the engine thread.
     There is one hand-over each way: a queue in, one `call_soon_threadsafe` per step out.
     """
 
@@ -124,9 +123,12 @@ class Engine:
         self._open[request] = _Stamps(time.monotonic())
         self._inbox.put(request)
 
-    def cancel(self, request: Request) -> None:
-        """Gives a request up; the next step leaves it out. Harmless once it has ended."""
-        request.is_cancelled = True
+    def end(self, request: Request, event: Finished | Failed) -> None:
+        """Ends a request with this event; the next step leaves it out.
+
+        Harmless once it has ended.
+        """
+        request.early_end = request.early_end or event
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests and waits for the open ones, at most `timeout_s` seconds."""
@@ -199,15 +201,17 @@ class Engine:
                 self.last_step_s = time.monotonic()
 
     def step(self) -> None:
-        """Runs one step: leave out the cancelled, plan, compute, draw, hand the events over."""
-        for request in self._scheduler.cancelled():
-            self._end(request, Failed(RequestCancelledError("the request was cancelled")))
+        """Runs one step: leave out what was ended, plan, compute, draw, hand the events over."""
+        for request in self._scheduler.ended_early():
+            assert request.early_end is not None
+            self._end(request, request.early_end)
         work = self._scheduler.plan()
         if work:
             started_s = time.monotonic()
+            num_decodes = sum(item.request.is_decoding for item in work)
             self._acquire_slots(work)
             self._compute(work)
-            self._metrics.step(work, time.monotonic() - started_s)
+            self._metrics.step(work, num_decodes, time.monotonic() - started_s)
         self._metrics.state(self._scheduler, self._bank)
         if self._events and self._loop is not None:
             self._loop.call_soon_threadsafe(self._deliver, self._events)

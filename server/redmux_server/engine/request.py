@@ -58,7 +58,7 @@ class Request:
     """What crosses the borders between service, scheduler and engine.
 
     The service creates it and reads its events; after submission everything below the line is
-    owned by the engine thread, except `is_cancelled`, which the service sets.
+    owned by the engine thread, except `early_end`, which the event loop sets.
     """
 
     prompt_ids: list[int]
@@ -70,7 +70,7 @@ class Request:
     logprobs: bool
     sink: Callable[[Event], None]  # called on the event loop, in order; its last is no Token
     # ---------------------------------------------------------------------------------------
-    is_cancelled: bool = False
+    early_end: Finished | Failed | None = None  # how its reader has ended it
     token_ids: list[int] = field(default_factory=list)  # prompt and output
     num_computed: int = 0  # tokens whose keys and values are in the cache
     blocks: list[int] = field(default_factory=list)

@@ -46,11 +46,11 @@ class Scheduler:
             self._served[request.tenant] = max(self._served.get(request.tenant, 0), self._level)
         self._waiting[request.tenant].append(request)
 
-    def cancelled(self) -> list[Request]:
-        """Returns every request whose caller gave it up; `remove` takes them out."""
-        gone = [r for r in self.running if r.is_cancelled]
+    def ended_early(self) -> list[Request]:
+        """Returns every request that its reader has ended; `remove` takes them out."""
+        gone = [r for r in self.running if r.early_end is not None]
         for queue in self._waiting.values():
-            gone += [r for r in queue if r.is_cancelled]
+            gone += [r for r in queue if r.early_end is not None]
         return gone
 
     def remove(self, request: Request) -> None:
