@@ -45,9 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def show_batch(server: "subprocess.Popen[bytes]", port: int, metrics_port: int) -> None:
-    requests = json.loads((ZOO / "demo.json").read_text())
-    firsts = {r["adapter"]: r for r in reversed(requests)}
-    requests += [{"adapter": None, "prompt": r["prompt"]} for r in firsts.values()]
+    requests = []
+    for request in json.loads((ZOO / "demo.json").read_text()):
+        if request["adapter"] not in {r["adapter"] for r in requests}:  # once with the bare base
+            requests.append({"adapter": None, "prompt": request["prompt"]})
+        requests.append(request)
     async with AsyncClient(f"localhost:{port}") as client:
         await ready(client, server)
         loaded = [adapter async for adapter in client.adapters.list()]
@@ -56,15 +58,20 @@ async def show_batch(server: "subprocess.Popen[bytes]", port: int, metrics_port:
             print(
                 f"  {adapter.name:15} {adapter.size_bytes / 1024:4.0f} KiB  {adapter.description}"
             )
-        print(f"\n{len(requests)} requests, sent at once, decoded in the same forward passes:\n")
+        print(f"\n{len(requests)} requests, sent at once, decoded in the same forward passes:")
         started = time.perf_counter()
         results = await asyncio.gather(*(ask(client, r) for r in requests))
         elapsed = time.perf_counter() - started
+    prompt = None
     for request, result in zip(requests, results, strict=True):
-        show(request["adapter"] or "(base model)", request["prompt"], result)
+        if request["prompt"] != prompt:
+            prompt = request["prompt"]
+            print()
+            show("prompt", prompt)
+        show(request["adapter"] or "(base model)", result.text)
     tokens = sum(result.usage.completion_tokens for result in results)
     mean = adapters_per_step(metrics_port)
-    print(f"{tokens} tokens in {elapsed:.1f} s: {tokens / elapsed:.0f} tokens/s")
+    print(f"\n{tokens} tokens in {elapsed:.1f} s: {tokens / elapsed:.0f} tokens/s")
     print(f"{mean:.1f} different adapters in a forward pass on average")
 
 
@@ -81,11 +88,9 @@ async def ask(client: AsyncClient, request: dict[str, str]) -> Completion:
     return await client.generate(messages, adapter=request["adapter"], max_tokens=64)
 
 
-def show(name: str, prompt: str, result: Completion) -> None:
-    for label, text in (("prompt", prompt), (name, result.text.strip())):
-        lines = textwrap.wrap(" ".join(text.split()), 78) or [""]
-        print(f"{label:>15}  " + f"\n{'':17}".join(lines))
-    print()
+def show(label: str, text: str) -> None:
+    lines = textwrap.wrap(" ".join(text.split()), 78) or [""]
+    print(f"{label:>15}  " + f"\n{'':17}".join(lines))
 
 
 def adapters_per_step(metrics_port: int) -> float:
