@@ -69,7 +69,7 @@ def test_there_are_bundled_adapters_and_each_says_what_it_is(target):
     for adapter in adapters:
         assert adapter.description
         folder = zoo_folder() / adapter.name
-        assert "held-out" in (folder / "README.md").read_text()
+        assert "Held-out result" in (folder / "README.md").read_text()
         assert read_adapter(folder).digest == adapter.digest
 
 

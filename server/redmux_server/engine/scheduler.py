@@ -25,7 +25,6 @@ class Scheduler:
         self.running: list[Request] = []
         self._waiting: dict[str, deque[Request]] = {}
         self._served: dict[str, int] = {}  # tenant -> tokens computed for it
-        self._level = 0  # what the tenant admitted last had been served; it never falls
 
     @property
     def num_waiting(self) -> int:
@@ -40,10 +39,14 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queues a request behind the others of its tenant."""
         if request.tenant not in self._waiting:
+            # A tenant that had nothing waiting starts level with those that have: what it did not
+            # ask for is not saved up. Where nobody waits, nobody is owed anything.
+            if self._waiting:
+                level = min(self._served[t] for t in self._waiting)
+            else:
+                level = max(self._served.values(), default=0)
+            self._served[request.tenant] = max(self._served.get(request.tenant, 0), level)
             self._waiting[request.tenant] = deque()
-            # A tenant that had nothing waiting starts level with those that had: what it did not
-            # ask for is not saved up, so neither it nor a newcomer can starve the rest.
-            self._served[request.tenant] = max(self._served.get(request.tenant, 0), self._level)
         self._waiting[request.tenant].append(request)
 
     def ended_early(self) -> list[Request]:
@@ -100,7 +103,6 @@ class Scheduler:
         blocks = self._blocks.allocate(request.max_length)
         if blocks is None:  # wait for it rather than let smaller requests starve it
             return None
-        self._level = self._served[tenant]
         self._waiting[tenant].popleft()
         self._drop_empty(tenant)
         request.blocks = blocks

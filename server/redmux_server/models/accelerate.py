@@ -46,7 +46,8 @@ def pack_linears(model: nn.Module) -> int:
     """Replaces every nn.Linear and Conv1D by a PackedLinear, in place; returns how many.
 
     Module paths, and so sites and hooks, stay as they are. Original weights are released, except
-    where an embedding shares them.
+    where an embedding shares them; what is left is copied, so that nothing holds on to the file
+    that all of it was mapped from.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -60,4 +61,6 @@ def pack_linears(model: nn.Module) -> int:
             weight = tensors["weight"].t() if type(child) is Conv1D else tensors["weight"]
             setattr(parent, name, PackedLinear(weight, tensors.get("bias")))
             count += 1
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return count
