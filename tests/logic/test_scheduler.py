@@ -1,0 +1,214 @@
+"""The scheduler against a simple model of what it promises."""
+
+from collections import deque
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from redmux.errors import RequestCancelledError
+from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.request import Failed, Request, SamplingParams
+from redmux_server.engine.scheduler import Scheduler
+
+BLOCK = 4
+
+
+def request(num_prompt, max_tokens, tenant="t"):
+    return Request(
+        prompt_ids=list(range(num_prompt)), max_tokens=max_tokens, sampling=SamplingParams(),
+        stop_token_ids=frozenset(), tenant=tenant, adapter=None, logprobs=False,
+        sink=lambda event: None,
+    )  # fmt: skip
+
+
+def commit(scheduler, work):
+    """What the engine does after a step; returns the requests that ended."""
+    ended = []
+    for item in work:
+        samples = item.samples
+        item.request.num_computed += item.count
+        if samples:
+            item.request.token_ids.append(1)
+            if item.request.finish_reason() is not None:
+                ended.append(item.request)
+    for done in ended:
+        scheduler.remove(done)
+    return ended
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(8, 24), max_running=st.integers(1, 5), extra=st.integers(0, 12)
+    )
+    def start(self, num_blocks, max_running, extra):
+        self.pool = BlockPool(num_blocks, BLOCK)
+        self.budget = max_running + extra
+        self.max_running = max_running
+        self.scheduler = Scheduler(self.pool, max_running=max_running, max_batch_tokens=self.budget)
+        self.queues = {}  # tenant -> requests in order of submission, not yet admitted
+        self.open = []
+
+    @rule(
+        num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 10),
+        tenant=st.sampled_from("abc"),
+    )  # fmt: skip
+    def submit(self, num_prompt, max_tokens, tenant):
+        new = request(num_prompt, max_tokens, tenant)
+        self.scheduler.submit(new)
+        self.queues.setdefault(tenant, deque()).append(new)
+        self.open.append(new)
+
+    @rule()
+    def step(self):
+        before = list(self.scheduler.running)
+        decoding = [r for r in before if r.is_decoding]
+        work = self.scheduler.plan()
+        assert bool(work) == bool(self.open)
+        assert sum(w.count for w in work) <= self.budget
+        assert [w.request for w in work[: len(decoding)]] == decoding
+        assert all(w.count == 1 for w in work[: len(decoding)])
+        assert len({id(w.request) for w in work}) == len(work)
+        for item in work:
+            assert item.count >= 1
+            assert item.request.num_computed + item.count <= len(item.request.token_ids)
+        for admitted in self.scheduler.running[len(before) :]:
+            assert self.queues[admitted.tenant].popleft() is admitted
+        for ended in commit(self.scheduler, work):
+            assert ended.num_output == ended.max_tokens
+            self.open.remove(ended)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def end_early(self, data):
+        gone = data.draw(st.sampled_from(self.open))
+        gone.early_end = Failed(RequestCancelledError("gone"))
+        assert self.scheduler.ended_early() == [gone]
+        self.scheduler.remove(gone)
+        self.open.remove(gone)
+        if gone in self.queues[gone.tenant]:
+            self.queues[gone.tenant].remove(gone)
+
+    @invariant()
+    def blocks_are_held_once_and_suffice(self):
+        held = [b for r in self.scheduler.running for b in r.blocks]
+        assert len(held) == len(set(held))
+        assert len(held) + self.pool.num_free == self.pool.num_blocks
+        for running in self.scheduler.running:
+            assert len(running.blocks) * BLOCK >= running.max_length
+
+    @invariant()
+    def limits_hold(self):
+        assert len(self.scheduler.running) <= self.max_running
+        assert len(self.scheduler.running) + self.scheduler.num_waiting == len(self.open)
+        assert len(self.scheduler._served) <= 2 * 3 + 64 + 1
+
+    def teardown(self):
+        if hasattr(self, "open"):
+            for _ in range(10_000):
+                if not self.open:
+                    break
+                self.step()
+            assert self.open == []
+            assert self.pool.num_free == self.pool.num_blocks
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def make(num_blocks=100, **limits):
+    return Scheduler(
+        BlockPool(num_blocks, BLOCK), **{"max_running": 2, "max_batch_tokens": 8} | limits
+    )
+
+
+def run_until_admitted(scheduler, wanted, limit=1000):
+    for steps in range(limit):
+        if wanted in scheduler.running:
+            return steps
+        commit(scheduler, scheduler.plan())
+    raise AssertionError("never admitted")
+
+
+def test_a_flood_of_one_tenant_does_not_delay_another():
+    scheduler = make()
+    for _ in range(100):
+        scheduler.submit(request(4, 4, "flood"))
+    for _ in range(5):
+        commit(scheduler, scheduler.plan())
+    late = request(4, 4, "other")
+    scheduler.submit(late)
+    # At most until one of the running requests ends: 4 tokens of output each.
+    assert run_until_admitted(scheduler, late) <= 6
+
+
+def test_an_idle_tenant_saves_no_credit():
+    scheduler = make(max_running=1)
+    for _ in range(40):
+        scheduler.submit(request(4, 4, "busy"))
+    for _ in range(60):
+        commit(scheduler, scheduler.plan())
+    for _ in range(40):
+        scheduler.submit(request(4, 4, "newcomer"))
+    order = []
+    while len(order) < 20:
+        before = set(scheduler.running)
+        work = scheduler.plan()
+        order += [r.tenant for r in scheduler.running if r not in before]
+        commit(scheduler, work)
+    assert 8 <= order.count("newcomer") <= 12
+
+
+def test_a_big_request_is_not_starved_by_small_ones():
+    scheduler = make(num_blocks=10, max_running=4)
+    scheduler.submit(request(4, 8, "small"))
+    commit(scheduler, scheduler.plan())
+    big = request(20, 20, "big")  # needs the whole cache
+    scheduler.submit(big)
+    for _ in range(50):
+        scheduler.submit(request(4, 8, "small"))
+    assert run_until_admitted(scheduler, big) <= 12
+
+
+def test_a_long_prompt_is_cut_to_the_budget_and_decodes_go_on():
+    scheduler = make(max_running=2, max_batch_tokens=5)
+    short = request(2, 20)
+    scheduler.submit(short)
+    commit(scheduler, scheduler.plan())
+    scheduler.submit(request(17, 2))
+    counts = []
+    while (work := scheduler.plan()) and len(counts) < 5:
+        counts.append([w.count for w in work])
+        assert work[0].request is short
+        commit(scheduler, work)
+    assert counts == [[1, 4], [1, 4], [1, 4], [1, 4], [1, 1]]
+
+
+def test_counters_are_forgotten_with_their_tenants():
+    scheduler = make()
+    for i in range(500):
+        scheduler.submit(request(1, 1, f"tenant-{i}"))
+        while scheduler.running or scheduler.num_waiting:
+            commit(scheduler, scheduler.plan())
+    assert len(scheduler._served) < 100
+
+
+def test_a_budget_below_the_running_limit_is_refused():
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        make(max_running=9)
+
+
+def test_a_pool_gives_all_or_nothing():
+    pool = BlockPool(3, BLOCK)
+    assert pool.allocate(13) is None
+    assert pool.num_free == 3
+    assert len(pool.allocate(12)) == 3
+    assert pool.allocate(1) is None

@@ -1,0 +1,136 @@
+"""An engine without a model: logits come from a script."""
+
+import asyncio
+import dataclasses
+
+import torch
+
+from redmux_adapters import Adapter, Edit
+from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.engine import Engine
+from redmux_server.engine.request import Failed, Finished, Request, SamplingParams, Token
+from redmux_server.engine.scheduler import Scheduler
+from redmux_server.metrics import Metrics
+
+VOCAB = 8
+POISON = 6  # a prompt that holds this token makes forward raise
+NAN = 5  # a prompt that holds this one makes its logits NaN
+SITES = {"site": 3}
+
+
+class FakeRunner:
+    """Draws (last token + 1) % 4; keeps a list of the batches that it was asked for."""
+
+    def __init__(self):
+        self.batches = []
+        self.entered = 0
+        self.before = lambda work: None  # a hook of the test
+
+    def enter_thread(self):
+        self.entered += 1
+
+    def forward(self, work):
+        self.batches.append([item.request for item in work])
+        self.before(work)
+        rows = []
+        for item in work:
+            request = item.request
+            if POISON in request.prompt_ids:
+                raise RuntimeError("a secret of the kernel")
+            if item.samples:
+                row = torch.zeros(VOCAB)
+                row[(request.token_ids[-1] + 1) % 4] = 9
+                if NAN in request.prompt_ids:
+                    row[2] = float("nan")
+                rows.append(row)
+        return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
+
+
+@dataclasses.dataclass
+class Parts:
+    engine: Engine
+    runner: FakeRunner
+    scheduler: Scheduler
+    bank: AdapterBank
+    pool: BlockPool
+    metrics: Metrics
+
+    @property
+    def is_idle(self):
+        """Whether nobody holds blocks, slots or a place in the batch."""
+        users = self.bank._users[1:]
+        return (
+            self.pool.num_free == self.pool.num_blocks
+            and not any(users)
+            and not self.scheduler.running
+            and not self.scheduler.num_waiting
+        )
+
+    def step(self):
+        """What the engine's thread does once, and the delivery of its events."""
+        self.engine._take_inbox(block=False)
+        self.engine.step()
+        events, self.engine._events = self.engine._events, []
+        self.engine._deliver(events)
+
+
+def make_parts(*, max_open=8, max_running=4, num_blocks=16) -> Parts:
+    pool = BlockPool(num_blocks, 4)
+    scheduler = Scheduler(pool, max_running=max_running, max_batch_tokens=8)
+    bank = AdapterBank(
+        SITES, device=torch.device("cpu"), dtype=torch.float32, max_bytes=0, min_slots=5
+    )
+    runner, metrics = FakeRunner(), Metrics()
+    engine = Engine(runner, scheduler, bank, metrics, max_open=max_open)
+    return Parts(engine, runner, scheduler, bank, pool, metrics)
+
+
+class Caller:
+    """A request and the events that reached it."""
+
+    def __init__(self, prompt=(0,), max_tokens=3, **options):
+        self.events = []
+        self.ended = asyncio.Event()
+        self.first = asyncio.Event()
+        values = {
+            "sampling": SamplingParams(), "stop_token_ids": frozenset(), "tenant": "",
+            "adapter": None, "logprobs": False,
+        }  # fmt: skip
+        self.request = Request(
+            prompt_ids=list(prompt), max_tokens=max_tokens, sink=self.take, **values | options
+        )
+
+    def take(self, event):
+        self.events.append(event)
+        self.first.set()
+        if not isinstance(event, Token):
+            self.ended.set()
+
+    @property
+    def tokens(self):
+        return [event.token_id for event in self.events if isinstance(event, Token)]
+
+    @property
+    def endings(self):
+        return [event for event in self.events if not isinstance(event, Token)]
+
+    @property
+    def error(self):
+        (ending,) = self.endings
+        assert isinstance(ending, Failed)
+        assert self.events[-1] is ending
+        return ending.error
+
+    @property
+    def reason(self):
+        (ending,) = self.endings
+        assert isinstance(ending, Finished)
+        assert self.events[-1] is ending
+        return ending.reason
+
+
+def make_adapter(seed=0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    edit = Edit(*(torch.randn(3, generator=generator) for _ in range(2)))
+    return Adapter(base_fingerprint="fake", edits={"site": edit})
