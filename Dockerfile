@@ -25,7 +25,7 @@ USER redmux
 ENV PATH=/opt/venv/bin:$PATH \
     REDMUX_HOST=0.0.0.0 \
     REDMUX_ADAPTERS=zoo
-# Converts the default model once, and compiles the kernels, so that a container starts in seconds.
+# Converts the default model here, so that a container does not have to at its start.
 RUN python -c "from redmux_adapters import load_base; load_base('smollm2')"
 EXPOSE 50051 9095
 HEALTHCHECK --interval=10s --start-period=60s CMD ["redmux", "health"]
