@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from redmux import FailedPreconditionError, NotFoundError
+from redmux import AsyncClient, FailedPreconditionError, NotFoundError
 from redmux_adapters import to_bytes
 
 
@@ -31,26 +31,29 @@ async def until(condition):
         await asyncio.sleep(0)
 
 
-async def test_a_fresh_adapter_serves_while_no_stream_misses_a_step(base, server, client, put):
-    await put("old", base.adapter(1))
-    outputs = [[] for _ in range(15)]
-    readers = [
-        asyncio.create_task(
-            read(client.stream("abc", adapter="old", max_tokens=200, ignore_eos=True), chunks)
-        )
-        for chunks in outputs
-    ]
-    await until(lambda: all(outputs))
-    steps = record_steps(server)
-    running = list(server.engine._scheduler.running)
-    assert len(running) == 15
-    await put("new", base.adapter(2))
-    fresh = await client.generate("abcdef", adapter="new", max_tokens=1)
-    assert fresh.digest == base.adapter(2).digest
-    last = max(i for i, step in enumerate(steps) if any(r not in running for r in step))
-    for step in steps[: last + 1]:
-        assert all(step.get(r) == 1 for r in running if r.num_output < 200)
-    await asyncio.gather(*readers)
+async def test_a_fresh_adapter_serves_while_no_stream_misses_a_step(base, start_server):
+    server = await start_server(max_running=20, max_batch_tokens=48)
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        await client.adapters.put("old", to_bytes(base.adapter(1)))
+        outputs = [[] for _ in range(16)]
+        readers = [
+            asyncio.create_task(
+                read(client.stream("abc", adapter="old", max_tokens=200, ignore_eos=True), chunks)
+            )
+            for chunks in outputs
+        ]
+        await until(lambda: all(outputs))
+        steps = record_steps(server)
+        running = list(server.engine._scheduler.running)
+        assert len(running) == 16
+        await client.adapters.put("new", to_bytes(base.adapter(2)))
+        fresh = await client.generate("abcdef", adapter="new", max_tokens=1)
+        assert fresh.digest == base.adapter(2).digest
+        last = max(i for i, step in enumerate(steps) if any(r not in running for r in step))
+        for step in steps[: last + 1]:
+            assert all(step.get(r) == 1 for r in running)
+        assert sum(any(r not in running for r in step) for step in steps) == 1
+        await asyncio.gather(*readers)
     assert all(sum(len(c.token_ids) for c in chunks) == 200 for chunks in outputs)
 
 
@@ -104,8 +107,6 @@ async def test_an_adapter_is_found_by_its_digest(base, client, put):
 
 
 async def test_more_adapters_than_bank_rows_are_served(base, start_server):
-    from redmux import AsyncClient
-
     server = await start_server(max_running=2, max_batch_tokens=32, bank_bytes=0)
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
         adapters = [base.adapter(seed) for seed in range(9)]
