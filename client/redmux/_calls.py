@@ -203,7 +203,9 @@ def health(response: bytes) -> Health:
 def error_of(rpc_error: grpc.RpcError) -> RedmuxError:
     """Returns the redmux error that a failed call stands for."""
     status = rpc_error.code()
-    metadata = dict(cast("Iterable[tuple[str, str | bytes]]", rpc_error.trailing_metadata() or ()))
+    pairs = cast("Iterable[tuple[str, str | bytes]]", rpc_error.trailing_metadata() or ())
+    # iter, since dict would take grpc.aio's Metadata for a mapping, whose keys are pairs.
+    metadata = dict(iter(pairs))
     kind = _ERROR_OF_STATUS.get(status, RedmuxError)
     named = _ERROR_OF_NAME.get(str(metadata.get("redmux-error")))
     if named is not None and named.status is status:

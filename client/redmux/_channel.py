@@ -174,13 +174,14 @@ class Connection:
         timeout_s: float | None = None,
     ) -> Response:
         """Returns the response to one request."""
-        if self._is_closed:
-            raise _closed()
         deadline_s = self.settings.deadline_s(timeout_s)
         try:
             return method(request, timeout=deadline_s, metadata=self.settings.metadata)
         except grpc.RpcError as error:
             raise _calls.error_of(error) from None
+        except ValueError:
+            self._check_open()
+            raise
 
     def stream(
         self,
@@ -189,15 +190,25 @@ class Connection:
         timeout_s: float,
     ) -> Generator[Response, None, None]:
         """Yields the responses to one request; the call ends when the iterator is closed."""
-        if self._is_closed:
-            raise _closed()
-        call = method(request, timeout=timeout_s, metadata=self.settings.metadata)
+        try:
+            call = method(request, timeout=timeout_s, metadata=self.settings.metadata)
+        except ValueError:
+            self._check_open()
+            raise
         try:
             yield from call
         except grpc.RpcError as error:
             raise _calls.error_of(error) from None
         finally:
             call.cancel()
+
+    def _check_open(self) -> None:
+        """Raises FailedPreconditionError if gRPC's ValueError means that the client is closed.
+
+        Asked afterwards, since another thread may close at any moment before.
+        """
+        if self._is_closed:
+            raise _closed() from None
 
     def close(self) -> None:
         """Ends all calls and frees the channel; closing again does nothing."""
@@ -211,37 +222,43 @@ class AsyncConnection:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._is_closed = False
+        # Older versions of gRPC do not find all of them when the channel closes.
+        self._running: set[grpc.aio.Call] = set()
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
         # Made by the first call: an aio channel binds to the loop that runs when it is made, and
         # clients may well be made before the loop runs.
-        if self._is_closed:
-            raise _closed()
         credentials = self.settings.credentials
         if credentials is None:
             return grpc.aio.insecure_channel(self.settings.target, self.settings.options)
         return grpc.aio.secure_channel(self.settings.target, credentials, self.settings.options)
 
+    def _open_channel(self) -> grpc.aio.Channel:
+        # A stub made on a closed channel registers its methods in memory that gRPC has freed.
+        if self._is_closed:
+            raise _closed()
+        return self._channel
+
     @cached_property
     def inference(self) -> InferenceServiceAsyncStub:
         """Stub of InferenceService."""
-        return InferenceServiceStub(self._channel)
+        return InferenceServiceStub(self._open_channel())
 
     @cached_property
     def adapters(self) -> AdapterServiceAsyncStub:
         """Stub of AdapterService."""
-        return AdapterServiceStub(self._channel)
+        return AdapterServiceStub(self._open_channel())
 
     @cached_property
     def admin(self) -> AdminServiceAsyncStub:
         """Stub of AdminService."""
-        return AdminServiceStub(self._channel)
+        return AdminServiceStub(self._open_channel())
 
     @cached_property
     def health(self) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
         """The health check, on encoded messages."""
-        return self._channel.unary_unary(_calls.HEALTH_METHOD)
+        return self._open_channel().unary_unary(_calls.HEALTH_METHOD)
 
     async def unary(
         self,
@@ -253,13 +270,17 @@ class AsyncConnection:
         if self._is_closed:
             raise _closed()
         deadline_s = self.settings.deadline_s(timeout_s)
+        call = method(request, timeout=deadline_s, metadata=self.settings.metadata)
+        self._running.add(call)
         try:
-            return await method(request, timeout=deadline_s, metadata=self.settings.metadata)
+            return await call
         except grpc.RpcError as error:
             raise _calls.error_of(error) from None
         except asyncio.CancelledError:
             self._check_cancelled()
             raise
+        finally:
+            self._running.discard(call)
 
     async def stream(
         self,
@@ -271,6 +292,7 @@ class AsyncConnection:
         if self._is_closed:
             raise _closed()
         call = method(request, timeout=timeout_s, metadata=self.settings.metadata)
+        self._running.add(call)
         try:
             async for response in call:
                 yield response
@@ -280,6 +302,7 @@ class AsyncConnection:
             self._check_cancelled()
             raise
         finally:
+            self._running.discard(call)
             call.cancel()
 
     def _check_cancelled(self) -> None:
@@ -294,5 +317,7 @@ class AsyncConnection:
     async def close(self) -> None:
         """Ends all calls and frees the channel; closing again does nothing."""
         self._is_closed = True
+        for call in tuple(self._running):
+            call.cancel()
         if "_channel" in vars(self):
             await self._channel.close()

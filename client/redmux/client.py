@@ -33,7 +33,7 @@ class Client:
     credentials. `timeout_s` limits every call that sets no limit itself, except `stream`. A server
     that is not available is tried again for a moment before UnavailableError is raised.
 
-    Nothing is sent before the first call. All errors are RedmuxError.
+    Nothing is sent before the first call. A call that fails raises a RedmuxError.
     """
 
     def __init__(

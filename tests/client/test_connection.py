@@ -1,4 +1,8 @@
 import asyncio
+import os
+import socket
+import subprocess
+import sys
 import threading
 
 import grpc
@@ -90,8 +94,6 @@ def test_nobody_listening_is_unavailable(connect, unused_target):
 @pytest.fixture
 def unused_target():
     """A port that is ours, and that nobody listens at."""
-    import socket
-
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{held.getsockname()[1]}"
@@ -190,10 +192,44 @@ def test_a_closed_client_says_so(connect, target, server):
     client.info()
     client.close()
     client.close()
-    for call in (client.info, lambda: next(client.stream("Hi"))):
+    # Only `info` has been called before: gRPC must not meet the other methods on a dead channel.
+    for call in (
+        client.info,
+        client.health,
+        lambda: client.generate("Hi"),
+        lambda: next(client.stream("Hi")),
+        lambda: client.adapters.get("a"),
+    ):
         with pytest.raises(redmux.FailedPreconditionError, match="closed"):
             call()
     assert len(server.calls) == 1
+
+
+USE_AFTER_CLOSE = """
+import asyncio, sys, redmux
+
+async def main():
+    client = redmux.AsyncClient(sys.argv[1])
+    await client.info()
+    await client.close()
+    try:
+        await client.generate("Hi")
+    except redmux.FailedPreconditionError:
+        pass
+
+for _ in range(20):
+    asyncio.run(main())
+"""
+
+
+def test_a_method_first_used_after_close_touches_no_freed_memory(target):
+    # glibc overwrites what is freed, so that gRPC's use of a destroyed channel ends the process.
+    done = subprocess.run(
+        [sys.executable, "-c", USE_AFTER_CLOSE, target],
+        env={**os.environ, "MALLOC_PERTURB_": "165"},
+        timeout=60,
+    )
+    assert done.returncode == 0
 
 
 def test_a_client_closed_before_its_first_call_says_so(connect, target):
