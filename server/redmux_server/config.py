@@ -90,15 +90,18 @@ def load_config(
     parse, naming where it came from; argparse exits with 2 for unknown flags.
     """
     fields = {f.name: f for f in dataclasses.fields(ServerConfig)}
-    parser = argparse.ArgumentParser(prog=prog, description="Serve RED adapters over gRPC.")
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Serve RED adapters over gRPC.", allow_abbrev=False
+    )
     parser.add_argument("--config", help="TOML file with any of these options")
     for name, field in fields.items():
         kind = " (repeatable)" if _is_list(name) else ""
+        default = "none" if field.default in ("", ()) else field.default
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             action="append" if _is_list(name) else "store",
             metavar=name.upper(),
-            help=f"{field.metadata['help']}{kind}; default: {field.default or 'none'}",
+            help=f"{field.metadata['help']}{kind}; default: {default}",
         )
     flags = vars(parser.parse_args(argv))
     file = flags.pop("config") or environ.get("REDMUX_CONFIG")

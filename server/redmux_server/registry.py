@@ -22,6 +22,7 @@ from redmux_adapters import Adapter, Limits, check_base, parse_adapter, read_ada
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})?")
+_SUFFIX = ".safetensors"
 _HEADER_BYTES = 512 << 10
 
 
@@ -36,10 +37,12 @@ class Published:
 
 def check_name(name: str) -> str:
     """Returns the name, or raises InvalidArgumentError if it is none."""
-    if not _NAME.fullmatch(name):
+    # A first part that ends like a file would be a folder where another adapter's file goes.
+    if not _NAME.fullmatch(name) or f"{_SUFFIX}/" in name:
         raise InvalidArgumentError(
             f"adapter name {name[:80]!r} is not valid: one or two parts joined by '/', each of "
-            f"a-z, 0-9, '.', '_', '-', at most 64 long, starting with a letter or digit"
+            f"a-z, 0-9, '.', '_', '-', at most 64 long, starting with a letter or digit, "
+            f"the first of two not ending in {_SUFFIX}"
         )
     return name
 
@@ -96,9 +99,14 @@ class AdapterRegistry:
         """
         check_name(name)
         adapter = await asyncio.to_thread(self._parse, safetensors, config_json)
+        # A caller who goes away must not leave the file to be written after the lock is free.
+        return await asyncio.shield(self._publish(name, adapter, replace))
+
+    async def _publish(self, name: str, adapter: Adapter, replace: bool) -> tuple[Published, bool]:
         async with self._writing:
             held = self._by_name.get(name)
             if held is not None and held.adapter.digest == adapter.digest:
+                await self._keep(held)
                 return held, False
             if held is not None and not replace:
                 raise AlreadyExistsError(
@@ -107,13 +115,16 @@ class AdapterRegistry:
                 )
             published = Published(name, adapter, datetime.now(UTC))
             if self._folder is not None:
-                await asyncio.to_thread(_write, self._folder, name, to_bytes(adapter))
+                await asyncio.to_thread(_write, self._folder, published)
             self._by_name[name] = published
         logger.info("adapter %s is %s, %d sites", name, adapter.digest, len(adapter.edits))
         return published, True
 
     async def delete(self, name: str) -> Published:
         """Removes a name; raises NotFoundError if there is none."""
+        return await asyncio.shield(self._remove(name))
+
+    async def _remove(self, name: str) -> Published:
         async with self._writing:
             if name not in self._by_name:
                 raise self._not_found(name)
@@ -142,14 +153,19 @@ class AdapterRegistry:
         for leftover in self._folder.glob("**/.*.tmp"):
             leftover.unlink()
         unusable = []
-        for path in sorted(self._folder.glob("**/*.safetensors")):
-            name = path.relative_to(self._folder).as_posix().removesuffix(".safetensors")
+        for path in sorted(self._folder.glob(f"**/*{_SUFFIX}")):
+            name = path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)
             try:
                 self.load(path, name)
             except RedmuxError as err:
                 logger.error("adapter file %s cannot be used: %s", path, err)
                 unusable.append(path)
         return unusable
+
+    async def _keep(self, held: Published) -> None:
+        """Writes the file of an adapter that was loaded from elsewhere and has none yet."""
+        if self._folder is not None and not _path(self._folder, held.name).is_file():
+            await asyncio.to_thread(_write, self._folder, held)
 
     def _parse(self, safetensors: bytes, config_json: str) -> Adapter:
         adapter = parse_adapter(
@@ -169,16 +185,16 @@ class AdapterRegistry:
 
 
 def _path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
+    return folder / f"{name}{_SUFFIX}"
 
 
-def _write(folder: Path, name: str, data: bytes) -> None:
-    path = _path(folder, name)
+def _write(folder: Path, published: Published) -> None:
+    path = _path(folder, published.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(suffix=".tmp", prefix=".", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            file.write(to_bytes(published.adapter))
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).rename(path)

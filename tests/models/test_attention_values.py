@@ -13,7 +13,7 @@ from redmux_server.models.paged_attention import _exp
 
 CACHES = ("numba", "torch")
 HEAD_DIMS = (4, 12, 64, 128)
-TOLERANCE = 1e-5  # of values around 1
+TOLERANCE = 2e-5  # of values around 1, from scores up to some dozens
 
 
 def shapes():
@@ -28,7 +28,7 @@ def shapes():
 def rules():
     return st.builds(
         Rule,
-        st.sampled_from([0.05, 0.2, 0.5]),
+        st.sampled_from([0.02, 0.05, 0.1]),
         st.sampled_from([0, 0, 1, 5, 32, 33, 50]),
         st.sampled_from([0.0, 0.0, 3.0, 30.0]),
     )

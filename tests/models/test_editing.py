@@ -130,7 +130,7 @@ def test_a_step_ends_when_its_block_fails():
 
 def test_a_prefill_that_is_not_named_is_untouched():
     model = Twin()
-    rows, step, _ = step_of([1, 3, 3], [True, False, True], 0)
+    _, step, _ = step_of([1, 3, 3], [True, False, True], 0)
     x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     plain = model.up(x)
     editing = Editing(model)

@@ -14,13 +14,17 @@ from redmux.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from redmux_server.engine.request import FinishReason
+from redmux_server.engine.request import Failed, Finished, FinishReason, SamplingParams
 
 
 def submit(parts, *callers):
     for caller in callers:
         parts.engine.submit(caller.request)
     return callers
+
+
+def cancel(parts, caller):
+    parts.engine.end(caller.request, Failed(RequestCancelledError("gone")))
 
 
 def run(parts, limit=200):
@@ -113,8 +117,6 @@ def test_a_row_that_is_not_finite_fails_its_own_request_only():
 
 
 def test_a_sampled_row_that_is_not_finite_fails_too():
-    from redmux_server.engine.request import SamplingParams
-
     parts = make_parts()
     (bad,) = submit(parts, Caller([NAN], sampling=SamplingParams(temperature=1.0), logprobs=True))
     run(parts)
@@ -126,7 +128,7 @@ def test_a_cancelled_request_ends_at_the_next_step_and_gives_everything_back():
     (caller,) = submit(parts, Caller([0, 1], max_tokens=20, adapter=make_adapter()))
     parts.step()
     assert not parts.is_idle
-    parts.engine.cancel(caller.request)
+    cancel(parts, caller)
     parts.step()
     assert isinstance(caller.error, RequestCancelledError)
     assert caller.tokens == [2]
@@ -138,7 +140,7 @@ def test_a_request_cancelled_while_it_waits_is_never_computed():
     parts = make_parts(max_running=1)
     first, second = submit(parts, Caller([0], max_tokens=4), Caller([2]))
     parts.step()
-    parts.engine.cancel(second.request)
+    cancel(parts, second)
     run(parts)
     assert isinstance(second.error, RequestCancelledError)
     assert first.reason is FinishReason.LENGTH
@@ -149,7 +151,7 @@ def test_a_request_cancelled_while_it_waits_is_never_computed():
 def test_a_request_cancelled_before_its_first_step_is_never_computed():
     parts = make_parts()
     (caller,) = submit(parts, Caller())
-    parts.engine.cancel(caller.request)
+    cancel(parts, caller)
     run(parts)
     assert isinstance(caller.error, RequestCancelledError)
     assert parts.runner.batches == []
@@ -159,15 +161,27 @@ def test_cancelling_an_ended_request_is_harmless():
     parts = make_parts()
     (caller,) = submit(parts, Caller(max_tokens=1))
     run(parts)
-    parts.engine.cancel(caller.request)
+    cancel(parts, caller)
     parts.step()
     assert caller.reason is FinishReason.LENGTH
+
+
+def test_a_reader_that_has_enough_ends_a_request_as_finished():
+    parts = make_parts()
+    (caller,) = submit(parts, Caller(max_tokens=9))
+    parts.step()
+    parts.engine.end(caller.request, Finished(FinishReason.STOP))
+    cancel(parts, caller)  # what comes first counts
+    parts.step()
+    assert caller.reason is FinishReason.STOP
+    assert caller.tokens == [1]
+    assert parts.is_idle
 
 
 def test_a_request_cancelled_inside_a_step_ends_once():
     parts = make_parts()
     (caller,) = submit(parts, Caller(max_tokens=1))
-    parts.runner.before = lambda work: parts.engine.cancel(caller.request)
+    parts.runner.before = lambda work: cancel(parts, caller)
     run(parts)
     parts.step()
     assert caller.reason is FinishReason.LENGTH
@@ -202,7 +216,7 @@ def test_metrics_count_each_ending_under_its_outcome(caplog):
     parts = make_parts()
     gone = Caller()
     submit(parts, Caller(), Caller([POISON]), Caller([NAN]), gone)
-    parts.engine.cancel(gone.request)
+    cancel(parts, gone)
     run(parts)
     for outcome in ("length", "failed_precondition", "cancelled"):
         labels = {"outcome": outcome}
@@ -210,7 +224,7 @@ def test_metrics_count_each_ending_under_its_outcome(caplog):
     assert parts.metrics.registry.get_sample_value("redmux_request_duration_seconds_count") == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_every_request_gets_exactly_one_ending(data):
     """Random requests, good and bad, submitted and cancelled at random steps."""
@@ -232,7 +246,7 @@ def test_every_request_gets_exactly_one_ending(data):
                     ),
                 )
             elif action == "cancel" and callers:
-                parts.engine.cancel(data.draw(st.sampled_from(callers)).request)
+                cancel(parts, data.draw(st.sampled_from(callers)))
             else:
                 parts.step()
         run(parts)
@@ -244,7 +258,7 @@ def test_every_request_gets_exactly_one_ending(data):
         assert len(caller.endings) == 1
         assert caller.events[-1] is caller.endings[0]
         bad = {POISON, NAN} & set(caller.request.prompt_ids)
-        if not bad and not caller.request.is_cancelled:
+        if not bad and not caller.request.early_end:
             last = caller.request.prompt_ids[-1]
             count = caller.request.max_tokens
             assert caller.tokens == [(last + i) % 4 for i in range(1, count + 1)]

@@ -1,5 +1,6 @@
 """TextCodec: prompts to ids and ids to text, and what it refuses."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -120,10 +121,8 @@ def test_a_template_cannot_change_the_callers_messages(tokenizer):
     tokenizer.chat_template = "{% set _ = messages[0].update({'content': 'other'}) %}" + TEMPLATE
     messages = [dict(USER[0])]
     codec = TextCodec(tokenizer, None)
-    try:
+    with contextlib.suppress(InvalidArgumentError):  # the sandbox may refuse it
         codec.encode_chat(messages, None)
-    except InvalidArgumentError:
-        pass  # the sandbox may refuse it
     assert messages == USER
 
 

@@ -20,7 +20,7 @@ from redmux_server.models.editing import Editing
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
 from redmux_server.models.runner import CausalRunner
-from redmux_server.models.selfcheck import SelfCheck, reference
+from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, SelfCheck, reference
 from redmux_server.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def _context_and_cache(
     tokens = config.kv_cache_tokens
     if not tokens:
         tokens = min(_DEFAULT_CACHE_BYTES, _free_bytes(model.device) // 4) // per_token
-        tokens = min(tokens, config.max_running * context)
+        tokens = max(min(tokens, config.max_running * context), MIN_CACHE_TOKENS)
     tokens = -(-tokens // BLOCK) * BLOCK
     return min(context, tokens), tokens
 

@@ -21,6 +21,9 @@ from redmux_server.models.runner import CausalRunner
 logger = logging.getLogger(__name__)
 
 _LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
+_MAX_TOKENS = 2
+# Cache tokens that the check needs: every prompt in blocks of its own.
+MIN_CACHE_TOKENS = sum(-(-(n + _MAX_TOKENS) // BLOCK) * BLOCK for n in _LENGTHS)
 # Largest difference to plain attention, relative to the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -113,14 +116,14 @@ class SelfCheck:
 
     def _request(self, prompt: list[int], adapter: Adapter | None) -> Request:
         request = Request(
-            prompt_ids=prompt, max_tokens=2, sampling=SamplingParams(),
+            prompt_ids=prompt, max_tokens=_MAX_TOKENS, sampling=SamplingParams(),
             stop_token_ids=frozenset(), tenant="", adapter=adapter, logprobs=False,
             sink=lambda event: None,
         )  # fmt: skip
         blocks = self._pool.allocate(request.max_length)
         if blocks is None:
             raise FailedPreconditionError(
-                f"kv_cache_tokens is too small: the start-up check needs {sum(_LENGTHS) + 160}"
+                f"kv_cache_tokens is too small: the start-up check needs {MIN_CACHE_TOKENS}"
             )
         request.blocks = blocks
         if adapter is not None:

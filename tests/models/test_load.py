@@ -1,0 +1,140 @@
+"""load_causal: sizes of context and cache, and what it makes of a model folder."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from redmux.errors import InvalidArgumentError
+from redmux_server.config import ServerConfig
+from redmux_server.device import Choices
+from redmux_server.models import load
+from redmux_server.models.kvcache import LayerShape, NumbaKVCache, TorchKVCache
+from redmux_server.models.paged_attention import BLOCK
+
+SHAPES = [LayerShape(4, 2, 32)] * 3  # 2 * 3 * 2 * 32 values = 1536 bytes a token in fp32
+
+
+def model(positions=256, dtype=torch.float32):
+    return SimpleNamespace(
+        config=SimpleNamespace(max_position_embeddings=positions),
+        dtype=dtype,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch):
+    """Makes this much memory free."""
+
+    def set_free(num_bytes):
+        monkeypatch.setattr(load, "_free_bytes", lambda device: num_bytes)
+
+    set_free(64 << 30)
+    return set_free
+
+
+def sizes(base=None, **options):
+    return load._context_and_cache(ServerConfig(**options), base or model(), SHAPES)
+
+
+def test_the_context_is_the_models_by_default():
+    assert sizes()[0] == 256
+
+
+def test_the_context_can_be_shorter_than_the_models():
+    assert sizes(max_context=100)[0] == 100
+
+
+def test_a_context_longer_than_the_models_is_refused():
+    with pytest.raises(InvalidArgumentError, match=r"max_context is 257, .* end at 256"):
+        sizes(max_context=257)
+
+
+@pytest.mark.parametrize("positions", [None, 0])
+def test_a_model_without_a_limit_takes_any_context(positions):
+    assert sizes(model(positions), max_context=5000, kv_cache_tokens=8192)[0] == 5000
+
+
+def test_the_context_is_never_longer_than_the_cache():
+    assert sizes(kv_cache_tokens=128) == (128, 128)
+
+
+@pytest.mark.parametrize(("asked", "got"), [(1, 32), (32, 32), (33, 64), (1000, 1024)])
+def test_the_cache_is_whole_blocks_and_at_least_what_was_asked(asked, got):
+    assert sizes(kv_cache_tokens=asked)[1] == got
+    assert BLOCK == 32
+
+
+def test_the_default_cache_is_no_larger_than_all_running_requests_can_fill():
+    assert sizes(max_running=8)[1] == 8 * 256
+    assert sizes(max_running=8, max_context=128)[1] == 8 * 128
+
+
+def test_the_default_cache_has_a_bound_in_bytes():
+    got = sizes(model(1 << 20), max_running=64)[1]
+    assert (2 << 30) - BLOCK * 1536 < got * 1536 < (2 << 30) + BLOCK * 1536
+
+
+def test_the_default_cache_takes_a_quarter_of_the_free_memory(memory):
+    memory(4 * 1536 * 3200)
+    assert sizes()[1] == 3200
+
+
+def test_half_the_bytes_make_room_for_twice_the_tokens(memory):
+    memory(4 * 1536 * 3200)
+    assert sizes(model(dtype=torch.bfloat16))[1] == 6400
+
+
+def choices(**options):
+    values = {
+        "device": torch.device("cpu"), "dtype": torch.float32, "num_threads": 2, "reasons": (),
+    }  # fmt: skip
+    names = {field.name for field in dataclasses.fields(Choices)}
+    return Choices(**{k: v for k, v in (values | options).items() if k in names})
+
+
+def test_fp32_on_the_cpu_has_the_exact_kernel():
+    cache, reason = load._make_cache(SHAPES, 2, choices())
+    assert type(cache) is NumbaKVCache
+    assert "exact" in reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        (LayerShape(2, 1, 8), torch.bfloat16, "not fp32"),
+        (LayerShape(2, 1, 6), torch.float32, "multiple of 4"),
+    ],
+)
+def test_everything_else_has_torchs_attention_and_says_why(shape, dtype, reason):
+    cache, told = load._make_cache([shape], 2, choices(dtype=dtype))
+    assert type(cache) is TorchKVCache
+    assert reason in told
+    assert cache.layers[0].cache.dtype is dtype
+
+
+def test_a_model_is_loaded_checked_and_free_of_hooks(tiny_folder, base):
+    threads = torch.get_num_threads()
+    try:
+        config = ServerConfig(model=str(tiny_folder), kv_cache_tokens=1024)
+        loaded = load.load_causal(config, choices())
+    finally:
+        torch.set_num_threads(threads)
+    assert loaded.fingerprint == base.fingerprint
+    assert (loaded.vocab_size, loaded.max_context, loaded.num_blocks) == (260, 256, 32)
+    assert loaded.codec.eos_token_ids == {0}
+    assert loaded.bit_identical
+    assert any("checked at start" in reason for reason in loaded.reasons)
+    assert not any(m._forward_hooks for m in loaded.runner.model.modules())
+
+
+def test_a_single_short_request_at_a_time_still_leaves_room_for_the_check(tiny_folder):
+    """Nobody set kv_cache_tokens, so nobody should be told that it is too small."""
+    threads = torch.get_num_threads()
+    try:
+        config = ServerConfig(model=str(tiny_folder), max_running=1, max_context=64)
+        assert load.load_causal(config, choices()).max_context == 64
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,197 @@
+"""Flags, environment and file fill one frozen configuration."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from redmux.errors import InvalidArgumentError
+from redmux_server.config import ServerConfig, load_config
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "redmux.toml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_the_defaults_are_complete_and_valid():
+    assert load_config([], {}) == ServerConfig()
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(write):
+    path = write("port = 1\nthreads = 1\nmax_queue = 1")
+    config = load_config(
+        ["--config", path, "--port", "3"], {"REDMUX_PORT": "2", "REDMUX_THREADS": "2"}
+    )
+    assert (config.port, config.threads, config.max_queue) == (3, 2, 1)
+
+
+def test_the_file_can_be_named_by_the_environment_and_the_flag_wins(write, tmp_path):
+    other = tmp_path / "other.toml"
+    other.write_text("port = 7")
+    environ = {"REDMUX_CONFIG": write("port = 6")}
+    assert load_config([], environ).port == 6
+    assert load_config(["--config", str(other)], environ).port == 7
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(ServerConfig), ids=lambda f: f.name)
+def test_every_field_can_be_set_in_each_of_the_three_places(field, write):
+    extra = {"tls_cert": {"tls_key": "k"}, "tls_key": {"tls_cert": "c"}}.get(field.name, {})
+    choices = {"device": "cpu", "dtype": "float32", "log_level": "debug"}
+    if isinstance(field.default, tuple):
+        value, text, toml = ("a",), "a", '["a"]'
+    elif isinstance(field.default, str):
+        value = text = choices.get(field.name, "x")
+        toml = f'"{text}"'
+    else:
+        value = type(field.default)(77)
+        text = toml = "77"
+    flags = [f"--{name.replace('_', '-')}={v}" for name, v in extra.items()]
+    by_flag = load_config([f"--{field.name.replace('_', '-')}", text, *flags], {})
+    by_environment = load_config(flags, {f"REDMUX_{field.name.upper()}": text})
+    by_file = load_config([*flags, "--config", write(f"{field.name} = {toml}")], {})
+    assert getattr(by_flag, field.name) == value
+    assert by_flag == by_environment == by_file
+
+
+def test_a_list_is_a_repeated_flag_a_comma_list_or_an_array(write):
+    expected = ("one=a", "b c")
+    by_flag = load_config(["--adapters", "one=a", "--adapters", "b c"], {})
+    by_environment = load_config([], {"REDMUX_ADAPTERS": "one=a, b c,"})
+    by_file = load_config(["--config", write('adapters = ["one=a", "b c"]')], {})
+    assert by_flag.adapters == by_environment.adapters == by_file.adapters == expected
+
+
+def test_a_list_flag_replaces_the_list_of_the_environment():
+    config = load_config(["--api-keys", "mine"], {"REDMUX_API_KEYS": "a,b"})
+    assert config.api_keys == ("mine",)
+
+
+def test_an_empty_list_variable_is_no_entry():
+    assert load_config([], {"REDMUX_API_KEYS": " , "}).api_keys == ()
+
+
+def test_variables_of_the_client_and_of_others_are_left_alone():
+    environ = {"REDMUX_TARGET": "x", "REDMUX_API_KEY": "x", "REDMUX_CACHE": "x", "PATH": "x"}
+    assert load_config([], environ) == ServerConfig()
+
+
+UNUSABLE = {
+    "unknown variable": ([], {"REDMUX_MAX_QEUE": "1"}, "REDMUX_MAX_QEUE"),
+    "variable is no number": ([], {"REDMUX_PORT": "eighty"}, "REDMUX_PORT is 'eighty'"),
+    "empty variable": ([], {"REDMUX_PORT": ""}, "REDMUX_PORT is ''"),
+    "fraction for a whole number": ([], {"REDMUX_PORT": "1.5"}, "REDMUX_PORT is '1.5'"),
+    "flag is no number": (["--max-queue", "many"], {}, "--max-queue is 'many'"),
+    "no such file": (["--config", "/nowhere.toml"], {}, "/nowhere.toml"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_cannot_be_read_is_refused_with_its_source(case):
+    argv, environ, message = UNUSABLE[case]
+    with pytest.raises(InvalidArgumentError, match=message):
+        load_config(argv, environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_qeue = 1", "unknown option 'max_qeue'"),
+        ("port = '80'", "port is '80'"),
+        ("port = true", "port is True"),
+        ("drain_s = true", "drain_s is True"),
+        ("model = 3", "model is 3"),
+        ("adapters = 'zoo'", "adapters is 'zoo'"),
+        ("adapters = ['a', 1]", "adapters is"),
+        ("[server]\nport = 1", "unknown option 'server'"),
+        ("port 1", "cannot read config file"),
+        ("port = 1\nport = 2", "cannot read config file"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name(text, message, write):
+    path = write(text)
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        load_config(["--config", path], {})
+    assert path in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "x.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidArgumentError, match="cannot read"):
+        load_config(["--config", str(path)], {})
+
+
+def test_a_whole_number_is_a_number_of_seconds(write):
+    config = load_config(["--config", write("drain_s = 5")], {})
+    assert (config.drain_s, type(config.drain_s)) == (5.0, float)
+
+
+@pytest.mark.parametrize("argv", [["--max-qeue", "1"], ["stray"], ["--port"]])
+def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(argv, {})
+    assert caught.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"port": -1}, {"port": 65536}, {"metrics_port": -1}, {"metrics_port": 65536},
+        {"threads": -1}, {"max_running": 0}, {"max_batch_tokens": 0}, {"max_queue": -1},
+        {"max_context": -1}, {"kv_cache_tokens": -1}, {"bank_bytes": -1}, {"drain_s": -0.5},
+        {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
+        {"dtype": "int8"}, {"log_level": "loud"}, {"max_running": 9, "max_batch_tokens": 8},
+        {"tls_cert": "c"}, {"tls_key": "k"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_by_name_and_value(values):
+    with pytest.raises(InvalidArgumentError) as caught:
+        ServerConfig(**values)
+    name, value = list(values.items())[-1]
+    assert name in str(caught.value)
+    if not name.startswith("tls"):
+        assert str(value) in str(caught.value)
+
+
+def test_the_edges_of_every_range_are_allowed():
+    ServerConfig(
+        port=0, metrics_port=65535, threads=0, max_running=1, max_batch_tokens=1, max_queue=0,
+        max_context=0, kv_cache_tokens=0, bank_bytes=0, drain_s=0.0, tls_cert="c", tls_key="k",
+    )  # fmt: skip
+
+
+def test_a_configuration_cannot_be_changed():
+    config = ServerConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.port = 1
+    assert hash(config) == hash(ServerConfig())
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(ServerConfig)}
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([f"REDMUX_{name.upper()}" for name in FIELDS]),
+        st.one_of(st.text(max_size=12), st.integers().map(str), st.floats().map(str)),
+        max_size=4,
+    )
+)
+def test_any_environment_gives_a_valid_configuration_or_a_typed_error(environ):
+    try:
+        config = load_config([], environ)
+    except InvalidArgumentError:
+        return
+    for name, field in FIELDS.items():
+        assert type(getattr(config, name)) is type(field.default)
+    assert dataclasses.replace(config) == config  # every check holds for the result
