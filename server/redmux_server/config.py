@@ -164,6 +164,11 @@ def _from_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         else:
             ok = type(value) is kind
         if not ok:
-            raise InvalidArgumentError(f"{path}: {name} is {value!r}, must be of type {kind}")
+            raise InvalidArgumentError(f"{path}: {name} is {value!r}, must be {_kind_name(name)}")
         values[name] = value
     return values
+
+
+def _kind_name(name: str) -> str:
+    kind = typing.get_type_hints(ServerConfig)[name]
+    return "a list of strings" if _is_list(name) else f"of type {kind.__name__}"

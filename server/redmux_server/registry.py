@@ -151,7 +151,8 @@ class AdapterRegistry:
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         for leftover in self._folder.glob("**/.*.tmp"):
-            leftover.unlink()
+            if leftover.is_file():
+                leftover.unlink()
         unusable = []
         for path in sorted(self._folder.glob(f"**/*{_SUFFIX}")):
             name = path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)

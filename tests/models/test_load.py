@@ -138,3 +138,18 @@ def test_a_single_short_request_at_a_time_still_leaves_room_for_the_check(tiny_f
         assert load.load_causal(config, choices()).max_context == 64
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_model_of_few_positions_is_served(tmp_path):
+    """Learned positions shorter than the prompts of the start-up check."""
+    from conftest import save_tiny_model
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=260, n_embd=64, n_layer=2, n_head=2, n_positions=48,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    folder = save_tiny_model(tmp_path, config)
+    config = ServerConfig(model=str(folder))
+    loaded = load.load_causal(config, choices())
+    assert loaded.max_context == 48

@@ -41,7 +41,9 @@ def reference(model: Any) -> Reference:
     """Runs the prompts one by one through the model as transformers loaded it."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
-    prompts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in _LENGTHS]
+    longest = getattr(model.config, "max_position_embeddings", None) or max(_LENGTHS) + _MAX_TOKENS
+    lengths = [min(n, longest - _MAX_TOKENS) for n in _LENGTHS]
+    prompts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
     logits = [
         model(input_ids=torch.tensor([p], device=model.device), use_cache=False).logits[0, -1]
         for p in prompts

@@ -1,0 +1,183 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from redmux_server.engine.detokenize import Detokenizer, StopMatcher
+
+quick = settings(deadline=None, database=None, max_examples=200)
+
+
+def byte_tokenizer():
+    """Every byte is a token, and a few merges make tokens that end inside a character."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    merges = []
+    for text in ("th", "the", "\u00e9", "\u20ac", "\U0001f600"):
+        [(chars, _)] = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)
+        for end in range(2, len(chars) + 1):
+            if chars[:end] not in vocab:
+                vocab[chars[:end]] = len(vocab)
+                merges.append((chars[: end - 1], chars[end - 1]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+TOKENIZER = byte_tokenizer()
+token_ids = st.lists(st.integers(0, TOKENIZER.get_vocab_size() - 1), max_size=30)
+texts = st.text(st.sampled_from("ab the\u00e9\u20ac\U0001f600\u0301\ufffd\n"), max_size=15)
+
+
+def decode(ids):
+    return TOKENIZER.decode(list(ids), skip_special_tokens=True)
+
+
+def stream(ids, sizes=(1,), decode=decode):
+    """What a detokenizer gives out, push by push, in chunks of these sizes in turn."""
+    detokenizer, given, start, turn = Detokenizer(decode), [], 0, 0
+    while start < len(ids):
+        size = sizes[turn % len(sizes)]
+        given.append(detokenizer.push(ids[start : start + size]))
+        start, turn = start + size, turn + 1
+    return [*given, detokenizer.flush()]
+
+
+sizes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+@given(token_ids, sizes)
+@quick
+def test_any_tokens_stream_to_what_they_decode_to_at_once(ids, sizes):
+    assert "".join(stream(ids, sizes)) == decode(ids)
+
+
+@given(texts, sizes)
+@quick
+def test_any_text_streams_to_itself(text, sizes):
+    assert "".join(stream(TOKENIZER.encode(text).ids, sizes)) == text
+
+
+@given(texts.filter(lambda t: "\ufffd" not in t))
+@quick
+def test_no_push_gives_out_half_a_character(text):
+    assert not any("\ufffd" in part for part in stream(TOKENIZER.encode(text).ids))
+
+
+def test_text_is_given_out_as_soon_as_it_is_complete():
+    parts = stream(TOKENIZER.encode("ab").ids)
+    assert parts == ["a", "b", ""]
+
+
+def test_a_character_left_incomplete_is_flushed_as_a_replacement():
+    ids = TOKENIZER.encode("a\u20ac").ids[:1] + TOKENIZER.encode("\u4e2d").ids[:2]
+    assert stream(ids) == ["a", "", "", "\ufffd"]
+
+
+def test_flushing_twice_gives_nothing_the_second_time():
+    detokenizer = Detokenizer(decode)
+    detokenizer.push(TOKENIZER.encode("\u4e2d").ids[:1])
+    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
+
+
+@given(st.lists(st.integers(0, 3), max_size=8))
+@quick
+def test_a_space_that_decoding_drops_at_the_start_is_kept_in_the_middle(ids):
+    """SentencePiece tokens carry the space before them, which only the first one loses."""
+    vocab = {"\u2581a": 0, "\u2581b": 1, "c": 2, "\u2581": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.decoder = decoders.Metaspace()
+    assert "".join(stream(ids, decode=tokenizer.decode)) == tokenizer.decode(ids)
+
+
+def test_tokens_without_text_lose_nothing_around_them():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<mark>"])
+    mark = tokenizer.token_to_id("<mark>")
+    half, rest = tokenizer.encode("\u4e2d").ids[:1], tokenizer.encode("\u4e2d").ids[1:]
+    parts = stream([mark, *half, *rest, mark, *tokenizer.encode("a").ids], decode=tokenizer.decode)
+    assert "".join(parts) == "\u4e2da"
+
+
+# -- stop texts -------------------------------------------------------------------------------
+
+letters = st.text(st.sampled_from("ab\u00e9"), max_size=12)
+stop_lists = st.lists(st.text(st.sampled_from("ab\u00e9"), min_size=1, max_size=4), max_size=3)
+
+
+def cut(text, stops):
+    """The reference: grow the text letter by letter until it ends in a stop text."""
+    for end in range(1, len(text) + 1):
+        endings = [stop for stop in stops if text[:end].endswith(stop)]
+        if endings:
+            stop = max(endings, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@st.composite
+def chunked(draw):
+    text = draw(letters)
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def match(chunks, stops):
+    matcher = StopMatcher(stops)
+    given = [matcher.push(chunk) for chunk in chunks]
+    return [*given, matcher.flush()], matcher.matched
+
+
+@given(chunked(), stop_lists)
+@quick
+def test_the_cut_is_that_of_the_reference_however_text_arrives(chunks, stops):
+    parts, matched = match(chunks, stops)
+    assert ("".join(parts), matched) == cut("".join(chunks), stops)
+
+
+@given(chunked(), stop_lists)
+@quick
+def test_no_text_given_out_contains_a_stop_text(chunks, stops):
+    parts, _ = match(chunks, stops)
+    assert not any(stop in "".join(parts) for stop in stops)
+
+
+@given(chunked(), stop_lists)
+@quick
+def test_only_what_may_begin_a_stop_text_is_held_back(chunks, stops):
+    matcher = StopMatcher(stops)
+    text, given_out = "", ""
+    for chunk in chunks:
+        text, given_out = text + chunk, given_out + matcher.push(chunk)
+        if matcher.matched is None:
+            held = text[len(given_out) :]
+            assert not held or any(stop.startswith(held) for stop in stops)
+
+
+def test_held_back_text_is_flushed():
+    matcher = StopMatcher(["END"])
+    assert matcher.push("the EN") == "the "
+    assert matcher.flush() == "EN"
+
+
+def test_nothing_is_given_out_after_a_match():
+    matcher = StopMatcher(["|"])
+    assert matcher.push("a|b") == "a"
+    assert matcher.push("c") == ""
+    assert matcher.flush() == ""
+    assert matcher.matched == "|"
+
+
+def test_of_two_stop_texts_that_end_together_the_longer_wins():
+    assert match(["xab"], ["b", "ab"]) == (["x", ""], "ab")
+
+
+@pytest.mark.parametrize("stops", [["abc", "b"], ["b", "abc"]])
+def test_the_stop_text_that_is_complete_first_wins(stops):
+    assert match(["abc"], stops) == (["a", ""], "b")
+
+
+def test_without_stop_texts_everything_passes_at_once():
+    assert StopMatcher([]).push("abc") == "abc"
