@@ -204,7 +204,7 @@ async def test_a_cancelled_stream_gives_back_everything(base, server, client, pu
     assert scheduler.running == []
     assert scheduler.num_waiting == 0
     assert scheduler._blocks.num_free == scheduler._blocks.num_blocks
-    assert sum(server.model.bank._users[1:]) == 0
+    assert server.model.bank.num_uses == 0
 
 
 async def test_only_the_culprit_of_a_failed_step_fails(base, server, client):

@@ -89,5 +89,5 @@ async def test_answers_stay_right_and_nothing_leaks(base, start_server, tmp_path
     assert all(counts.values())
     scheduler = server.engine._scheduler
     assert scheduler._blocks.num_free == scheduler._blocks.num_blocks
-    assert sum(server.model.bank._users[1:]) == 0
+    assert server.model.bank.num_uses == 0
     assert grown < 32 << 20

@@ -154,13 +154,30 @@ def test_rows_come_in_the_order_asked_for():
     assert torch.equal(bank.rows([two, 0, one, two])[[2, 0]], bank.rows([one, two]))
 
 
-def test_rows_are_new_once_a_slot_is_filled_anew():
+def test_a_slot_whose_row_was_given_away_reads_nothing():
     bank = make_bank(min_slots=2)
     slot = bank.acquire("one", edits(1))
     bank.rows([slot])
     bank.release(slot)
-    assert bank.acquire("two", edits(2)) == slot
-    assert_holds(bank, slot, edits(2))
+    other = bank.acquire("two", edits(2))
+    assert other != slot
+    assert_holds(bank, other, edits(2))
+    with pytest.raises(KeyError):
+        bank.rows([slot])
+
+
+def test_wider_rows_take_no_more_bytes():
+    narrow, wide = 8 * DIMS["l.0.a"], 8 * sum(DIMS.values())
+    bank = make_bank(max_bytes=40 * narrow, min_slots=3)
+    kept = bank.acquire("kept", edits(0))
+    for seed in range(1, 60):
+        bank.release(bank.acquire(f"d{seed}", edits(seed)))
+    assert bank.nbytes == 40 * narrow
+    slot = bank.acquire("wide", edits(99, list(DIMS)))
+    assert bank.nbytes <= max(40 * narrow, 3 * wide)
+    assert bank.num_resident >= 2
+    assert_holds(bank, kept, edits(0))
+    assert_holds(bank, slot, edits(99, list(DIMS)))
 
 
 def test_rows_are_new_once_the_layout_grows():
@@ -175,7 +192,7 @@ def test_rows_are_new_once_the_layout_grows():
 def test_a_slot_outside_the_bank_is_refused(slot):
     bank = make_bank()
     bank.acquire("one", edits(1))
-    with pytest.raises((IndexError, RuntimeError)):
+    with pytest.raises(KeyError):
         bank.rows([0, slot])
 
 

@@ -59,10 +59,9 @@ class Parts:
     @property
     def is_idle(self):
         """Whether nobody holds blocks, slots or a place in the batch."""
-        users = self.bank._users[1:]
         return (
             self.pool.num_free == self.pool.num_blocks
-            and not any(users)
+            and self.bank.num_uses == 0
             and not self.scheduler.running
             and not self.scheduler.num_waiting
         )

@@ -192,7 +192,7 @@ def test_an_adapter_is_given_back_when_its_request_ends():
     adapter = make_adapter()
     submit(parts, Caller(adapter=adapter), Caller(adapter=adapter))
     parts.step()
-    assert sum(parts.bank._users[1:]) == 2
+    assert parts.bank.num_uses == 2
     run(parts)
     assert parts.is_idle
     assert parts.bank.num_resident == 1  # kept for the next one

@@ -1,5 +1,6 @@
 """AdapterBank: the vectors of the adapters in use, one row each, on the model's device."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -13,12 +14,14 @@ IDENTITY = 0  # slot of the bare base model: scale 1, bias 0
 
 
 class AdapterBank:
-    """One matrix [slots, width]; a row is an adapter's scale and bias of every site in turn.
+    """One matrix [rows, width]; a row is an adapter's scale and bias of every site in turn.
 
-    Rows are keyed by digest, counted by the requests that use them and reused least recently
-    used first once nobody does. The bank grows on demand to `max_bytes`, or to `min_slots` rows
+    An adapter that is acquired gets a slot, keyed by its digest and counted by the requests that
+    use it; once nobody does, its row is kept until another adapter needs the place, least recently
+    acquired first. Slots are handles: a number never comes twice, so that a stale one cannot read
+    what belongs to another adapter. The bank grows on demand to `max_bytes`, or to `min_slots` rows
     if those need more, so that every running request can have a row of its own: acquiring never
-    fails. Owned by the engine thread; a row is only ever written between two steps.
+    fails. Owned by the engine thread; rows are only ever written between two steps.
     """
 
     def __init__(
@@ -34,10 +37,12 @@ class AdapterBank:
         self._max_bytes = max_bytes
         self._min_slots = min_slots
         self.layout: dict[str, SiteColumns] = {}
-        self._table = torch.zeros((1, 0), device=device, dtype=dtype)  # [slots, width]
+        self._table = torch.zeros((1, 0), device=device, dtype=dtype)  # [rows, width]
         self._slots: OrderedDict[str, int] = OrderedDict()  # digest -> slot, least recent first
-        self._users: list[int] = [1]  # per slot; the identity is never free
-        self._free: list[int] = []
+        self._rows: dict[int, int] = {IDENTITY: 0}  # slot -> row of the matrix
+        self._users: dict[int, int] = {}  # slot -> requests that use it
+        self._free: list[int] = []  # rows
+        self._numbers = itertools.count(IDENTITY + 1)
         self._cached_rows: tuple[tuple[int, ...], Tensor] | None = None
         self.num_fills = 0
 
@@ -52,6 +57,11 @@ class AdapterBank:
         return len(self._slots)
 
     @property
+    def num_uses(self) -> int:
+        """Acquisitions that were not released yet."""
+        return sum(self._users.values())
+
+    @property
     def nbytes(self) -> int:
         """Size of the matrix in bytes."""
         return self._table.nbytes
@@ -61,31 +71,33 @@ class AdapterBank:
         slot = self._slots.get(digest)
         if slot is None:
             self._extend_layout(edits)
-            slot = self._take_slot()
-            self._fill(slot, edits)
-            self._slots[digest] = slot
+            row = self._take_row()
+            self._fill(row, edits)
+            slot = self._slots[digest] = next(self._numbers)
+            self._rows[slot] = row
+            self._users[slot] = 0
         self._slots.move_to_end(digest)
         self._users[slot] += 1
         return slot
 
     def release(self, slot: int) -> None:
         """Ends one use of a slot; its row stays until another adapter needs the place."""
-        assert self._users[slot] > 0, f"slot {slot} is not in use"
+        assert self._users.get(slot, 0) > 0, f"slot {slot} is not in use"
         self._users[slot] -= 1
 
     def rows(self, slots: Sequence[int]) -> Tensor:
-        """Returns [len(slots), width], the rows of these slots.
+        """Returns [len(slots), width], the vectors of these slots; raises KeyError for no slot.
 
         Kept while the composition of the batch stands, so that a decode step gathers nothing.
         """
         key = tuple(slots)
         if self._cached_rows is None or self._cached_rows[0] != key:
-            index = torch.tensor(key, device=self._table.device)
-            # index_select refuses a negative index, where indexing would read another row.
+            index = torch.tensor([self._rows[slot] for slot in key], device=self._table.device)
             self._cached_rows = (key, self._table.index_select(0, index))
         return self._cached_rows[1]
 
     def _extend_layout(self, edits: Mapping[str, Edit]) -> None:
+        """Makes place for the sites that no adapter had yet, within the same bytes."""
         fresh = sorted(edits.keys() - self.layout.keys())
         if not fresh:
             return
@@ -93,39 +105,53 @@ class AdapterBank:
         for site in fresh:
             self.layout[site] = SiteColumns(width, self._site_dims[site])
             width = self.layout[site].stop
-        self._resize(self.num_slots, width)
+        while self.num_resident + 1 >= self._limit(width) and self._evict() is not None:
+            pass
+        kept = [0, *(self._rows[slot] for slot in self._slots.values())]
+        table = self._table.new_zeros((len(kept), width))
+        table[:, : self._table.shape[1]] = self._table[kept]
         for site in fresh:
             columns = self.layout[site]
-            self._table[:, columns.start : columns.start + columns.dim] = 1
-
-    def _take_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        row_bytes = self._table.shape[1] * self._table.element_size()
-        limit = max(self._min_slots, self._max_bytes // max(1, row_bytes))
-        if self.num_slots < limit:
-            first = self.num_slots
-            self._resize(min(limit, max(8, 2 * first)), self._table.shape[1])
-            self._users += [0] * (self.num_slots - first)
-            self._free = list(range(self.num_slots - 1, first - 1, -1))
-            return self._free.pop()
-        digest = next(d for d, slot in self._slots.items() if not self._users[slot])
-        return self._slots.pop(digest)
-
-    def _resize(self, num_slots: int, width: int) -> None:
-        table = self._table.new_zeros((num_slots, width))
-        table[: self._table.shape[0], : self._table.shape[1]] = self._table
+            table[:, columns.start : columns.start + columns.dim] = 1
         self._table = table
+        self._rows = {slot: row for row, slot in enumerate([IDENTITY, *self._slots.values()])}
+        self._free = []
         self._cached_rows = None
 
-    def _fill(self, slot: int, edits: Mapping[str, Edit]) -> None:
-        row = torch.zeros(self._table.shape[1])
+    def _limit(self, width: int) -> int:
+        """How many rows of this width the bank may have."""
+        row_bytes = max(1, width * self._table.element_size())
+        return max(self._min_slots, self._max_bytes // row_bytes)
+
+    def _take_row(self) -> int:
+        if not self._free:
+            first, width = self._table.shape
+            limit = self._limit(width)
+            if first >= limit:
+                row = self._evict()
+                assert row is not None, "more users than min_slots"
+                return row
+            table = self._table.new_zeros((min(limit, max(8, 2 * first)), width))
+            table[:first] = self._table
+            self._table = table
+            self._free = list(range(table.shape[0] - 1, first - 1, -1))
+        return self._free.pop()
+
+    def _evict(self) -> int | None:
+        """Frees the row of the least recent adapter that nobody uses, and returns it."""
+        for digest, slot in self._slots.items():
+            if not self._users[slot]:
+                del self._slots[digest], self._users[slot]
+                return self._rows.pop(slot)
+        return None
+
+    def _fill(self, row: int, edits: Mapping[str, Edit]) -> None:
+        values = torch.zeros(self._table.shape[1])
         for site, columns in self.layout.items():
             middle = columns.start + columns.dim
             edit = edits.get(site)
-            row[columns.start : middle] = 1 if edit is None else edit.scale
+            values[columns.start : middle] = 1 if edit is None else edit.scale
             if edit is not None:
-                row[middle : columns.stop] = edit.bias
-        self._table[slot].copy_(row)
-        self._cached_rows = None
+                values[middle : columns.stop] = edit.bias
+        self._table[row].copy_(values)
         self.num_fills += 1

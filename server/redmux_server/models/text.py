@@ -40,7 +40,9 @@ class TextCodec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of these ids, without special tokens."""
-        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
