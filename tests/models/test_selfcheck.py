@@ -164,7 +164,7 @@ def test_the_check_gives_its_blocks_and_slots_back(rig):
         check.compare(rig.expected)
         check.is_bit_identical(rig.expected.prompts)
         assert check._pool.num_free == check._pool.num_blocks
-        assert not any(check._bank._users[1:])
+        assert check._bank.num_uses == 0
 
 
 def test_the_check_does_not_depend_on_what_the_cache_held(rig):
