@@ -102,11 +102,12 @@ def adapters_per_step(metrics_port: int) -> float:
 
 
 def how_to_call(port: int, metrics_port: int) -> str:
+    target = "" if port == 50051 else f" --target localhost:{port}"
     return f"""
 Serving on localhost:{port}; metrics on http://localhost:{metrics_port}/metrics. Call it:
 
-  .venv/bin/redmux generate --chat --adapter pirate "How do I boil an egg?"
-  .venv/bin/redmux adapters put mine path/to/adapter_folder
+  .venv/bin/redmux generate{target} --chat --adapter pirate "How do I boil an egg?"
+  .venv/bin/redmux adapters put{target} mine path/to/adapter_folder
 
 or from Python:
 

@@ -195,3 +195,17 @@ def test_a_site_without_an_adapter_has_no_hook():
 
 def test_columns_end_after_scale_and_bias():
     assert LAYOUT["up"].stop == 27
+
+
+def test_a_step_uses_its_own_rows_and_columns_not_those_of_an_earlier_one():
+    model = nn.ModuleDict({"site": nn.Identity()})
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, 3, 40, generator=generator).unbind()
+    h = torch.randn(3, 8, generator=generator)
+    editing = Editing(model)
+    for rows, start in ((first, 0), (second, 0), (second, 20), (first, 20), (first, 0)):
+        editing.install({"site": SiteColumns(start, 8)})
+        with editing.step(StepRows(rows, 3, [])):
+            got = model["site"](h.clone())
+        scale, bias = rows[:, start : start + 8], rows[:, start + 8 : start + 16]
+        assert torch.equal(got, torch.addcmul(bias, h, scale))

@@ -21,6 +21,14 @@ class SiteColumns:
         """One past the last column."""
         return self.start + 2 * self.dim
 
+    def scale_of(self, rows: Tensor) -> Tensor:
+        """Returns the scales [requests, dim] in rows [requests, width]."""
+        return rows[:, self.start : self.start + self.dim]
+
+    def bias_of(self, rows: Tensor) -> Tensor:
+        """Returns the biases [requests, dim] in rows [requests, width]."""
+        return rows[:, self.start + self.dim : self.stop]
+
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
@@ -48,24 +56,37 @@ class Editing:
         self._columns: dict[str, SiteColumns] = {}
         self._hooks: dict[str, RemovableHandle] = {}
         self._step: StepRows | None = None
+        # Views of the step's rows, made anew only when the composition of the batch changes.
+        self._rows: Tensor | None = None
+        self._vectors: dict[str, tuple[Tensor, Tensor]] = {}  # site -> scale, bias [requests, dim]
 
     def install(self, layout: Mapping[str, SiteColumns]) -> None:
         """Hooks the sites of `layout` that have no hook yet, and takes over its columns."""
+        if layout == self._columns:
+            return
         for path in layout.keys() - self._hooks.keys():
             module = self._model.get_submodule(path)
             self._hooks[path] = module.register_forward_hook(self._hook(path))
         self._columns = dict(layout)
+        self._rows = None
 
     def remove(self) -> None:
         """Takes every hook away again."""
         for handle in self._hooks.values():
             handle.remove()
         self._hooks = {}
+        self._columns = {}
 
     @contextmanager
     def step(self, rows: StepRows | None) -> Iterator[None]:
         """Makes the hooks apply these rows inside the block; None is the bare base model."""
         self._step = rows
+        if rows is not None and rows.rows is not self._rows:
+            self._rows = rows.rows
+            self._vectors = {
+                path: (c.scale_of(rows.rows), c.bias_of(rows.rows))
+                for path, c in self._columns.items()
+            }
         try:
             yield
         finally:
@@ -74,21 +95,20 @@ class Editing:
     def _hook(self, path: str):  # type: ignore[no-untyped-def]
         def apply(module: nn.Module, args: object, output: Tensor) -> Tensor:
             if self._step is not None:
-                self._apply(self._columns[path], output)
+                _edit(output, *self._vectors[path], self._step)
             return output
 
         return apply
 
-    def _apply(self, columns: SiteColumns, output: Tensor) -> None:
-        """Edits a module's fresh output [1, tokens, dim] or [tokens, dim] in place."""
-        step = self._step
-        assert step is not None
-        h = output.view(-1, columns.dim)
-        middle = columns.start + columns.dim
-        scale = step.rows[:, columns.start : middle]  # [requests, dim]
-        bias = step.rows[:, middle : columns.stop]
-        n = step.num_decodes
-        if n:
-            torch.addcmul(bias[:n], h[:n], scale[:n], out=h[:n])
-        for start, stop, row in step.prefills:
-            torch.addcmul(bias[row], h[start:stop], scale[row], out=h[start:stop])
+
+def _edit(output: Tensor, scale: Tensor, bias: Tensor, step: StepRows) -> None:
+    """Edits a module's fresh output [1, tokens, dim] or [tokens, dim] in place."""
+    h = output.view(-1, scale.shape[1])
+    n = step.num_decodes
+    if n == h.shape[0]:
+        torch.addcmul(bias, h, scale, out=h)
+        return
+    if n:
+        torch.addcmul(bias[:n], h[:n], scale[:n], out=h[:n])
+    for start, stop, row in step.prefills:
+        torch.addcmul(bias[row], h[start:stop], scale[row], out=h[start:stop])
