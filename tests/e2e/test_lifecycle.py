@@ -77,6 +77,8 @@ async def test_replacing_under_load_fails_nobody_and_mixes_no_versions(base, cli
     workers = [asyncio.create_task(work()) for _ in range(8)]
     for i in range(60):
         await put("x", versions[i % 2], replace=True)
+        if i % 5 == 0:  # most replacements fall between requests, some are waited for
+            await until(lambda i=i: seen and seen[-1] == versions[i % 2].digest)
     done = True
     await asyncio.gather(*workers)
     assert set(seen) == expected.keys()
