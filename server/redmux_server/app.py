@@ -20,6 +20,7 @@ from redmux.v1 import adapter_service_pb2, admin_service_pb2, inference_service_
 from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_server
 from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from redmux_adapters.config import CONFIG_NAME
 from redmux_server.api.generation import GenerationService
 from redmux_server.api.interceptor import ApiKeys, Interceptor
 from redmux_server.api.servicers import AdapterServicer, AdminServicer, InferenceServicer
@@ -232,7 +233,7 @@ def _adapter_paths(entries: tuple[str, ...]) -> list[tuple[str, Path]]:
         path = Path(text if separator else entry).expanduser()
         if entry == "zoo":
             found += [(p.name, p) for p in _subfolders(zoo_folder())]
-        elif separator or path.is_file() or (path / "adapter_config.json").is_file():
+        elif separator or path.is_file() or (path / CONFIG_NAME).is_file():
             found.append((name if separator else path.stem, path))
         elif path.is_dir():
             found += [(p.name, p) for p in _subfolders(path)]
@@ -242,7 +243,7 @@ def _adapter_paths(entries: tuple[str, ...]) -> list[tuple[str, Path]]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p.parent for p in folder.glob("*/adapter_config.json"))
+    return sorted(p.parent for p in folder.glob(f"*/{CONFIG_NAME}"))
 
 
 def zoo_folder() -> Path:

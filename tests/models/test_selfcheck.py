@@ -58,7 +58,7 @@ def rig(tiny_folder):
 @pytest.fixture
 def layer(rig):
     """The second layer's attention module."""
-    return attention_modules(rig.model)[1][1]
+    return attention_modules(rig.model)[1]
 
 
 @pytest.mark.parametrize("kind", ["numba", "torch"])

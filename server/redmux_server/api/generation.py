@@ -1,7 +1,7 @@
 """GenerationService: from what a caller asks for to text, below every protocol."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -39,14 +39,21 @@ class Delta:
 class Generation:
     """One accepted request, read by one consumer through `deltas`."""
 
-    def __init__(self, request: Request, engine: Engine, codec: TextCodec, stops: list[str]):
+    def __init__(
+        self,
+        request: Request,
+        events: asyncio.Queue[Event],
+        engine: Engine,
+        codec: TextCodec,
+        stops: Sequence[str],
+    ) -> None:
+        """`events` is what the request's sink fills."""
         self._request = request
+        self._events = events
         self._engine = engine
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._detokenizer = Detokenizer(codec.decode)
         self._matcher = StopMatcher(stops)
         self._num_tokens = 0
-        request.sink = self._events.put_nowait
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """Yields everything that is ready at a time, until the completion ends.
@@ -138,6 +145,7 @@ class GenerationService:
         self._validator.stops(spec)
         self._validator.prompt(spec.prompt)
         prompt_ids = await self._encode(spec.prompt, adapter.prompt_format if adapter else None)
+        events: asyncio.Queue[Event] = asyncio.Queue()
         request = Request(
             prompt_ids=prompt_ids,
             max_tokens=self._validator.max_tokens(spec.max_tokens, len(prompt_ids)),
@@ -147,11 +155,10 @@ class GenerationService:
             tenant=tenant or (published.name if published else ""),
             adapter=adapter,
             logprobs=spec.logprobs,
-            sink=lambda event: None,
+            sink=events.put_nowait,
         )
-        generation = Generation(request, self._engine, self._codec, list(spec.stop))
         self._engine.submit(request)
-        return generation, published
+        return Generation(request, events, self._engine, self._codec, spec.stop), published
 
     async def _encode(self, prompt: Prompt, prompt_format: PromptFormat | None) -> list[int]:
         loop = asyncio.get_running_loop()

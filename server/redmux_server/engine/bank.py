@@ -111,8 +111,7 @@ class AdapterBank:
         table = self._table.new_zeros((len(kept), width))
         table[:, : self._table.shape[1]] = self._table[kept]
         for site in fresh:
-            columns = self.layout[site]
-            table[:, columns.start : columns.start + columns.dim] = 1
+            self.layout[site].scale_of(table)[:] = 1
         self._table = table
         self._rows = {slot: row for row, slot in enumerate([IDENTITY, *self._slots.values()])}
         self._free = []
@@ -146,12 +145,11 @@ class AdapterBank:
         return None
 
     def _fill(self, row: int, edits: Mapping[str, Edit]) -> None:
-        values = torch.zeros(self._table.shape[1])
+        values = torch.zeros(1, self._table.shape[1])
         for site, columns in self.layout.items():
-            middle = columns.start + columns.dim
             edit = edits.get(site)
-            values[columns.start : middle] = 1 if edit is None else edit.scale
+            columns.scale_of(values)[:] = 1 if edit is None else edit.scale
             if edit is not None:
-                values[middle : columns.stop] = edit.bias
-        self._table[row].copy_(values)
+                columns.bias_of(values)[:] = edit.bias
+        self._table[row].copy_(values[0])
         self.num_fills += 1

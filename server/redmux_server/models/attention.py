@@ -1,6 +1,5 @@
 """Make a transformers model run its attention over our paged cache, or say why it cannot."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,14 +46,14 @@ class _Recorder:
         return out.transpose(1, 2)
 
 
-def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns (path, module) of every self-attention module, in layer order."""
+def attention_modules(model: nn.Module) -> list[Any]:
+    """Returns every self-attention module, in layer order."""
     found = [
-        (name, module)
-        for name, module in model.named_modules()
+        module
+        for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     ]
-    return sorted(found, key=lambda item: item[1].layer_idx)
+    return sorted(found, key=lambda module: module.layer_idx)
 
 
 def discover(model: Any) -> list[LayerShape]:
@@ -71,8 +70,8 @@ def discover(model: Any) -> list[LayerShape]:
     expected = model.config.get_text_config().num_hidden_layers
     modules = attention_modules(model)
     recorders = [_Recorder() for _ in modules]
-    for (_, module), recorder in zip(modules, recorders, strict=True):
-        module.redmux_attention = recorder  # type: ignore[assignment]
+    for module, recorder in zip(modules, recorders, strict=True):
+        module.redmux_attention = recorder
     try:
         model.set_attn_implementation(_NAME)
         with torch.inference_mode():
@@ -90,13 +89,12 @@ def discover(model: Any) -> list[LayerShape]:
             f"architecture {kind!r} cannot be served: {called} of its {expected} layers ran their "
             f"attention through transformers' attention interface"
         )
-    if any(getattr(module, "sinks", None) is not None for _, module in modules):
+    if any(getattr(module, "sinks", None) is not None for module in modules):
         raise FailedPreconditionError(f"architecture {kind!r} uses attention sinks")
     return [recorder.shapes[0] for recorder in recorders]
 
 
 def attach(model: nn.Module, cache: KVCache) -> None:
     """Gives each attention module its layer of the cache."""
-    layers: Sequence[Any] = cache.layers
-    for (_, module), layer in zip(attention_modules(model), layers, strict=True):
+    for module, layer in zip(attention_modules(model), cache.layers, strict=True):
         module.redmux_attention = layer

@@ -48,8 +48,6 @@ class KVCache:
     Written and read by the engine thread only. Memory is committed as blocks are first used.
     """
 
-    # Whether results are row-invariant by construction: bit-identical in any batch.
-    is_exact: bool
     layers: Sequence[LayerAttention]
 
     def __init__(self, num_blocks: int) -> None:
@@ -71,9 +69,7 @@ class KVCache:
 
 
 class NumbaKVCache(KVCache):
-    """Cache and attention for fp32 on the CPU: see `paged_attention`."""
-
-    is_exact = True
+    """Cache and attention for fp32 on the CPU, exact in any batch: see `paged_attention`."""
 
     def __init__(self, shapes: Sequence[LayerShape], num_blocks: int) -> None:
         super().__init__(num_blocks)
@@ -136,8 +132,6 @@ class TorchKVCache(KVCache):
     Each segment gathers its own blocks at exact length, so no stale value can reach a result;
     the arithmetic is torch's scaled_dot_product_attention, whose bits may depend on the chunking.
     """
-
-    is_exact = False
 
     def __init__(
         self,
