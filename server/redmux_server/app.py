@@ -123,9 +123,14 @@ class Server:
              reflection.SERVICE_NAME), self._grpc,
         )  # fmt: skip
         self.port = self._bind(config)
-        self._metrics_server, self._metrics_thread = start_http_server(
-            config.metrics_port, config.host, self.metrics.registry
-        )
+        try:
+            self._metrics_server, self._metrics_thread = start_http_server(
+                config.metrics_port, config.host, self.metrics.registry
+            )
+        except OSError as err:
+            raise FailedPreconditionError(
+                f"cannot serve metrics on {config.host}:{config.metrics_port}: {err}"
+            ) from err
         self.metrics_port = self._metrics_server.server_port
         self._count_adapters()
         self.engine.start()

@@ -139,6 +139,7 @@ CASES = {
     "adapter": (["--adapters", "nowhere"], "nowhere"),
     "base": (["--adapters", "{tmp}/stranger"], "other-1x1-00"),
     "port": (["--port", "{port}"], "cannot listen"),
+    "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
     "threads": (["--threads", "many"], "--threads is 'many'"),
     "cache": (["--kv-cache-tokens", "32"], "kv_cache_tokens is too small"),
     "model": (["--model", "{tmp}/no.gguf"], "no.gguf"),
