@@ -9,7 +9,7 @@ from models.naive_attention import Rule, make_cache, make_sequences, naive, run_
 from numba import njit
 
 from redmux_server.models.kvcache import LayerShape, NumbaKVCache, Segment, TorchKVCache
-from redmux_server.models.paged_attention import _exp
+from redmux_server.models.vector import exp as _exp
 
 CACHES = ("numba", "torch")
 HEAD_DIMS = (4, 12, 64, 128)

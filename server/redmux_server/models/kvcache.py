@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redmux_server.models import paged_attention
-from redmux_server.models.paged_attention import BLOCK, TILE
+from redmux_server.models.paged_attention import BLOCK, TILE, PagedAttention, StepIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,58 +70,75 @@ class KVCache:
 class NumbaKVCache(KVCache):
     """Cache and attention for fp32 on the CPU, exact in any batch: see `paged_attention`."""
 
-    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int) -> None:
+    def __init__(
+        self, shapes: Sequence[LayerShape], num_blocks: int, num_threads: int = 1
+    ) -> None:
         super().__init__(num_blocks)
-        self.step_arrays: tuple[np.ndarray, ...] = ()
-        self.layers = [_NumbaLayer(self, shape, num_blocks) for shape in shapes]
+        self._num_threads = num_threads
+        self._index: dict[int, StepIndex] = {}  # by number of KV heads, of which most models have one
+        self.paged = [
+            PagedAttention(s.num_heads, s.num_kv_heads, s.head_dim, num_blocks) for s in shapes
+        ]
+        self.layers = [_NumbaLayer(self, paged) for paged in self.paged]
 
     @contextmanager
     def step(self, segments: Sequence[Segment]) -> Iterator[None]:
-        """Builds the index arrays that all layers of this step share."""
-        positions = np.concatenate([np.arange(s.position, s.position + s.count) for s in segments])
-        table = np.zeros((len(segments), max(len(s.blocks) for s in segments)), np.int32)
-        tiles: list[tuple[int, int, int, int]] = []
-        for i, s in enumerate(segments):
-            table[i, : len(s.blocks)] = s.blocks
-            for offset in range(0, s.count, TILE):
-                rows = min(TILE, s.count - offset)
-                tiles.append((i, s.start + offset, rows, s.position + offset))
-        request = np.repeat(np.arange(len(segments)), [s.count for s in segments])
-        write_block = table[request, positions // BLOCK]
-        write_offset = (positions % BLOCK).astype(np.int32)
-        columns = np.array(tiles, np.int32).T.copy()
-        self.step_arrays = (write_block, write_offset, table, *columns)
+        """Builds the index that all layers of this step share."""
+        self._index = {
+            heads: step_index(segments, heads, self._num_threads)
+            for heads in {layer.num_kv_heads for layer in self.paged}
+        }
         try:
             with super().step(segments):
                 yield
         finally:
-            self.step_arrays = ()
+            self._index = {}
+
+    def index(self, num_kv_heads: int) -> StepIndex:
+        """Returns the index of the step that is entered, for layers with this many KV heads."""
+        return self._index[num_kv_heads]
 
     def poison(self, blocks: Sequence[int], value: float) -> None:
         """See KVCache.poison."""
-        for layer in self.layers:
-            assert isinstance(layer, _NumbaLayer)
+        for layer in self.paged:
             layer.keys[list(blocks)] = value
             layer.values[list(blocks)] = value
 
 
+def step_index(segments: Sequence[Segment], num_kv_heads: int, num_threads: int) -> StepIndex:
+    """Returns where the tokens of these segments go, and even shares of the work for threads."""
+    count = np.array([s.count for s in segments])
+    first = np.array([s.position for s in segments])
+    table = np.zeros((len(segments), max(len(s.blocks) for s in segments)), np.int32)
+    for i, s in enumerate(segments):
+        table[i, : len(s.blocks)] = s.blocks
+    request = np.repeat(np.arange(len(segments)), count)
+    token = np.arange(len(request))
+    offset = token - (np.cumsum(count) - count)[request]
+    position = first[request] + offset
+    places = np.stack((table[request, position // BLOCK], position % BLOCK)).astype(np.int32)
+    starts = offset % TILE == 0
+    owner, begin = request[starts], position[starts]
+    rows = np.minimum(TILE, (first + count)[owner] - begin)
+    tiles = np.stack((owner, token[starts], rows, begin)).astype(np.int32)
+    # A tile reads its keys once and multiplies them with each of its rows.
+    cost = np.cumsum(np.repeat((begin + BLOCK) * (1 + rows), num_kv_heads))
+    shares = np.searchsorted(cost, cost[-1] * np.arange(num_threads) / num_threads)
+    return StepIndex(places, table, tiles, np.append(shares, len(cost)).astype(np.int32))
+
+
 class _NumbaLayer:
-    def __init__(self, cache: NumbaKVCache, shape: LayerShape, num_blocks: int) -> None:
+    def __init__(self, cache: NumbaKVCache, paged: PagedAttention) -> None:
         self._cache = cache
-        # np.zeros is lazily committed by the kernel, torch.zeros is not.
-        heads, dim = shape.num_kv_heads, shape.head_dim
-        self.keys = np.zeros((num_blocks, heads, dim, BLOCK), np.float32)
-        self.values = np.zeros((num_blocks, heads, BLOCK, dim), np.float32)
+        self._paged = paged
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float
     ) -> Tensor:
         q, k, v = (x[0].transpose(0, 1).contiguous().numpy() for x in (query, key, value))
         out = torch.empty(q.shape)
-        paged_attention.attend(
-            q, k, v, self.keys, self.values, self._cache.step_arrays,
-            scale, window, softcap, out.numpy(),
-        )  # fmt: skip
+        index = self._cache.index(self._paged.num_kv_heads)
+        self._paged.attend(q, k, v, out.numpy(), index, scale, window, softcap)
         return out[None]
 
 

@@ -5,208 +5,292 @@ position, in a fixed order. What a row reads and the order in which it adds neve
 other rows of the step, nor on how a prompt was cut into chunks, so its result is bit-identical
 alone and in any batch. Positions that are not written yet are never part of a result.
 
-Keys are stored transposed inside a block, [head_dim, BLOCK], and values plain, [BLOCK, head_dim]:
+Keys are stored transposed inside a block, [head_dim, BLOCK], and values plain, [BLOCK, padded_dim]:
 both products then run over contiguous lanes without a horizontal reduction.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numba import njit, prange
 
-BLOCK = 32  # tokens in a cache block: four AVX2 vectors of keys
+from redmux_server.models.vector import FASTMATH, WIDTH, exp, product
+
+BLOCK = 2 * WIDTH  # tokens in a cache block
 TILE = 4  # query tokens that share one pass over the keys
 
-# Contraction to fused multiply-add is the same in every lane; nothing may be reordered.
-_FASTMATH = {"contract", "nsz"}
-_LOG2_E = np.float32(1.44269504088896341)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
+Array = np.ndarray[Any, Any]
+NOTHING = np.zeros(0, np.float32)
 
 
-@njit(fastmath=_FASTMATH, inline="always")
-def _exp(x):
-    """exp(x) for x <= 0, relative error 2e-7 (Cephes expf), in a form that vectorises."""
-    x = max(x, np.float32(-87.0))
-    n = math.floor(x * _LOG2_E + np.float32(0.5))
-    r = x - n * _LN2_HIGH - n * _LN2_LOW
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    y = p * r * r + r + np.float32(1.0)
-    return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
+@dataclass(frozen=True, slots=True)
+class StepIndex:
+    """Where the tokens of a step go and what they attend to; all arrays int32."""
+
+    places: Array  # [2, tokens]: block and offset where a token's key and value are written
+    table: Array  # [requests, blocks]: cache blocks of each request
+    tiles: Array  # [4, tiles]: request, first token, tokens, position of the first token
+    shares: Array  # [workers + 1]: each worker's tiles x KV heads, from shares[w] to shares[w + 1]
 
 
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)
-def _scores(q, keys, block_ids, first_block, num_blocks, row0, rows, head, group, scores, lanes):
-    """scores[i * group + g, :] = q[row0 + i, head * group + g] . keys, over whole blocks."""
-    head_dim = len(lanes) * 4
-    for p in range(num_blocks):
-        block = block_ids[first_block + p]
-        base = p * BLOCK
-        for i in range(rows):
-            for g in range(group):
-                r = i * group + g
-                for t in range(BLOCK):
-                    scores[r, base + t] = np.float32(0.0)
-                for d in range(0, head_dim, 4):
-                    q0 = q[row0 + i, head * group + g, d]
-                    q1 = q[row0 + i, head * group + g, d + 1]
-                    q2 = q[row0 + i, head * group + g, d + 2]
-                    q3 = q[row0 + i, head * group + g, d + 3]
-                    for t in range(BLOCK):
-                        s = scores[r, base + t]
-                        s = s + q0 * keys[block, head, d, t]
-                        s = s + q1 * keys[block, head, d + 1, t]
-                        s = s + q2 * keys[block, head, d + 2, t]
-                        s = s + q3 * keys[block, head, d + 3, t]
-                        scores[r, base + t] = s
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary embedding, and norms before it, that the kernel applies to raw queries and keys."""
+
+    cos: Array  # [tokens * head_dim]
+    sin: Array
+    q_weight: Array  # [head_dim], or empty for no norm
+    k_weight: Array
+    eps: float
 
 
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)
-def _softmax(scores, r, start, stop, scale, softcap):
-    """Turns scores[r, start:stop] into unnormalised weights; returns 1 / their sum."""
+NO_ROTATION = Rotation(NOTHING, NOTHING, NOTHING, NOTHING, 0.0)
+
+
+def padded(head_dim: int) -> int:
+    """Returns the number of lanes that a value takes in the cache."""
+    return -(-head_dim // WIDTH) * WIDTH
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _load_head(source, at, token, dim, weight, eps, cos, sin, head, head_at):
+    """Copies one head of a token, normalised and rotated where weight and cos are not empty."""
+    for d in range(dim):
+        head[head_at + d] = source[at + d]
+    if weight.size > 0:
+        total = np.float32(0.0)
+        for d in range(dim):
+            total += head[head_at + d] * head[head_at + d]
+        inverse = np.float32(1.0) / math.sqrt(total / np.float32(dim) + eps)
+        for d in range(dim):
+            head[head_at + d] = head[head_at + d] * inverse * weight[d]
+    if cos.size > 0:
+        half = dim // 2
+        base = token * dim
+        for d in range(half):
+            low, high = head[head_at + d], head[head_at + half + d]
+            head[head_at + d] = low * cos[base + d] - high * sin[base + d]
+            head[head_at + half + d] = high * cos[base + half + d] + low * sin[base + half + d]
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _store(k, v, keys, values, places, token, head, layout, k_weight, eps, cos, sin, scratch):
+    """Writes the key and value of one token and KV head into the cache."""
+    num_kv_heads, dim, width = layout[1], layout[2], layout[3]
+    slot = places[0, token] * num_kv_heads + head
+    offset = places[1, token]
+    _load_head(
+        k, layout[6] + token * layout[7] + head * dim, token, dim, k_weight, eps, cos, sin, scratch, 0
+    )  # fmt: skip
+    for d in range(dim):
+        keys[(slot * dim + d) * BLOCK + offset] = scratch[d]
+    source, target = layout[8] + token * layout[9] + head * dim, (slot * BLOCK + offset) * width
+    for d in range(dim):
+        values[target + d] = v[source + d]
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _softmax(scores, start, stop, scale, softcap, lanes):
+    """Turns scores[start:stop] into unnormalised weights and the rest into 0; returns 1 / their sum.
+
+    Sums run lane by lane over whole blocks, so their order depends on the position of a key alone.
+    """
+    scores[:start] = -np.inf
+    scores[stop:] = -np.inf
     if softcap > 0:
         for t in range(start, stop):
-            scores[r, t] = softcap * math.tanh(scores[r, t] * scale / softcap)
+            scores[t] = softcap * math.tanh(scores[t] * scale / softcap)
         scale = np.float32(1.0)
-    highest = np.float32(-np.inf)
-    for t in range(start, stop):
-        highest = max(highest, scores[r, t])
+    lanes[:] = -np.inf
+    for p in range(scores.size // BLOCK):
+        block = scores[p * BLOCK : (p + 1) * BLOCK]
+        for t in range(BLOCK):
+            lanes[t] = max(lanes[t], block[t])
+    highest = lanes[0]
+    for t in range(1, BLOCK):
+        highest = max(highest, lanes[t])
     highest = highest * scale
-    for t in range(start, stop):
-        scores[r, t] = _exp(scores[r, t] * scale - highest)
-    sum0 = np.float32(0.0)
-    sum1 = np.float32(0.0)
-    sum2 = np.float32(0.0)
-    sum3 = np.float32(0.0)
-    whole = stop - (stop - start) % 4
-    for t in range(start, whole, 4):
-        sum0 += scores[r, t]
-        sum1 += scores[r, t + 1]
-        sum2 += scores[r, t + 2]
-        sum3 += scores[r, t + 3]
-    for t in range(whole, stop):
-        sum0 += scores[r, t]
-    return np.float32(1.0) / ((sum0 + sum1) + (sum2 + sum3))
+    for t in range(scores.size):
+        scores[t] = exp(scores[t] * scale - highest)
+    scores[:start] = np.float32(0.0)
+    scores[stop:] = np.float32(0.0)
+    lanes[:] = np.float32(0.0)
+    for p in range(scores.size // BLOCK):
+        block = scores[p * BLOCK : (p + 1) * BLOCK]
+        for t in range(BLOCK):
+            lanes[t] += block[t]
+    total = lanes[0]
+    for t in range(1, BLOCK):
+        total += lanes[t]
+    return np.float32(1.0) / total
 
 
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)
-def _add_values(scores, r, base, start, stop, values, block, head, out, row, out_head, lanes):
-    """out[row, out_head] += scores[r, base + t] * values[block, head, t] for t in start..stop."""
-    head_dim = len(lanes) * 4
-    whole = stop - (stop - start) % 4
-    for t in range(start, whole, 4):
-        w0 = scores[r, base + t]
-        w1 = scores[r, base + t + 1]
-        w2 = scores[r, base + t + 2]
-        w3 = scores[r, base + t + 3]
-        for d in range(head_dim):
-            x = out[row, out_head, d]
-            x = x + w0 * values[block, head, t, d]
-            x = x + w1 * values[block, head, t + 1, d]
-            x = x + w2 * values[block, head, t + 2, d]
-            x = x + w3 * values[block, head, t + 3, d]
-            out[row, out_head, d] = x
-    for t in range(whole, stop):
-        w = scores[r, base + t]
-        for d in range(head_dim):
-            out[row, out_head, d] += w * values[block, head, t, d]
-
-
-@njit(fastmath=_FASTMATH, nogil=True, cache=True)
-def _attend_tile(
-    q, keys, values, block_ids, row0, rows, position0, head, scale, window, softcap, out, lanes
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _add_values(
+    weights, num_keys, origin, line, lines, start, stop, values, blocks, head, layout, sums
 ):
+    """sums[line : line + lines] += weights of the keys at positions start..stop @ their values."""
+    num_kv_heads, width = layout[1], layout[3]
+    t = start
+    while t < stop:
+        offset = t % BLOCK
+        count = min(BLOCK - offset, stop - t)
+        slot = blocks[t // BLOCK] * num_kv_heads + head
+        product(
+            lines, width, weights, line * num_keys + t - origin, num_keys,
+            values, (slot * BLOCK + offset) * width, width, count, sums, line * width, width, 1,
+        )  # fmt: skip
+        t += count
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _attend_tile(
+    q, keys, values, out, cos, sin, q_weight, eps, blocks, row0, rows, position0, head, layout,
+    scale, window, softcap,
+):  # fmt: skip
     """Fills out[row0 : row0 + rows] for one KV head; row i sits at position0 + i of its request."""
-    group = q.shape[1] // keys.shape[1]
-    head_dim = len(lanes) * 4
+    num_kv_heads, dim, width = layout[1], layout[2], layout[3]
+    group = layout[0] // num_kv_heads
     first_key = max(0, position0 - window + 1) if window > 0 else 0
     first_block = first_key // BLOCK
-    num_blocks = (position0 + rows - 1) // BLOCK - first_block + 1
     origin = first_block * BLOCK  # position of scores[:, 0]
-    scores = np.empty((rows * group, num_blocks * BLOCK), np.float32)
-    inverse = np.empty(rows * group, np.float32)
-    _scores(q, keys, block_ids, first_block, num_blocks, row0, rows, head, group, scores, lanes)
+    last = position0 + rows - 1
+    num_blocks = last // BLOCK - first_block + 1
+    num_keys = num_blocks * BLOCK
+    lines = rows * group
+    heads = np.empty(lines * dim, np.float32)
+    scores = np.empty(lines * num_keys, np.float32)
+    sums = np.empty(lines * width, np.float32)
+    inverse = np.empty(lines, np.float32)
+    lanes = np.empty(BLOCK, np.float32)
+    for i in range(rows):
+        for g in range(group):
+            at = layout[4] + (row0 + i) * layout[5] + (head * group + g) * dim
+            _load_head(
+                q, at, row0 + i, dim, q_weight, eps, cos, sin, heads, (i * group + g) * dim
+            )
+    for p in range(num_blocks):
+        slot = blocks[first_block + p] * num_kv_heads + head
+        product(
+            lines, BLOCK, heads, 0, dim, keys, slot * dim * BLOCK, BLOCK, dim,
+            scores, p * BLOCK, num_keys, 0,
+        )  # fmt: skip
     for i in range(rows):
         stop = position0 + i + 1
         start = max(0, stop - window) if window > 0 else 0
         for g in range(group):
             r = i * group + g
-            inverse[r] = _softmax(scores, r, start - origin, stop - origin, scale, softcap)
-            for d in range(head_dim):
-                out[row0 + i, head * group + g, d] = np.float32(0.0)
-    for p in range(num_blocks):
-        block = block_ids[first_block + p]
-        base = p * BLOCK
-        for i in range(rows):
-            stop = position0 + i + 1
-            start = max(0, stop - window) if window > 0 else 0
-            low = max(0, start - origin - base)
-            high = min(BLOCK, stop - origin - base)
-            if high > low:
-                for g in range(group):
-                    r = i * group + g
-                    _add_values(
-                        scores, r, base, low, high, values, block, head,
-                        out, row0 + i, head * group + g, lanes,
-                    )  # fmt: skip
+            row = scores[r * num_keys : (r + 1) * num_keys]
+            inverse[r] = _softmax(row, start - origin, stop - origin, scale, softcap, lanes)
+    for i in range(lines * width):
+        sums[i] = np.float32(0.0)
+    # Keys that every row sees are walked once; the few others row by row, in the same order.
+    shared = max(0, last + 1 - window) if window > 0 else 0
+    shared_stop = max(shared, position0 + 1)
+    for i in range(rows):
+        stop = position0 + i + 1
+        start = max(0, stop - window) if window > 0 else 0
+        _add_values(
+            scores, num_keys, origin, i * group, group, start, min(shared, stop),
+            values, blocks, head, layout, sums,
+        )  # fmt: skip
+    _add_values(
+        scores, num_keys, origin, 0, lines, shared, position0 + 1, values, blocks, head, layout,
+        sums,
+    )  # fmt: skip
+    for i in range(rows):
+        _add_values(
+            scores, num_keys, origin, i * group, group, shared_stop, position0 + i + 1,
+            values, blocks, head, layout, sums,
+        )  # fmt: skip
     for i in range(rows):
         for g in range(group):
-            for d in range(head_dim):
-                out[row0 + i, head * group + g, d] *= inverse[i * group + g]
+            r = i * group + g
+            at = ((row0 + i) * layout[0] + head * group + g) * dim
+            for d in range(dim):
+                out[at + d] = sums[r * width + d] * inverse[r]
 
 
-@njit(fastmath=_FASTMATH, nogil=True, parallel=True, cache=True)
+@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _attend(
-    q, k, v, keys, values, write_block, write_offset,
-    block_table, tile_request, tile_row, tile_rows, tile_position,
-    scale, window, softcap, out, lanes,
+    q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
+    places, table, tiles, shares, scale, window, softcap,
 ):  # fmt: skip
-    num_tokens = k.shape[0]
-    num_kv_heads = k.shape[1]
-    head_dim = len(lanes) * 4
-    for j in prange(num_tokens * num_kv_heads):
-        t = j // num_kv_heads
-        h = j % num_kv_heads
-        for d in range(head_dim):
-            keys[write_block[t], h, d, write_offset[t]] = k[t, h, d]
-            values[write_block[t], h, write_offset[t], d] = v[t, h, d]
-    for j in prange(tile_row.shape[0] * num_kv_heads):
-        n = j // num_kv_heads
-        _attend_tile(
-            q, keys, values, block_table[tile_request[n]], tile_row[n], tile_rows[n],
-            tile_position[n], j % num_kv_heads, scale, window, softcap, out, lanes,
+    num_tokens, num_kv_heads, dim = places.shape[1], layout[1], layout[2]
+    # One token per request: whoever attends to a key has written it, so one pass is enough.
+    stores_first = num_tokens > table.shape[0]
+    if stores_first:
+        for t in prange(num_tokens):
+            scratch = np.empty(dim, np.float32)
+            for head in range(num_kv_heads):
+                _store(
+                    k, v, keys, values, places, t, head, layout, k_weight, eps, cos, sin, scratch
+                )
+    for w in prange(shares.shape[0] - 1):
+        scratch = np.empty(dim, np.float32)
+        for j in range(shares[w], shares[w + 1]):
+            n = j // num_kv_heads
+            head = j % num_kv_heads
+            if not stores_first:
+                _store(
+                    k, v, keys, values, places, tiles[1, n], head, layout, k_weight, eps, cos, sin,
+                    scratch,
+                )  # fmt: skip
+            _attend_tile(
+                q, keys, values, out, cos, sin, q_weight, eps, table[tiles[0, n]],
+                tiles[1, n], tiles[2, n], tiles[3, n], head, layout, scale, window, softcap,
+            )  # fmt: skip
+
+
+class PagedAttention:
+    """Keys and values of one layer in `num_blocks` blocks, and attention over them."""
+
+    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, num_blocks: int) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.width = padded(head_dim)
+        # np.zeros is lazily committed by the kernel, torch.zeros is not.
+        self.keys = np.zeros((num_blocks, num_kv_heads, head_dim, BLOCK), np.float32)
+        self.values = np.zeros((num_blocks, num_kv_heads, BLOCK, self.width), np.float32)
+        self._flat = self.keys.reshape(-1), self.values.reshape(-1)
+        query, key = num_heads * head_dim, num_kv_heads * head_dim
+        shape = (num_heads, num_kv_heads, head_dim, self.width)
+        # Then first element and elements per token of q, k and v.
+        self._apart = np.array((*shape, 0, query, 0, key, 0, key), np.int64)
+        row = query + 2 * key
+        self._packed = np.array((*shape, 0, row, query, row, query + key, row), np.int64)
+
+    def attend(
+        self, q: Array, k: Array, v: Array, out: Array, step: StepIndex,
+        scale: float, window: int, softcap: float,
+    ) -> None:  # fmt: skip
+        """Writes k and v of a step's tokens into the cache and fills `out` with their attention.
+
+        q, out: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]; fp32 and contiguous.
+        `window` counts visible keys, 0 for all; `softcap` is 0 for none.
+        """
+        flat = q.reshape(-1), k.reshape(-1), v.reshape(-1)
+        self._call(flat, out, NO_ROTATION, self._apart, step, scale, window, softcap)
+
+    def attend_packed(
+        self, qkv: Array, out: Array, rotation: Rotation, step: StepIndex,
+        scale: float, window: int,
+    ) -> None:  # fmt: skip
+        """As `attend`, for q, k and v before their rotation, side by side in one row per token.
+
+        qkv: [tokens, (heads + 2 * kv_heads) * head_dim], fp32 and contiguous.
+        """
+        flat = qkv.reshape(-1)
+        self._call((flat, flat, flat), out, rotation, self._packed, step, scale, window, 0.0)
+
+    def _call(
+        self, qkv: tuple[Array, Array, Array], out: Array, rotation: Rotation, layout: Array,
+        step: StepIndex, scale: float, window: int, softcap: float,
+    ) -> None:  # fmt: skip
+        _attend(
+            *qkv, *self._flat, out.reshape(-1), rotation.cos, rotation.sin,
+            rotation.q_weight, rotation.k_weight, np.float32(rotation.eps), layout,
+            step.places, step.table, step.tiles, step.shares,
+            np.float32(scale), np.int64(window), np.float32(softcap),
         )  # fmt: skip
-
-
-def attend(
-    q: np.ndarray[Any, Any],
-    k: np.ndarray[Any, Any],
-    v: np.ndarray[Any, Any],
-    keys: np.ndarray[Any, Any],
-    values: np.ndarray[Any, Any],
-    step: tuple[np.ndarray[Any, Any], ...],
-    scale: float,
-    window: int,
-    softcap: float,
-    out: np.ndarray[Any, Any],
-) -> None:
-    """Writes k and v of a step's tokens into the cache and fills `out` with their attention.
-
-    q, out: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], all fp32.
-    keys: [blocks, kv_heads, head_dim, BLOCK]; values: [blocks, kv_heads, BLOCK, head_dim].
-    step: write_block, write_offset [tokens]; block_table [requests, blocks]; tile_request,
-    tile_row, tile_rows, tile_position [tiles], all int32. `window` counts visible keys, 0 for all;
-    `softcap` 0 for none. head_dim must be a multiple of 4.
-    """
-    # The length of a tuple is part of its compiled type: loops over head_dim get constant bounds.
-    lanes = (0,) * (q.shape[2] // 4)
-    _attend(
-        q, k, v, keys, values, *step,
-        np.float32(scale), np.int32(window), np.float32(softcap), out, lanes,
-    )  # fmt: skip
