@@ -12,7 +12,7 @@ from redmux_server.models.kvcache import LayerShape, NumbaKVCache, Segment, Torc
 from redmux_server.models.vector import exp as _exp
 
 CACHES = ("numba", "torch")
-HEAD_DIMS = (4, 12, 64, 128)
+HEAD_DIMS = (4, 6, 12, 64, 80, 128)
 TOLERANCE = 2e-5  # of values around 1, from scores up to some dozens
 
 

@@ -12,6 +12,7 @@ from redmux_server.models.accelerate import can_pack, pack_linears
 from redmux_server.models.attention import attach, attention_modules, discover
 from redmux_server.models.kvcache import NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.runner import TransformersDecoder
 from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, SelfCheck, reference
 
 
@@ -22,7 +23,7 @@ class Rig:
         self.model, _ = load_base(str(folder), torch.float32)
         self.sites = editable_sites(self.model)
         self.expected = reference(self.model)
-        shapes = discover(self.model)
+        shapes, _ = discover(self.model)
         self.cache = (
             NumbaKVCache(shapes, num_blocks)
             if kind == "numba"
@@ -36,7 +37,10 @@ class Rig:
     def check(self):
         threads = torch.get_num_threads()
         try:
-            with contextlib.closing(SelfCheck(self.model, self.cache, self.sites, 2)) as check:
+            decoder, device = TransformersDecoder(self.model), torch.device("cpu")
+            with contextlib.closing(
+                SelfCheck(decoder, self.cache, self.sites, device, torch.float32, 2)
+            ) as check:
                 yield check
         finally:
             torch.set_num_threads(threads)

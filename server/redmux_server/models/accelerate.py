@@ -24,6 +24,28 @@ class PackedLinear(nn.Module):
             self._product(probe)[:1], self._product(probe[:1])
         )
 
+    @classmethod
+    def of(cls, *linears: nn.Module) -> "PackedLinear":
+        """Returns one layer that gives the outputs of these, nn.Linear or Conv1D, side by side."""
+        weights, biases = [], []
+        for linear in linears:
+            tensors = {key: parameter.data for key, parameter in linear.named_parameters()}
+            # Conv1D keeps its weight as [in_features, out_features].
+            is_linear = isinstance(linear, nn.Linear)
+            weights.append(tensors["weight"] if is_linear else tensors["weight"].t())
+            biases.append(tensors.get("bias"))
+        if all(bias is None for bias in biases):
+            return cls(torch.cat(weights), None)
+        return cls(
+            torch.cat(weights),
+            torch.cat(
+                [
+                    weight.new_zeros(len(weight)) if bias is None else bias
+                    for weight, bias in zip(weights, biases, strict=True)
+                ]
+            ),
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """Takes [..., in_features], returns [..., out_features]."""
         if self._pairs_single_rows and x.numel() == self.in_features:
@@ -32,7 +54,9 @@ class PackedLinear(nn.Module):
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            x, self.packed, self.bias, "none", [], ""
+        )
         return y
 
 
@@ -46,8 +70,7 @@ def pack_linears(model: nn.Module) -> int:
     """Replaces every nn.Linear and Conv1D by a PackedLinear, in place; returns how many.
 
     Module paths, and so sites and hooks, stay as they are. Original weights are released, except
-    where an embedding shares them; what is left is copied, so that nothing holds on to the file
-    that all of it was mapped from.
+    where an embedding shares them.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -56,11 +79,13 @@ def pack_linears(model: nn.Module) -> int:
         for name, child in parent.named_children():
             if type(child) not in (nn.Linear, Conv1D):
                 continue
-            tensors = {key: parameter.data for key, parameter in child.named_parameters()}
-            # Conv1D keeps its weight as [in_features, out_features].
-            weight = tensors["weight"].t() if type(child) is Conv1D else tensors["weight"]
-            setattr(parent, name, PackedLinear(weight, tensors.get("bias")))
+            setattr(parent, name, PackedLinear.of(child))
             count += 1
+    unmap(model)
+    return count
+
+
+def unmap(model: nn.Module) -> None:
+    """Copies what is left of a model, so that nothing holds on to the file it was mapped from."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return count

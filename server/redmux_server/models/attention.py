@@ -1,5 +1,6 @@
 """Make a transformers model run its attention over our paged cache, or say why it cannot."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,15 @@ from redmux.errors import FailedPreconditionError
 from redmux_server.models.kvcache import KVCache, LayerShape
 
 _NAME = "redmux"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """How a layer's attention weighs its keys."""
+
+    scale: float
+    window: int  # visible keys, 0 for all
+    softcap: float  # 0 for none
 
 
 def _dispatch(
@@ -34,12 +44,13 @@ class _Recorder:
     """Stands in for a layer during discovery: plain causal attention that notes its shapes."""
 
     def __init__(self) -> None:
-        self.shapes: list[LayerShape] = []
+        self.calls: list[tuple[LayerShape, LayerRule]] = []
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float
     ) -> Tensor:
-        self.shapes.append(LayerShape(query.shape[1], key.shape[1], query.shape[3]))
+        shape = LayerShape(query.shape[1], key.shape[1], query.shape[3])
+        self.calls.append((shape, LayerRule(scale, window, softcap)))
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )
@@ -56,8 +67,8 @@ def attention_modules(model: nn.Module) -> list[Any]:
     return sorted(found, key=lambda module: module.layer_idx)
 
 
-def discover(model: Any) -> list[LayerShape]:
-    """Points the model at our attention function and returns the shape of each layer.
+def discover(model: Any) -> tuple[list[LayerShape], list[LayerRule]]:
+    """Points the model at our attention function and returns shape and rule of each layer.
 
     Runs two tokens through the model and counts the calls. Some architectures accept a
     registered function and never call it, some use features that the cache does not have:
@@ -83,15 +94,16 @@ def discover(model: Any) -> list[LayerShape]:
             f"architecture {kind!r} cannot be served: it does not run its attention through "
             f"transformers' attention interface ({err})"
         ) from err
-    if len(modules) != expected or any(len(r.shapes) != 1 for r in recorders):
-        called = sum(bool(r.shapes) for r in recorders)
+    if len(modules) != expected or any(len(r.calls) != 1 for r in recorders):
+        called = sum(bool(r.calls) for r in recorders)
         raise FailedPreconditionError(
             f"architecture {kind!r} cannot be served: {called} of its {expected} layers ran their "
             f"attention through transformers' attention interface"
         )
     if any(getattr(module, "sinks", None) is not None for module in modules):
         raise FailedPreconditionError(f"architecture {kind!r} uses attention sinks")
-    return [recorder.shapes[0] for recorder in recorders]
+    shapes, rules = zip(*(recorder.calls[0] for recorder in recorders), strict=True)
+    return list(shapes), list(rules)
 
 
 def attach(model: nn.Module, cache: KVCache) -> None:

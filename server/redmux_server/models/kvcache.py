@@ -70,12 +70,12 @@ class KVCache:
 class NumbaKVCache(KVCache):
     """Cache and attention for fp32 on the CPU, exact in any batch: see `paged_attention`."""
 
-    def __init__(
-        self, shapes: Sequence[LayerShape], num_blocks: int, num_threads: int = 1
-    ) -> None:
+    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, num_threads: int = 1) -> None:
         super().__init__(num_blocks)
         self._num_threads = num_threads
-        self._index: dict[int, StepIndex] = {}  # by number of KV heads, of which most models have one
+        self._index: dict[
+            int, StepIndex
+        ] = {}  # by number of KV heads, of which most models have one
         self.paged = [
             PagedAttention(s.num_heads, s.num_kv_heads, s.head_dim, num_blocks) for s in shapes
         ]

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from redmux.errors import InvalidArgumentError
+from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_adapters import editable_sites, fingerprint, load_base
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
-from redmux_server.models.accelerate import can_pack, pack_linears
-from redmux_server.models.attention import attach, discover
-from redmux_server.models.editing import Editing
+from redmux_server.models.accelerate import PackedLinear, can_pack, pack_linears, unmap
+from redmux_server.models.attention import LayerRule, attach, discover
+from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.runner import CausalRunner
-from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, SelfCheck, reference
+from redmux_server.models.runner import CausalRunner, Decoder, TransformersDecoder
+from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, Reference, SelfCheck, reference
 from redmux_server.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,9 @@ class BaseModel:
     vocab_size: int
     max_context: int
     num_blocks: int
+    device: torch.device
+    dtype: torch.dtype
+    linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
     bit_identical: bool
     reasons: Sequence[str]
 
@@ -56,18 +61,16 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     identity = fingerprint(model)
     sites = editable_sites(model)
     expected = reference(model)
-    shapes = discover(model)
+    shapes, rules = discover(model)
     max_context, num_tokens = _context_and_cache(config, model, shapes)
     cache, attention_reason = _make_cache(shapes, num_tokens // BLOCK, choices)
-    attach(model, cache)
-    reasons = [*choices.reasons, attention_reason, _accelerate(model, choices)]
-
-    with contextlib.closing(SelfCheck(model, cache, sites, choices.num_threads)) as check:
-        check.compare(expected)
-        bit_identical = check.is_bit_identical(expected.prompts)
+    checked = _fuse(model, rules, cache, sites, expected, choices) or _keep(
+        model, cache, sites, expected, choices
+    )
+    reasons = [*choices.reasons, attention_reason, checked.reason]
     reasons.append(
         "bit-identical in any batch: yes, checked at start"
-        if bit_identical
+        if checked.bit_identical
         else "bit-identical in any batch: no, logits may differ in their last bits"
     )
     for reason in reasons:
@@ -80,7 +83,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         min_slots=config.max_running + 1,
     )
     return BaseModel(
-        runner=CausalRunner(model, cache, Editing(model), bank, choices.num_threads),
+        runner=CausalRunner(checked.decoder, cache, bank, choices.device, choices.num_threads),
         bank=bank,
         codec=TextCodec(tokenizer, model.generation_config),
         fingerprint=identity,
@@ -89,7 +92,10 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         vocab_size=model.get_input_embeddings().weight.shape[0],
         max_context=max_context,
         num_blocks=cache.num_blocks,
-        bit_identical=bit_identical,
+        device=choices.device,
+        dtype=choices.dtype,
+        linears=checked.linears,
+        bit_identical=checked.bit_identical,
         reasons=reasons,
     )
 
@@ -122,18 +128,68 @@ def _free_bytes(device: torch.device) -> int:
 def _make_cache(
     shapes: Sequence[LayerShape], num_blocks: int, choices: Choices
 ) -> tuple[KVCache, str]:
+    cache: KVCache
     if choices.device.type != "cpu" or choices.dtype != torch.float32:
-        cache: KVCache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
-        return cache, "attention: torch over gathered blocks (not fp32 on a CPU)"
-    if any(s.head_dim % 4 for s in shapes):
         cache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
-        return cache, "attention: torch over gathered blocks (head size is no multiple of 4)"
-    return NumbaKVCache(shapes, num_blocks), "attention: exact-length paged kernel"
+        return cache, "attention: torch over gathered blocks (not fp32 on a CPU)"
+    cache = NumbaKVCache(shapes, num_blocks, choices.num_threads)
+    return cache, "attention: exact-length paged kernel"
 
 
-def _accelerate(model: Any, choices: Choices) -> str:
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A decoder that computes what the plain model computes."""
+
+    decoder: Decoder
+    linears: Sequence[nn.Module]
+    bit_identical: bool
+    reason: str
+
+
+def _fuse(
+    model: Any, rules: Sequence[LayerRule], cache: KVCache, sites: Mapping[str, int],
+    expected: Reference, choices: Choices,
+) -> _Checked | None:  # fmt: skip
+    """Returns the model as a FusedDecoder, its own layers released, or None where that fails."""
+    if not isinstance(cache, NumbaKVCache) or not can_pack() or why_not_fusable(model):
+        return None
+    decoder = FusedDecoder(model, rules, cache)
+    try:
+        bit_identical = _check(decoder, cache, sites, expected, choices)
+    except FailedPreconditionError as err:
+        logger.warning("not fused: %s", err)
+        return None
+    model.model.layers = nn.ModuleList()
+    model.lm_head = nn.Identity()
+    unmap(model)
+    reason = f"layers: fused into {len(decoder.linears)} products packed for oneDNN"
+    return _Checked(decoder, decoder.linears, bit_identical, reason)
+
+
+def _keep(
+    model: Any, cache: KVCache, sites: Mapping[str, int], expected: Reference, choices: Choices
+) -> _Checked:
+    """Returns the model as transformers runs it; raises FailedPreconditionError if it cannot be."""
+    attach(model, cache)
     if choices.device.type != "cpu" or choices.dtype != torch.float32:
-        return "linears: torch's own (not fp32 on a CPU)"
-    if not can_pack():
-        return "linears: torch's own (this build has no oneDNN)"
-    return f"linears: {pack_linears(model)} packed for oneDNN"
+        reason = "linears: torch's own (not fp32 on a CPU)"
+    elif not can_pack():
+        reason = "linears: torch's own (this build has no oneDNN)"
+    else:
+        reason = f"linears: {pack_linears(model)} packed for oneDNN"
+    decoder = TransformersDecoder(model)
+    bit_identical = _check(decoder, cache, sites, expected, choices)
+    linears = [m for m in model.modules() if isinstance(m, PackedLinear | nn.Linear | Conv1D)]
+    return _Checked(decoder, linears, bit_identical, reason)
+
+
+def _check(
+    decoder: Decoder, cache: KVCache, sites: Mapping[str, int], expected: Reference,
+    choices: Choices,
+) -> bool:  # fmt: skip
+    """Returns whether the decoder is bit-identical; raises FailedPreconditionError if wrong."""
+    with contextlib.closing(
+        SelfCheck(decoder, cache, sites, choices.device, choices.dtype, choices.num_threads)
+    ) as check:
+        check.compare(expected)
+        return check.is_bit_identical(expected.prompts)

@@ -43,10 +43,10 @@ class Rotation:
     sin: Array
     q_weight: Array  # [head_dim], or empty for no norm
     k_weight: Array
-    eps: float
+    eps: np.float32
 
 
-NO_ROTATION = Rotation(NOTHING, NOTHING, NOTHING, NOTHING, 0.0)
+NO_ROTATION = Rotation(NOTHING, NOTHING, NOTHING, NOTHING, np.float32(0))
 
 
 def padded(head_dim: int) -> int:
@@ -81,9 +81,8 @@ def _store(k, v, keys, values, places, token, head, layout, k_weight, eps, cos, 
     num_kv_heads, dim, width = layout[1], layout[2], layout[3]
     slot = places[0, token] * num_kv_heads + head
     offset = places[1, token]
-    _load_head(
-        k, layout[6] + token * layout[7] + head * dim, token, dim, k_weight, eps, cos, sin, scratch, 0
-    )  # fmt: skip
+    source = layout[6] + token * layout[7] + head * dim
+    _load_head(k, source, token, dim, k_weight, eps, cos, sin, scratch, 0)
     for d in range(dim):
         keys[(slot * dim + d) * BLOCK + offset] = scratch[d]
     source, target = layout[8] + token * layout[9] + head * dim, (slot * BLOCK + offset) * width
@@ -93,7 +92,7 @@ def _store(k, v, keys, values, places, token, head, layout, k_weight, eps, cos, 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _softmax(scores, start, stop, scale, softcap, lanes):
-    """Turns scores[start:stop] into unnormalised weights and the rest into 0; returns 1 / their sum.
+    """Turns scores[start:stop] into weights and the rest into 0; returns 1 / the weights' sum.
 
     Sums run lane by lane over whole blocks, so their order depends on the position of a key alone.
     """
@@ -168,9 +167,7 @@ def _attend_tile(
     for i in range(rows):
         for g in range(group):
             at = layout[4] + (row0 + i) * layout[5] + (head * group + g) * dim
-            _load_head(
-                q, at, row0 + i, dim, q_weight, eps, cos, sin, heads, (i * group + g) * dim
-            )
+            _load_head(q, at, row0 + i, dim, q_weight, eps, cos, sin, heads, (i * group + g) * dim)
     for p in range(num_blocks):
         slot = blocks[first_block + p] * num_kv_heads + head
         product(
@@ -290,7 +287,7 @@ class PagedAttention:
     ) -> None:  # fmt: skip
         _attend(
             *qkv, *self._flat, out.reshape(-1), rotation.cos, rotation.sin,
-            rotation.q_weight, rotation.k_weight, np.float32(rotation.eps), layout,
+            rotation.q_weight, rotation.k_weight, rotation.eps, layout,
             step.places, step.table, step.tiles, step.shares,
             np.float32(scale), np.int64(window), np.float32(softcap),
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """CausalRunner: one forward pass of a causal language model over a packed, ragged step."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numba
 import torch
@@ -9,8 +9,51 @@ from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.request import Work
-from redmux_server.models.editing import Editing, StepRows
+from redmux_server.models.editing import Editing, SiteColumns, StepRows
 from redmux_server.models.kvcache import KVCache, Segment
+
+
+class Decoder(Protocol):
+    """A causal language model over the packed tokens of one step, whose segments are entered."""
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """Takes ids and positions [tokens]; returns logits [len(last), vocab] of these rows.
+
+        `edits` are the adapters of the step, None for the base model alone; `layout` tells where
+        each site lies in their rows.
+        """
+
+    def forget_sites(self) -> None:
+        """Makes sites that were edited so far cost nothing until they are edited again."""
+
+
+class TransformersDecoder:
+    """The model as transformers runs it, with a hook at each edited site."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._editing = Editing(model)
+
+    def forget_sites(self) -> None:
+        """Takes the hooks off the model."""
+        self._editing.remove()
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """See `Decoder`."""
+        if edits is not None:
+            self._editing.install(layout)
+        with self._editing.step(edits):
+            logits: Tensor = self._model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False,
+                logits_to_keep=last,
+            ).logits[0]  # fmt: skip
+        return logits
 
 
 class CausalRunner:
@@ -18,17 +61,17 @@ class CausalRunner:
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         cache: KVCache,
-        editing: Editing,
         bank: AdapterBank,
+        device: torch.device,
         num_threads: int,
     ) -> None:
-        self.model = model
+        self._decoder = decoder
         self._num_threads = num_threads
         self.cache = cache
-        self._editing = editing
         self._bank = bank
+        self._device = device
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
@@ -52,22 +95,19 @@ class CausalRunner:
             positions += range(first, first + item.count)
             if item.samples:
                 last.append(len(ids) - 1)
-        device = self.model.device
-        with self.cache.step(segments), self._editing.step(self._rows(work, segments)):
-            logits: Tensor = self.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                # One row at least: an empty selection is not what every model expects.
-                logits_to_keep=torch.tensor(last or [0], device=device),
-            ).logits[0]
+        # One row at least: an empty selection is not what every model expects.
+        tokens, places, kept = (
+            torch.tensor(x, device=self._device) for x in (ids, positions, last or [0])
+        )
+        with self.cache.step(segments):
+            edits = self._rows(work, segments)
+            logits = self._decoder(tokens, places, kept, edits, self._bank.layout)
         return logits[: len(last)]
 
     def _rows(self, work: Sequence[Work], segments: Sequence[Segment]) -> StepRows | None:
         slots = [IDENTITY if item.request.slot is None else item.request.slot for item in work]
         if not any(slots):
             return None
-        self._editing.install(self._bank.layout)
         # A one-token prefill is edited like a decode: the arithmetic is the same.
         num_decodes = next((i for i, s in enumerate(segments) if s.count > 1), len(segments))
         prefills = [

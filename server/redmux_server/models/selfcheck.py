@@ -13,10 +13,9 @@ from redmux_adapters import Adapter, Edit
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
-from redmux_server.models.editing import Editing
 from redmux_server.models.kvcache import KVCache
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.runner import CausalRunner
+from redmux_server.models.runner import CausalRunner, Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -56,25 +55,25 @@ class SelfCheck:
 
     def __init__(
         self,
-        model: Any,
+        decoder: Decoder,
         cache: KVCache,
         sites: Mapping[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
         num_threads: int,
     ) -> None:
         """`sites` are the modules that the check's random adapters edit."""
-        self._bank = AdapterBank(
-            sites, device=model.device, dtype=model.dtype, max_bytes=0, min_slots=8
-        )
-        self._editing = Editing(model)
-        self._runner = CausalRunner(model, cache, self._editing, self._bank, num_threads)
+        self._bank = AdapterBank(sites, device=device, dtype=dtype, max_bytes=0, min_slots=8)
+        self._decoder = decoder
+        self._runner = CausalRunner(decoder, cache, self._bank, device, num_threads)
         self._runner.enter_thread()
         self._pool = BlockPool(cache.num_blocks, BLOCK)
         self._adapters = [None, *(_random_adapter(sites, seed) for seed in range(1, 4))]
-        self._dtype = model.dtype
+        self._dtype = dtype
 
     def close(self) -> None:
-        """Takes the check's hooks off the model."""
-        self._editing.remove()
+        """Makes the decoder forget the check's adapters."""
+        self._decoder.forget_sites()
 
     def compare(self, expected: Reference) -> None:
         """Raises FailedPreconditionError unless a packed step equals plain attention."""

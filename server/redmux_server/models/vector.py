@@ -6,12 +6,11 @@ which other rows are computed with it.
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
-
-import numpy as np
 
 WIDTH = 16  # columns come in multiples of this: one AVX-512 register of fp32, or two AVX2 ones
 
@@ -41,7 +40,7 @@ def exp(x):
 def _block_product(rows: int, width: int) -> Any:
     """Returns out[:rows, :width] (+)= a[:rows, :n] @ b[:n, :width], held in vector registers."""
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def product(typingctx, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add):
         arguments = (a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
 
@@ -76,8 +75,12 @@ def _block_product(rows: int, width: int) -> Any:
                 b_vector = builder.load(b_row, align=4)
                 for r, total in enumerate(sums):
                     a_index = builder.add(row(args[1], args[2], r), loop.index)
-                    a_lanes = _broadcast(builder, builder.load(builder.gep(a_data, [a_index])), width)
-                    builder.store(builder.call(fma, [a_lanes, b_vector, builder.load(total)]), total)
+                    a_lanes = _broadcast(
+                        builder, builder.load(builder.gep(a_data, [a_index])), width
+                    )
+                    builder.store(
+                        builder.call(fma, [a_lanes, b_vector, builder.load(total)]), total
+                    )
             for total, target in zip(sums, targets, strict=True):
                 builder.store(builder.load(total), target, align=4)
             return context.get_dummy_value()
