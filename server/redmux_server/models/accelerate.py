@@ -24,28 +24,6 @@ class PackedLinear(nn.Module):
             self._product(probe)[:1], self._product(probe[:1])
         )
 
-    @classmethod
-    def of(cls, *linears: nn.Module) -> "PackedLinear":
-        """Returns one layer that gives the outputs of these, nn.Linear or Conv1D, side by side."""
-        weights, biases = [], []
-        for linear in linears:
-            tensors = {key: parameter.data for key, parameter in linear.named_parameters()}
-            # Conv1D keeps its weight as [in_features, out_features].
-            is_linear = isinstance(linear, nn.Linear)
-            weights.append(tensors["weight"] if is_linear else tensors["weight"].t())
-            biases.append(tensors.get("bias"))
-        if all(bias is None for bias in biases):
-            return cls(torch.cat(weights), None)
-        return cls(
-            torch.cat(weights),
-            torch.cat(
-                [
-                    weight.new_zeros(len(weight)) if bias is None else bias
-                    for weight, bias in zip(weights, biases, strict=True)
-                ]
-            ),
-        )
-
     def forward(self, x: Tensor) -> Tensor:
         """Takes [..., in_features], returns [..., out_features]."""
         if self._pairs_single_rows and x.numel() == self.in_features:
@@ -58,6 +36,26 @@ class PackedLinear(nn.Module):
             x, self.packed, self.bias, "none", [], ""
         )
         return y
+
+
+def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Returns weight [out, in] and bias that give the outputs of these linears side by side.
+
+    Takes nn.Linear and Conv1D, which keeps its weight as [in, out].
+    """
+    weights, biases = [], []
+    for linear in linears:
+        tensors = {key: parameter.data for key, parameter in linear.named_parameters()}
+        weights.append(
+            tensors["weight"] if isinstance(linear, nn.Linear) else tensors["weight"].t()
+        )
+        biases.append(tensors.get("bias"))
+    weight = torch.cat(weights)
+    if all(bias is None for bias in biases):
+        return weight, None
+    zeros = (part.new_zeros(len(part)) for part in weights)
+    filled = [zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)]
+    return weight, torch.cat(filled)
 
 
 def can_pack() -> bool:
@@ -79,7 +77,7 @@ def pack_linears(model: nn.Module) -> int:
         for name, child in parent.named_children():
             if type(child) not in (nn.Linear, Conv1D):
                 continue
-            setattr(parent, name, PackedLinear.of(child))
+            setattr(parent, name, PackedLinear(*joined(child)))
             count += 1
     unmap(model)
     return count

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from redmux_server.models.accelerate import PackedLinear
+from redmux_server.models.accelerate import PackedLinear, joined
 from redmux_server.models.attention import LayerRule, attention_modules
 from redmux_server.models.editing import SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
@@ -51,7 +51,7 @@ class FusedDecoder:
             )
         ]
         self._norms = [*(layer.norm for layer in self.layers), _Norm(model.model.norm)]
-        self.head = PackedLinear.of(model.lm_head)
+        self.head = PackedLinear(*joined(model.lm_head))
         self._layout: Mapping[str, SiteColumns] = {}
 
     @property
@@ -122,10 +122,10 @@ class _Layer:
         self._paged = paged
         self.norm = _Norm(module.input_layernorm)
         self._post_norm = _Norm(module.post_attention_layernorm)
-        self.qkv = PackedLinear.of(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o = PackedLinear.of(attention.o_proj)
-        self.gate_up = PackedLinear.of(mlp.gate_proj, mlp.up_proj)
-        self.down = PackedLinear.of(mlp.down_proj)
+        self.qkv = PackedLinear(*joined(attention.q_proj, attention.k_proj, attention.v_proj))
+        self.o = PackedLinear(*joined(attention.o_proj))
+        self.gate_up = PackedLinear(*joined(mlp.gate_proj, mlp.up_proj))
+        self.down = PackedLinear(*joined(mlp.down_proj))
         self._query = paged.num_heads * paged.head_dim
         self._key = paged.num_kv_heads * paged.head_dim
         self._q_weight, self._k_weight, self._eps = NOTHING, NOTHING, np.float32(0)

@@ -1,0 +1,162 @@
+"""The CPU kernels: the formulas in fp64, and rows that do not know of each other."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from redmux_server.models import row_kernels
+from redmux_server.models.row_kernels import add_norm, edit, gate, norm
+from redmux_server.models.vector import WIDTH, product
+
+EPS = np.float32(1e-5)
+DIMS = (16, 20, 64, 576)
+
+
+@njit
+def multiply(rows, columns, a, b, n, out, add):
+    product(
+        rows, columns, a, 0, a.shape[1], b, 0, b.shape[1], n, out, 0, out.shape[1], add
+    )  # fmt: skip
+
+
+def randn(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture(params=[1 << 30, 0], ids=["serial", "shared"])
+def threading(request, monkeypatch):
+    monkeypatch.setattr(row_kernels, "_SERIAL_VALUES", request.param)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 13), st.integers(1, 5), st.integers(0, 70), st.booleans(), st.integers(0, 99))
+def test_a_product_is_the_sum_of_products_and_touches_nothing_else(rows, panels, n, adds, seed):
+    columns = panels * WIDTH
+    a, b = randn(seed, rows + 1, n + 3), randn(seed + 1, n + 1, columns + WIDTH)
+    out = randn(seed + 2, rows + 1, columns + WIDTH)
+    before = out.copy()
+    multiply(rows, columns, a, b, n, out, int(adds))
+    want = before.astype(np.float64)
+    want[:rows, :columns] *= adds
+    want[:rows, :columns] += a[:rows, :n].astype(np.float64) @ b[:n, :columns]
+    np.testing.assert_allclose(out, want, atol=2e-5)
+    np.testing.assert_array_equal(out[rows:], before[rows:])
+    np.testing.assert_array_equal(out[:, columns:], before[:, columns:])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 13), st.integers(1, 4), st.integers(1, 70), st.integers(0, 99))
+def test_a_row_of_a_product_has_the_same_bits_alone_and_cut_in_two(rows, panels, n, seed):
+    columns = panels * WIDTH
+    a, b = randn(seed, rows, n), randn(seed + 1, n, columns)
+    together = np.empty((rows, columns), np.float32)
+    multiply(rows, columns, a, b, n, together, 0)
+    for r in range(rows):
+        alone = np.empty((1, columns), np.float32)
+        cut = n // 2
+        multiply(1, columns, a[r : r + 1, :cut].copy(), b, cut, alone, 0)
+        multiply(1, columns, a[r : r + 1, cut:].copy(), b[cut:].copy(), n - cut, alone, 1)
+        np.testing.assert_array_equal(alone[0], together[r])
+
+
+def rms(x, weight):
+    x = x.astype(np.float64)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * weight
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.usefixtures("threading")
+def test_a_norm_is_the_formula(dim):
+    x, weight, out = randn(1, 9, dim), randn(2, dim), np.empty((9, dim), np.float32)
+    norm(x, weight, EPS, out)
+    np.testing.assert_allclose(out, rms(x, weight), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.usefixtures("threading")
+def test_each_row_is_edited_by_its_owner_then_added_then_normalised(dim):
+    x, y, weight, rows = randn(1, 9, dim), randn(2, 9, dim), randn(3, dim), randn(4, 5, 3 + 2 * dim)
+    owners = np.array([0, 4, 4, 1, 3, 2, 0, 1, 4], np.int32)
+    want = x.astype(np.float64)
+    want += rows[owners, 3 : 3 + dim].astype(np.float64) * y + rows[owners, 3 + dim :]
+    out = np.empty_like(x)
+    add_norm(x, y, rows, owners, 3, weight, EPS, out)
+    np.testing.assert_allclose(x, want, atol=2e-6)
+    np.testing.assert_allclose(out, rms(want, weight), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("threading")
+def test_without_an_edit_rows_are_just_added():
+    x, y, weight = randn(1, 9, 64), randn(2, 9, 64), randn(3, 64)
+    want, out = x + y, np.empty_like(x)
+    add_norm(x, y, np.zeros((1, 0), np.float32), np.zeros(9, np.int32), -1, weight, EPS, out)
+    np.testing.assert_array_equal(x, want)
+
+
+def test_the_identity_s_vectors_change_no_bit():
+    x, y, weight = randn(1, 9, 64), randn(2, 9, 64), randn(3, 64)
+    rows = np.concatenate((np.ones((1, 64)), np.zeros((1, 64))), 1).astype(np.float32)
+    results = []
+    for start in (-1, 0):
+        mine, out = x.copy(), np.empty_like(x)
+        add_norm(mine, y.copy(), rows, np.zeros(9, np.int32), start, weight, EPS, out)
+        results.append((mine, out))
+    np.testing.assert_array_equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("dim", [1, 16, 50, 1536])
+@pytest.mark.usefixtures("threading")
+def test_a_gate_is_silu_times_up(dim):
+    gate_up = 8 * randn(1, 9, 2 * dim)
+    gate_up[0, 0], gate_up[1, 0], gate_up[2, 0] = 300, -300, 0
+    out = np.empty((9, dim), np.float32)
+    gate(gate_up, out)
+    left, right = gate_up[:, :dim].astype(np.float64), gate_up[:, dim:]
+    np.testing.assert_allclose(out, left / (1 + np.exp(-left)) * right, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("threading")
+def test_an_edit_touches_its_columns_only():
+    y, rows, owners = randn(1, 6, 50), randn(2, 3, 40), np.array([2, 0, 1, 1, 0, 2], np.int32)
+    want = y.copy()
+    want[:, 10:26] = rows[owners, 5:21] * y[:, 10:26] + rows[owners, 21:37]
+    edit(y, 10, 16, rows, owners, 5)
+    np.testing.assert_allclose(y, want, atol=2e-6)
+    np.testing.assert_array_equal(y[:, :10], want[:, :10])
+    np.testing.assert_array_equal(y[:, 26:], want[:, 26:])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 90])
+def test_rows_have_the_same_bits_alone_and_together(num_tokens):
+    """90 rows of 576 are shared by threads, one row is not."""
+    x, y, weight = randn(1, num_tokens, 576), randn(2, num_tokens, 576), randn(3, 576)
+    rows = randn(4, num_tokens, 1152)
+    owners = np.arange(num_tokens, dtype=np.int32)[::-1].copy()
+    together, out, gated = x.copy(), np.empty_like(x), np.empty((num_tokens, 288), np.float32)
+    add_norm(together, y.copy(), rows, owners, 0, weight, EPS, out)
+    gate(x, gated)
+    for t in range(num_tokens):
+        part = slice(t, t + 1)
+        mine, normed, half = x[part].copy(), np.empty((1, 576), np.float32), gated[part].copy()
+        add_norm(mine, y[part].copy(), rows, owners[part], 0, weight, EPS, normed)
+        np.testing.assert_array_equal(mine, together[part])
+        np.testing.assert_array_equal(normed, out[part])
+        gate(x[part], half)
+        np.testing.assert_array_equal(half, gated[part])
+
+
+def test_a_value_that_is_no_number_stays_in_its_row():
+    x, y, weight = randn(1, 3, 64), randn(2, 3, 64), randn(3, 64)
+    y[1, 5] = np.nan
+    out = np.empty_like(x)
+    add_norm(x, y, np.zeros((1, 0), np.float32), np.zeros(3, np.int32), -1, weight, EPS, out)
+    assert np.isnan(out[1]).all()
+    assert np.isfinite(out[[0, 2]]).all()
+    gate_up = randn(4, 3, 32)
+    gate_up[1, 3] = np.nan
+    half = np.empty((3, 16), np.float32)
+    gate(gate_up, half)
+    assert np.isnan(half[1, 3])
+    assert np.isfinite(half[[0, 2]]).all()
