@@ -50,12 +50,11 @@ def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
             tensors["weight"] if isinstance(linear, nn.Linear) else tensors["weight"].t()
         )
         biases.append(tensors.get("bias"))
-    weight = torch.cat(weights)
     if all(bias is None for bias in biases):
-        return weight, None
-    zeros = (part.new_zeros(len(part)) for part in weights)
+        return torch.cat(weights), None
+    zeros = (weight.new_zeros(len(weight)) for weight in weights)
     filled = [zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)]
-    return weight, torch.cat(filled)
+    return torch.cat(weights), torch.cat(filled)
 
 
 def can_pack() -> bool:
