@@ -3,17 +3,17 @@
 import gc
 import weakref
 
+import numba
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from redmux_server.models.accelerate import PackedLinear, can_pack, pack_linears
+from redmux_server.models.accelerate import pack_linears
+from redmux_server.models.packed_linear import PackedLinear
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of torch has no oneDNN")
-
-# (in_features, out_features): odd, wide, tall, and long enough to be split over threads.
+# (in_features, out_features): odd, wide, tall, and deep enough to be multiplied in parts.
 SHAPES = [(4, 4), (33, 7), (64, 260), (257, 129), (576, 1536), (1536, 576), (8192, 96)]
 
 
@@ -44,37 +44,27 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(size, out):
         assert torch.equal(packed(x[row : row + 1]), whole[row : row + 1]), row
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_long_row_has_the_same_bits_whatever_the_threads(threads):
-    before = torch.get_num_threads()
-    packed, x = PackedLinear(randn(64, 8192), None), randn(9, 8192, seed=2)
-    whole = packed(x)
+def test_a_row_has_the_same_bits_whatever_the_threads_and_how_tall_the_batch():
+    packed, x = PackedLinear(randn(96, 576), randn(96)), randn(300, 576, seed=2)
+    before = numba.get_num_threads()
     try:
-        torch.set_num_threads(threads)
-        assert torch.equal(torch.cat([packed(x[i : i + 1]) for i in range(9)]), whole)
+        results = []
+        for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+            numba.set_num_threads(threads)
+            results.append(packed(x))
+            results.append(torch.cat([packed(part) for part in x.split(7)]))
     finally:
-        torch.set_num_threads(before)
+        numba.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("pairs", [True, False])
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1, 6), (1, 5, 6), (2, 3, 6)])
-def test_it_keeps_the_leading_dimensions(shape, pairs):
+def test_it_keeps_the_leading_dimensions(shape):
     packed = PackedLinear(randn(3, 6), None)
-    packed._pairs_single_rows = pairs
     x = randn(*shape, seed=3)
     want = F.linear(x, randn(3, 6))
     assert packed(x).shape == want.shape
     torch.testing.assert_close(packed(x), want)
-
-
-def test_a_single_row_is_computed_as_a_pair_where_it_would_differ():
-    """A product that depends on the number of rows, as on some CPUs."""
-    packed = PackedLinear(randn(3, 6), None)
-    product = packed._product
-    packed._product = lambda x: product(x) + (x.shape[0] == 1)
-    packed._pairs_single_rows = True
-    x = randn(2, 6, seed=3)
-    assert torch.equal(packed(x[:1]), packed(x)[:1])
 
 
 def test_it_takes_rows_that_are_not_contiguous():

@@ -8,7 +8,7 @@ from numba import njit
 
 from redmux_server.models import row_kernels
 from redmux_server.models.row_kernels import add_norm, edit, gate, norm
-from redmux_server.models.vector import WIDTH, product
+from redmux_server.models.vector import PANEL, product
 
 EPS = np.float32(1e-5)
 DIMS = (16, 20, 64, 576)
@@ -33,9 +33,9 @@ def threading(request, monkeypatch):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 13), st.integers(1, 5), st.integers(0, 70), st.booleans(), st.integers(0, 99))
 def test_a_product_is_the_sum_of_products_and_touches_nothing_else(rows, panels, n, adds, seed):
-    columns = panels * WIDTH
-    a, b = randn(seed, rows + 1, n + 3), randn(seed + 1, n + 1, columns + WIDTH)
-    out = randn(seed + 2, rows + 1, columns + WIDTH)
+    columns = panels * PANEL
+    a, b = randn(seed, rows + 1, n + 3), randn(seed + 1, n + 1, columns + PANEL)
+    out = randn(seed + 2, rows + 1, columns + PANEL)
     before = out.copy()
     multiply(rows, columns, a, b, n, out, int(adds))
     want = before.astype(np.float64)
@@ -49,7 +49,7 @@ def test_a_product_is_the_sum_of_products_and_touches_nothing_else(rows, panels,
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 13), st.integers(1, 4), st.integers(1, 70), st.integers(0, 99))
 def test_a_row_of_a_product_has_the_same_bits_alone_and_cut_in_two(rows, panels, n, seed):
-    columns = panels * WIDTH
+    columns = panels * PANEL
     a, b = randn(seed, rows, n), randn(seed + 1, n, columns)
     together = np.empty((rows, columns), np.float32)
     multiply(rows, columns, a, b, n, together, 0)

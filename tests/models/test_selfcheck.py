@@ -8,7 +8,7 @@ from torch import nn
 
 from redmux.errors import FailedPreconditionError
 from redmux_adapters import editable_sites, load_base
-from redmux_server.models.accelerate import can_pack, pack_linears
+from redmux_server.models.accelerate import pack_linears
 from redmux_server.models.attention import attach, attention_modules, discover
 from redmux_server.models.kvcache import NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
@@ -30,7 +30,7 @@ class Rig:
             else TorchKVCache(shapes, num_blocks, torch.device("cpu"), torch.float32)
         )
         attach(self.model, self.cache)
-        if packs and can_pack():
+        if packs:
             pack_linears(self.model)
 
     @contextlib.contextmanager
@@ -71,7 +71,6 @@ def test_a_good_engine_passes(tiny_folder, kind, packs):
     Rig(tiny_folder, kind=kind, packs=packs).compare()
 
 
-@pytest.mark.skipif(not can_pack(), reason="this build of torch has no oneDNN")
 def test_the_packed_exact_engine_is_bit_identical(rig):
     assert rig.is_bit_identical()
 

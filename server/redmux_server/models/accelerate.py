@@ -1,41 +1,9 @@
-"""Swap modules of a loaded model for faster ones of the same mathematics."""
+"""Swap the linear modules of a loaded model for faster ones of the same mathematics."""
 
 import torch
 from torch import Tensor, nn
 
-
-class PackedLinear(nn.Module):
-    """A frozen fp32 linear layer on the CPU, its weight reordered once for oneDNN.
-
-    Two to three times the speed of F.linear for a few dozen rows, and row-invariant: a row's
-    result has the same bits whatever the number of rows, which MKL's products have not. Where
-    oneDNN sums a single row in another order (it splits a long one over threads on some CPUs),
-    a single row is computed as one of two.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight` is [out_features, in_features]."""
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        self.bias = bias
-        probe = torch.randn(2, self.in_features, generator=torch.Generator().manual_seed(0))
-        self._pairs_single_rows = not torch.equal(
-            self._product(probe)[:1], self._product(probe[:1])
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Takes [..., in_features], returns [..., out_features]."""
-        if self._pairs_single_rows and x.numel() == self.in_features:
-            pair = x.reshape(1, -1).expand(2, -1).contiguous()
-            return self._product(pair)[:1].view(*x.shape[:-1], self.out_features)
-        return self._product(x)
-
-    def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            x, self.packed, self.bias, "none", [], ""
-        )
-        return y
+from redmux_server.models.packed_linear import PackedLinear
 
 
 def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -55,12 +23,6 @@ def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
     zeros = (weight.new_zeros(len(weight)) for weight in weights)
     filled = [zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)]
     return torch.cat(weights), torch.cat(filled)
-
-
-def can_pack() -> bool:
-    """Whether this build of torch has the oneDNN operators on this CPU."""
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return has_onednn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from redmux_server.models.accelerate import PackedLinear, joined
+from redmux_server.models.accelerate import joined
 from redmux_server.models.attention import LayerRule, attention_modules
 from redmux_server.models.editing import SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
+from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import NOTHING, Array, PagedAttention, Rotation
 from redmux_server.models.row_kernels import add_norm, edit, gate, norm
 

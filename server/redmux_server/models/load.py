@@ -16,10 +16,11 @@ from redmux_adapters import editable_sites, fingerprint, load_base
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
-from redmux_server.models.accelerate import PackedLinear, can_pack, pack_linears, unmap
+from redmux_server.models.accelerate import pack_linears, unmap
 from redmux_server.models.attention import LayerRule, attach, discover
 from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
+from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
 from redmux_server.models.runner import CausalRunner, Decoder, TransformersDecoder
 from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, Reference, SelfCheck, reference
@@ -151,7 +152,7 @@ def _fuse(
     expected: Reference, choices: Choices,
 ) -> _Checked | None:  # fmt: skip
     """Returns the model as a FusedDecoder, its own layers released, or None where that fails."""
-    if not isinstance(cache, NumbaKVCache) or not can_pack() or why_not_fusable(model):
+    if not isinstance(cache, NumbaKVCache) or why_not_fusable(model):
         return None
     decoder = FusedDecoder(model, rules, cache)
     try:
@@ -162,7 +163,7 @@ def _fuse(
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
     unmap(model)
-    reason = f"layers: fused into {len(decoder.linears)} products packed for oneDNN"
+    reason = f"layers: fused into {len(decoder.linears)} packed products"
     return _Checked(decoder, decoder.linears, bit_identical, reason)
 
 
@@ -173,10 +174,8 @@ def _keep(
     attach(model, cache)
     if choices.device.type != "cpu" or choices.dtype != torch.float32:
         reason = "linears: torch's own (not fp32 on a CPU)"
-    elif not can_pack():
-        reason = "linears: torch's own (this build has no oneDNN)"
     else:
-        reason = f"linears: {pack_linears(model)} packed for oneDNN"
+        reason = f"linears: {pack_linears(model)} packed"
     decoder = TransformersDecoder(model)
     bit_identical = _check(decoder, cache, sites, expected, choices)
     linears = [m for m in model.modules() if isinstance(m, PackedLinear | nn.Linear | Conv1D)]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.vector import FASTMATH, WIDTH, exp, product
+from redmux_server.models.vector import FASTMATH, PANEL, exp, product
 
-BLOCK = 2 * WIDTH  # tokens in a cache block
+BLOCK = 32  # tokens in a cache block, a multiple of PANEL
 TILE = 4  # query tokens that share one pass over the keys
 
 Array = np.ndarray[Any, Any]
@@ -51,7 +51,7 @@ NO_ROTATION = Rotation(NOTHING, NOTHING, NOTHING, NOTHING, np.float32(0))
 
 def padded(head_dim: int) -> int:
     """Returns the number of lanes that a value takes in the cache."""
-    return -(-head_dim // WIDTH) * WIDTH
+    return -(-head_dim // PANEL) * PANEL
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)

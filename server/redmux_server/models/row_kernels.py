@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.vector import FASTMATH, WIDTH, exp
+from redmux_server.models.vector import FASTMATH, LANES, exp
 
 Array = np.ndarray[Any, Any]
 # Waking the other threads costs more than this many values take.
@@ -29,14 +29,14 @@ def _edit_row(y, vectors, start):
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _norm_row(x, weight, eps, out, lanes):
     lanes[:] = np.float32(0.0)
-    for p in range(x.size // WIDTH):
-        part = x[p * WIDTH : (p + 1) * WIDTH]
-        for d in range(WIDTH):
+    for p in range(x.size // LANES):
+        part = x[p * LANES : (p + 1) * LANES]
+        for d in range(LANES):
             lanes[d] += part[d] * part[d]
-    for d in range(x.size // WIDTH * WIDTH, x.size):
+    for d in range(x.size // LANES * LANES, x.size):
         lanes[0] += x[d] * x[d]
     total = lanes[0]
-    for d in range(1, WIDTH):
+    for d in range(1, LANES):
         total += lanes[d]
     inverse = np.float32(1.0) / math.sqrt(total / np.float32(x.size) + eps)
     for d in range(x.size):
@@ -45,14 +45,14 @@ def _norm_row(x, weight, eps, out, lanes):
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _norm(first, last, x, weight, eps, out):
-    lanes = np.empty(WIDTH, np.float32)
+    lanes = np.empty(LANES, np.float32)
     for t in range(first, last):
         _norm_row(x[t], weight, eps, out[t], lanes)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _add_norm(first, last, x, y, rows, row_of, start, weight, eps, out):
-    lanes = np.empty(WIDTH, np.float32)
+    lanes = np.empty(LANES, np.float32)
     for t in range(first, last):
         xt, yt = x[t], y[t]
         if start >= 0:

@@ -6,13 +6,17 @@ which other rows are computed with it.
 
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-WIDTH = 16  # columns come in multiples of this: one AVX-512 register of fp32, or two AVX2 ones
+LANES = 16  # one AVX-512 register of fp32, or two AVX2 ones
+_HAS_AVX512 = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
+# A product works on ROWS x PANEL sums at a time: as many as the registers hold beside operands.
+ROWS, PANEL = (8, 32) if _HAS_AVX512 else (6, 16)
 
 # Contraction to fused multiply-add is the same in every lane; nothing may be reordered.
 FASTMATH = {"contract", "nsz"}
@@ -97,44 +101,47 @@ def _broadcast(builder: Any, value: Any, width: int) -> Any:
     return builder.shuffle_vector(first, undefined, everywhere)
 
 
-# Eight AVX2 sums or more hide the latency of fused multiply-adds; twelve fit the registers.
-_product_4 = _block_product(4, WIDTH)
-_product_3 = _block_product(3, WIDTH)
-_product_2 = _block_product(2, WIDTH)
-_product_1 = _block_product(1, WIDTH)
-_product_2_wide = _block_product(2, 2 * WIDTH)
-_product_1_wide = _block_product(1, 2 * WIDTH)
+_products = tuple(_block_product(rows, PANEL) for rows in range(1, 9))
+_product_1, _product_2, _product_3, _product_4 = _products[:4]
+_product_5, _product_6, _product_7, _product_8 = _products[4:]
 
 
 @njit(fastmath=FASTMATH, inline="always")
+def _panel_product(rows, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add):
+    if rows == 8:
+        _product_8(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+    elif rows == 7:
+        _product_7(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+    elif rows == 6:
+        _product_6(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+    elif rows == 5:
+        _product_5(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+    elif rows == 4:
+        _product_4(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+    elif rows == 3:
+        _product_3(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+    elif rows == 2:
+        _product_2(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+    else:
+        _product_1(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
 def product(rows, columns, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add):
     """out[:rows, :columns] = (itself if add else 0) + a[:rows, :n] @ b[:n, :columns].
 
     Arrays are fp32 and contiguous; `*_at` is the flat index of element [0, 0], `*_stride` the
-    distance between rows; `columns` is a multiple of WIDTH. Each element is one chain of fused
+    distance between rows; `columns` is a multiple of PANEL. Each element is one chain of fused
     multiply-adds in the order of n.
     """
     r = 0
     while r < rows:
         left = rows - r
-        x, z = a_at + r * a_stride, out_at + r * out_stride
-        c = 0
-        while c < columns:
-            y = b_at + c
-            if left >= 4:
-                _product_4(a, x, a_stride, b, y, b_stride, n, out, z + c, out_stride, add)
-            elif left == 3:
-                _product_3(a, x, a_stride, b, y, b_stride, n, out, z + c, out_stride, add)
-            elif columns - c < 2 * WIDTH:
-                if left == 2:
-                    _product_2(a, x, a_stride, b, y, b_stride, n, out, z + c, out_stride, add)
-                else:
-                    _product_1(a, x, a_stride, b, y, b_stride, n, out, z + c, out_stride, add)
-            else:
-                if left == 2:
-                    _product_2_wide(a, x, a_stride, b, y, b_stride, n, out, z + c, out_stride, add)
-                else:
-                    _product_1_wide(a, x, a_stride, b, y, b_stride, n, out, z + c, out_stride, add)
-                c += WIDTH
-            c += WIDTH
-        r += 4
+        # Even groups: 9 rows are 5 and 4, where 8 and 1 would pass over b for a single row.
+        count = -(-left // -(-left // ROWS))
+        for c in range(0, columns, PANEL):
+            _panel_product(
+                count, a, a_at + r * a_stride, a_stride, b, b_at + c, b_stride, n,
+                out, out_at + r * out_stride + c, out_stride, add,
+            )  # fmt: skip
+        r += count
