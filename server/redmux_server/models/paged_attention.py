@@ -210,35 +210,54 @@ def _attend_tile(
                 out[at + d] = sums[r * width + d] * inverse[r]
 
 
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _store_share(first, last, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
+    """Writes the keys and values of tokens first..last, every KV head."""
+    scratch = np.empty(layout[2], np.float32)
+    for token in range(first, last):
+        for head in range(layout[1]):
+            _store(
+                k, v, keys, values, places, token, head, layout, k_weight, eps, cos, sin, scratch
+            )
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _attend_share(
+    first, last, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
+    places, table, tiles, scale, window, softcap,
+):  # fmt: skip
+    """Attends for tiles x KV heads first..last; `stores` their keys and values before."""
+    scratch = np.empty(layout[2], np.float32)
+    for j in range(first, last):
+        n, head = j // layout[1], j % layout[1]
+        row0 = tiles[1, n]
+        if stores:
+            _store(k, v, keys, values, places, row0, head, layout, k_weight, eps, cos, sin, scratch)
+        _attend_tile(
+            q, keys, values, out, cos, sin, q_weight, eps, table[tiles[0, n]],
+            row0, tiles[2, n], tiles[3, n], head, layout, scale, window, softcap,
+        )  # fmt: skip
+
+
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _attend(
     q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
     places, table, tiles, shares, scale, window, softcap,
 ):  # fmt: skip
-    num_tokens, num_kv_heads, dim = places.shape[1], layout[1], layout[2]
+    num_tokens, num_shares = places.shape[1], shares.shape[0] - 1
     # One token per request: whoever attends to a key has written it, so one pass is enough.
-    stores_first = num_tokens > table.shape[0]
-    if stores_first:
-        for t in prange(num_tokens):
-            scratch = np.empty(dim, np.float32)
-            for head in range(num_kv_heads):
-                _store(
-                    k, v, keys, values, places, t, head, layout, k_weight, eps, cos, sin, scratch
-                )
-    for w in prange(shares.shape[0] - 1):
-        scratch = np.empty(dim, np.float32)
-        for j in range(shares[w], shares[w + 1]):
-            n = j // num_kv_heads
-            head = j % num_kv_heads
-            if not stores_first:
-                _store(
-                    k, v, keys, values, places, tiles[1, n], head, layout, k_weight, eps, cos, sin,
-                    scratch,
-                )  # fmt: skip
-            _attend_tile(
-                q, keys, values, out, cos, sin, q_weight, eps, table[tiles[0, n]],
-                tiles[1, n], tiles[2, n], tiles[3, n], head, layout, scale, window, softcap,
+    stores = num_tokens == table.shape[0]
+    if not stores:
+        for w in prange(num_shares):
+            _store_share(
+                num_tokens * w // num_shares, num_tokens * (w + 1) // num_shares,
+                k, v, keys, values, places, layout, k_weight, eps, cos, sin,
             )  # fmt: skip
+    for w in prange(num_shares):
+        _attend_share(
+            shares[w], shares[w + 1], stores, q, k, v, keys, values, out, cos, sin, q_weight,
+            k_weight, eps, layout, places, table, tiles, scale, window, softcap,
+        )  # fmt: skip
 
 
 class PagedAttention:

@@ -41,67 +41,88 @@ def exp(x):
     return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
-def _block_product(rows: int, width: int) -> Any:
-    """Returns out[:rows, :width] (+)= a[:rows, :n] @ b[:n, :width], held in vector registers."""
+_FLOAT, _INDEX = ir.FloatType(), ir.IntType(64)
 
-    @intrinsic
-    def product(typingctx, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add):
-        arguments = (a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
 
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            vector = ir.VectorType(ir.FloatType(), width)
-            a_data, b_data, out_data = (
-                context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 3, 7)
-            )
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{width}f32"
-            )
+def _kernel(module: ir.Module, rows: int) -> ir.Function:
+    """Returns out[:rows, :PANEL] (+)= a[:rows, :n] @ b[:n, :PANEL] with its sums in registers.
 
-            def row(start: Any, stride: Any, r: int) -> Any:
-                return builder.add(start, builder.mul(stride, ir.Constant(stride.type, r)))
+    A function of its own that is never inlined: its callers would take seconds to compile.
+    """
+    name = f"redmux_product_{rows}x{PANEL}"
+    if name in module.globals:
+        return module.globals[name]
+    pointer, vector = _FLOAT.as_pointer(), ir.VectorType(_FLOAT, PANEL)
+    arguments = [pointer, _INDEX, pointer, _INDEX, _INDEX, pointer, _INDEX, _INDEX]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    a, a_stride, b, b_stride, n, out, out_stride, add = function.args
+    fma = cgutils.get_or_insert_function(
+        module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{PANEL}f32"
+    )
+    builder = ir.IRBuilder(function.append_basic_block())
 
-            def vector_at(data: Any, index: Any) -> Any:
-                return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+    def row(data: Any, stride: Any, r: Any) -> Any:
+        return builder.gep(data, [builder.mul(stride, r)])
 
-            sums = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
-            targets = [vector_at(out_data, row(args[8], args[9], r)) for r in range(rows)]
-            adds = builder.icmp_signed("!=", args[10], ir.Constant(args[10].type, 0))
-            with builder.if_else(adds) as (then, otherwise):
-                with then:
-                    for total, target in zip(sums, targets, strict=True):
-                        builder.store(builder.load(target, align=4), total)
-                with otherwise:
-                    for total in sums:
-                        builder.store(ir.Constant(vector, [0.0] * width), total)
-            with cgutils.for_range(builder, args[6]) as loop:
-                offset = builder.mul(loop.index, args[5])
-                b_row = vector_at(b_data, builder.add(args[4], offset))
-                b_vector = builder.load(b_row, align=4)
-                for r, total in enumerate(sums):
-                    a_index = builder.add(row(args[1], args[2], r), loop.index)
-                    a_lanes = _broadcast(
-                        builder, builder.load(builder.gep(a_data, [a_index])), width
-                    )
-                    builder.store(
-                        builder.call(fma, [a_lanes, b_vector, builder.load(total)]), total
-                    )
+    def as_vector(address: Any) -> Any:
+        return builder.bitcast(address, vector.as_pointer())
+
+    sums = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
+    targets = [as_vector(row(out, out_stride, _INDEX(r))) for r in range(rows)]
+    with builder.if_else(builder.icmp_signed("!=", add, _INDEX(0))) as (then, otherwise):
+        with then:
             for total, target in zip(sums, targets, strict=True):
-                builder.store(builder.load(total), target, align=4)
-            return context.get_dummy_value()
+                builder.store(builder.load(target, align=4), total)
+        with otherwise:
+            for total in sums:
+                builder.store(vector([0.0] * PANEL), total)
+    with cgutils.for_range(builder, n) as loop:
+        panel = builder.load(as_vector(row(b, b_stride, loop.index)), align=4)
+        for r, total in enumerate(sums):
+            one = builder.load(builder.gep(row(a, a_stride, _INDEX(r)), [loop.index]))
+            product = builder.call(fma, [_broadcast(builder, one), panel, builder.load(total)])
+            builder.store(product, total)
+    for total, target in zip(sums, targets, strict=True):
+        builder.store(builder.load(total), target, align=4)
+    builder.ret_void()
+    return function
 
-        return types.void(*arguments), codegen
 
-    return product
-
-
-def _broadcast(builder: Any, value: Any, width: int) -> Any:
-    undefined = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
+def _broadcast(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, PANEL), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
+    everywhere = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
     return builder.shuffle_vector(first, undefined, everywhere)
 
 
-_products = tuple(_block_product(rows, PANEL) for rows in range(1, 9))
+def _panel_product_of(rows: int) -> Any:
+    @intrinsic
+    def panel_product(typing, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, stride, add):
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = {
+                i: context.make_array(sig.args[i])(context, builder, args[i]).data
+                for i in (0, 3, 7)
+            }
+            ints = {
+                i: context.cast(builder, args[i], sig.args[i], types.int64)
+                for i in (1, 2, 4, 5, 6, 8, 9, 10)
+            }
+            x, panel, sums = (builder.gep(data[i], [ints[i + 1]]) for i in (0, 3, 7))
+            builder.call(
+                _kernel(builder.module, rows),
+                [x, ints[2], panel, ints[5], ints[6], sums, ints[9], ints[10]],
+            )
+            return context.get_dummy_value()
+
+        arguments = (a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, stride, add)
+        return types.void(*arguments), codegen
+
+    return panel_product
+
+
+_products = tuple(_panel_product_of(rows) for rows in range(1, 9))
 _product_1, _product_2, _product_3, _product_4 = _products[:4]
 _product_5, _product_6, _product_7, _product_8 = _products[4:]
 
