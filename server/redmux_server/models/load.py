@@ -16,11 +16,12 @@ from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.accelerate import can_pack, pack_linears
 from redmux_server.models.attention import attach, discover
+from redmux_server.models.device_runtime import DeviceRuntime
 from redmux_server.models.editing import Editing
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
 from redmux_server.models.runner import CausalRunner
-from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, SelfCheck, reference
+from redmux_server.models.selfcheck import SelfCheck, min_cache_tokens, reference
 from redmux_server.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class BaseModel:
     vocab_size: int
     max_context: int
     num_blocks: int
+    block_size: int  # tokens
     bit_identical: bool
     reasons: Sequence[str]
 
@@ -55,23 +57,52 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     model = model.to(choices.device)
     identity = fingerprint(model)
     sites = editable_sites(model)
+    prepare = _on_cpu if choices.device.type == "cpu" else _on_device
+    parts = prepare(config, choices, model, sites)
+    reasons = [
+        *choices.reasons,
+        *parts.reasons,
+        "bit-identical in any batch: yes, checked at start"
+        if parts.bit_identical
+        else "bit-identical in any batch: no, logits may differ in their last bits",
+    ]
+    for reason in reasons:
+        logger.info("%s", reason)
+    return BaseModel(
+        runner=parts.runner,
+        bank=parts.bank,
+        codec=TextCodec(tokenizer, model.generation_config),
+        fingerprint=identity,
+        architecture=model.config.architectures[0],
+        sites=sites,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        max_context=parts.max_context,
+        num_blocks=parts.runner.cache.num_blocks,
+        block_size=parts.runner.cache.block_size,
+        bit_identical=parts.bit_identical,
+        reasons=reasons,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    runner: CausalRunner
+    bank: AdapterBank
+    max_context: int
+    bit_identical: bool
+    reasons: Sequence[str]
+
+
+def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]) -> _Parts:
     expected = reference(model)
     shapes = discover(model)
     max_context, num_tokens = _context_and_cache(config, model, shapes)
     cache, attention_reason = _make_cache(shapes, num_tokens // BLOCK, choices)
     attach(model, cache)
-    reasons = [*choices.reasons, attention_reason, _accelerate(model, choices)]
-
+    reasons = [attention_reason, _accelerate(model, choices)]
     with contextlib.closing(SelfCheck(model, cache, sites, choices.num_threads)) as check:
         check.compare(expected)
         bit_identical = check.is_bit_identical(expected.prompts)
-    reasons.append(
-        "bit-identical in any batch: yes, checked at start"
-        if bit_identical
-        else "bit-identical in any batch: no, logits may differ in their last bits"
-    )
-    for reason in reasons:
-        logger.info("%s", reason)
     bank = AdapterBank(
         sites,
         device=choices.device,
@@ -79,25 +110,32 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         max_bytes=config.bank_bytes,
         min_slots=config.max_running + 1,
     )
-    return BaseModel(
-        runner=CausalRunner(model, cache, Editing(model), bank, choices.num_threads),
-        bank=bank,
-        codec=TextCodec(tokenizer, model.generation_config),
-        fingerprint=identity,
-        architecture=model.config.architectures[0],
-        sites=sites,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
-        max_context=max_context,
-        num_blocks=cache.num_blocks,
-        bit_identical=bit_identical,
-        reasons=reasons,
+    runner = CausalRunner(model, cache, Editing(model), bank, choices.num_threads)
+    return _Parts(runner, bank, max_context, bit_identical, reasons)
+
+
+def _on_device(
+    config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]
+) -> _Parts:
+    expected = reference(model)
+    shapes = discover(model)
+    runtime = DeviceRuntime.choose(shapes, choices.device, choices.dtype, choices.num_threads)
+    max_context, num_tokens = _context_and_cache(
+        config, model, shapes, runtime.attention.block_size
     )
+    cache = runtime.make_cache(shapes, num_tokens)
+    attach(model, cache)
+    engine = runtime.assemble(
+        model, cache, sites, expected, max_running=config.max_running, max_context=max_context,
+        bank_bytes=config.bank_bytes,
+    )  # fmt: skip
+    return _Parts(engine.runner, engine.bank, max_context, engine.bit_identical, engine.reasons)
 
 
 def _context_and_cache(
-    config: ServerConfig, model: Any, shapes: Sequence[LayerShape]
+    config: ServerConfig, model: Any, shapes: Sequence[LayerShape], block_size: int = BLOCK
 ) -> tuple[int, int]:
-    """Returns (most tokens of a request, tokens in the cache, a multiple of BLOCK)."""
+    """Returns (most tokens of a request, tokens in the cache, a multiple of `block_size`)."""
     model_limit = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20)
     context = config.max_context or model_limit
     if context > model_limit:
@@ -107,9 +145,12 @@ def _context_and_cache(
     per_token = sum(2 * s.num_kv_heads * s.head_dim for s in shapes) * model.dtype.itemsize
     tokens = config.kv_cache_tokens
     if not tokens:
-        tokens = min(_DEFAULT_CACHE_BYTES, _free_bytes(model.device) // 4) // per_token
-        tokens = max(min(tokens, config.max_running * context), MIN_CACHE_TOKENS)
-    tokens = -(-tokens // BLOCK) * BLOCK
+        num_bytes = _free_bytes(model.device) // 4
+        if model.device.type == "cpu":
+            num_bytes = min(_DEFAULT_CACHE_BYTES, num_bytes)
+        whole_requests = config.max_running * -(-context // block_size) * block_size
+        tokens = max(min(num_bytes // per_token, whole_requests), min_cache_tokens(block_size))
+    tokens = -(-tokens // block_size) * block_size
     return min(context, tokens), tokens
 
 
@@ -122,9 +163,9 @@ def _free_bytes(device: torch.device) -> int:
 def _make_cache(
     shapes: Sequence[LayerShape], num_blocks: int, choices: Choices
 ) -> tuple[KVCache, str]:
-    if choices.device.type != "cpu" or choices.dtype != torch.float32:
+    if choices.dtype != torch.float32:
         cache: KVCache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
-        return cache, "attention: torch over gathered blocks (not fp32 on a CPU)"
+        return cache, "attention: torch over gathered blocks (not fp32)"
     if any(s.head_dim % 4 for s in shapes):
         cache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
         return cache, "attention: torch over gathered blocks (head size is no multiple of 4)"
@@ -132,8 +173,8 @@ def _make_cache(
 
 
 def _accelerate(model: Any, choices: Choices) -> str:
-    if choices.device.type != "cpu" or choices.dtype != torch.float32:
-        return "linears: torch's own (not fp32 on a CPU)"
+    if choices.dtype != torch.float32:
+        return "linears: torch's own (not fp32)"
     if not can_pack():
         return "linears: torch's own (this build has no oneDNN)"
     return f"linears: {pack_linears(model)} packed for oneDNN"
