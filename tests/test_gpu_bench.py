@@ -23,6 +23,7 @@ def run(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, where it is installed
 def test_every_part_runs_on_a_tiny_model(run, tmp_path, capsys):
     assert run.main(["--cpu-smoke", "--out", str(tmp_path / "out.json")]) == 0
     parts = json.loads((tmp_path / "out.json").read_text())

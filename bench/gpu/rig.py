@@ -57,7 +57,7 @@ class Engine:
         self.sites = ffn_sites(model)
         self._fingerprint = fingerprint(model)
         sites, expected, shapes = editable_sites(model), reference(model), discover(model)
-        runtime = DeviceRuntime.choose(shapes, model.device, model.dtype, 2)
+        runtime = DeviceRuntime.choose(shapes, model.device, model.dtype, num_threads=1)
         if not uses_graphs:
             runtime = dataclasses.replace(runtime, uses_graphs=False)
         elif not runtime.uses_graphs and model.device.type == "cuda":

@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.cpu_smoke and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --cpu-smoke tries the script on the CPU")
     device = torch.device("cpu" if args.cpu_smoke else "cuda")
+    torch.set_num_threads(1)  # nothing of a step is computed on the host
     report = Report()
     report.part("machine", lambda: [machine(device)])
     run_checks(report, device, args.cpu_smoke)

@@ -144,6 +144,15 @@ async def test_large_pages_round_the_cache_up_and_leave_room_for_the_check(on_de
     assert server.info().kv_cache_tokens == min_cache_tokens(256) == 5 * 256
 
 
+def test_an_architecture_whose_ffn_is_not_known_reserves_no_sites(base):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    config = CohereConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                          num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)  # fmt: skip
+    assert device_runtime._expected_sites(CohereForCausalLM(config)) == {}
+    assert device_runtime._expected_sites(base.model) == base.ffn
+
+
 def test_the_default_runtime_of_a_cpu_is_torch_without_graphs():
     runtime = device_runtime.DeviceRuntime.choose([], torch.device("cpu"), torch.float32, 1)
     assert not runtime.uses_graphs

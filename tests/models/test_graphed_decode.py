@@ -128,6 +128,18 @@ def test_padding_writes_into_the_dummy_block_alone(rig, base):
         assert changed.tolist() == [(r.num_computed - 1) % 32]
 
 
+def test_padded_rows_are_the_identity_with_one_key_of_the_dummy_block(rig, base):
+    requests = mixed_requests(rig, base, 3)
+    rig.prefill(*requests)
+    seen = rig.runner._decode._steps[4][0].tensors  # the buffers that the graph of four reads
+    rig.decode(*requests)
+    assert seen.rows.tolist() == [*rig.bank.table_rows([0, *(r.slot for r in requests[1:])]), 0]
+    assert seen.paged.slots[3] == rig.cache.dummy_block * rig.cache.block_size
+    assert seen.paged.blocks[3].tolist() == [rig.cache.dummy_block, 0, 0]
+    assert seen.paged.key_counts.tolist() == [*(r.num_computed for r in requests), 1]
+    assert seen.paged.starts.tolist() == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 def test_what_the_cache_held_before_reaches_nobody(tiny_folder, base, poison):
     rows = []

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
-from redmux_server.engine.request import Work
+from redmux_server.engine.request import Request, Work
 from redmux_server.models.editing import Editing, RowEdit, TableRows
 from redmux_server.models.graphed_decode import Capture, GraphedDecode, StepTensors, batch_sizes
 from redmux_server.models.kvcache import Segment
 from redmux_server.models.paged_cache import PagedKVCache
-from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, to_device
+from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, block_table, to_device
 from redmux_server.models.runner import CausalRunner
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,6 @@ class _HostStep:
     rows: Ints  # [tokens] of the bank's table
     last: Ints  # [samples] tokens whose logits are wanted
     index: HostIndex
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether there is one token per request and all of them draw."""
-        return len(self.ids) == len(self.last) == len(self.index.counts)
 
 
 class DeviceRunner(CausalRunner):
@@ -72,6 +67,7 @@ class DeviceRunner(CausalRunner):
         self._graphs = graphs
         self._decode: GraphedDecode | None = None
         self._table: Tensor | None = None  # for which hooks and graphs were made
+        self._batch: tuple[list[Request], Ints] = [], np.zeros((0, 0), np.int32)
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -96,12 +92,23 @@ class DeviceRunner(CausalRunner):
             self.prepare()
         except RuntimeError:
             logger.exception("capturing CUDA graphs failed; steps are launched eagerly from now on")
+        if self._decode is not None and self._decode.fits(len(work)) and _is_decode(work):
+            return self._replay(self._decode, [item.request for item in work])
         step = self._host_step(work)
-        if step.is_decode and self._decode is not None and self._decode.fits(len(step.ids)):
-            return self._decode.run(step.ids, step.positions, step.rows, step.index)
         tensors = self._tensors(step)
         self.cache.attention.plan(tensors.paged)
         return self._compute(tensors)[: len(step.last)]
+
+    def _replay(self, decode: GraphedDecode, requests: list[Request]) -> Tensor:
+        # A request's blocks are its own from admission to its end: the table is made anew only
+        # when the composition of the batch changes.
+        if self._batch[0] != requests:
+            self._batch = requests, block_table([r.blocks for r in requests])
+        positions = np.array([r.num_computed for r in requests], np.int32)
+        ids = np.array([r.token_ids[r.num_computed] for r in requests], np.int32)
+        rows = np.array(self._bank.table_rows(_slots(requests)), np.int32)
+        index = HostIndex.of_decodes(positions, self._batch[1], self.cache.block_size)
+        return decode.run(ids, positions, rows, index)
 
     def _host_step(self, work: Sequence[Work]) -> _HostStep:
         segments: list[Segment] = []
@@ -115,7 +122,7 @@ class DeviceRunner(CausalRunner):
             positions += range(first, first + item.count)
             if item.samples:
                 last.append(len(ids) - 1)
-        slots = [IDENTITY if item.request.slot is None else item.request.slot for item in work]
+        slots = _slots([item.request for item in work])
         rows = np.repeat(self._bank.table_rows(slots), [item.count for item in work])
         index = HostIndex.of(segments, self.cache.block_size)
         return _HostStep(
@@ -155,3 +162,12 @@ class DeviceRunner(CausalRunner):
             device=self.model.device,
             dtype=self.model.dtype,
         )
+
+
+def _is_decode(work: Sequence[Work]) -> bool:
+    """Whether there is one token per request and all of them draw."""
+    return all(item.count == 1 and item.samples for item in work)
+
+
+def _slots(requests: Sequence[Request]) -> list[int]:
+    return [IDENTITY if r.slot is None else r.slot for r in requests]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from redmux.errors import FailedPreconditionError
+from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_adapters import ffn_sites
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.device_runner import DeviceRunner, Graphs
@@ -86,7 +86,7 @@ class DeviceRuntime:
                 sites, device=self.device, dtype=self.dtype, max_bytes=bank_bytes,
                 min_slots=max_running + 1, preallocated=True,
             )  # fmt: skip
-            bank.reserve(ffn_sites(model))
+            bank.reserve(_expected_sites(model))
             runner = self._runner(model, cache, bank, Editing(model), max_running, max_context)
         except (RuntimeError, FailedPreconditionError) as err:
             if not self.uses_graphs:
@@ -132,3 +132,11 @@ class DeviceRuntime:
         )  # fmt: skip
         runner.prepare()
         return runner
+
+
+def _expected_sites(model: Any) -> Mapping[str, int]:
+    """Returns RED's own sites, none for an architecture where they are not known."""
+    try:
+        return ffn_sites(model)
+    except InvalidArgumentError:
+        return {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY
 from redmux_server.models.paged_cache import PagedKVCache
-from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, split, upload
+from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, split, staged
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +148,7 @@ class _StaticStep:
         width = min(self._width, blocks.shape[1])
         table[:, :width] = blocks[:, :width]
         arrays = [ids, positions, slots, rows, *index, table]
-        self._flat.copy_(upload(arrays, self._flat.device))
+        self._flat.copy_(staged(arrays, self._flat.device), non_blocking=True)
 
     def cast(self) -> None:
         """Widens what torch wants as int64; part of the graph."""

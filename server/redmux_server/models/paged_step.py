@@ -23,7 +23,8 @@ class HostIndex:
     num_decodes: int
     counts: Ints  # [n] tokens of each request in this step
     key_counts: Ints  # [n] keys of each request, those of this step included
-    blocks: Ints  # [n, width] cache blocks in order of position; 0 where a request has no more
+    blocks: Ints  # [n, width] cache blocks in order of position; 0 where a request has no more;
+    # those behind a request's last key are nobody's business yet
     slots: Ints  # [T] where each token's key goes: block * block_size + offset
 
     @staticmethod
@@ -31,15 +32,20 @@ class HostIndex:
         """Returns the index of these segments, which follow one another from row 0."""
         counts = np.array([s.count for s in segments], np.int32)
         key_counts = np.array([s.position + s.count for s in segments], np.int32)
-        blocks = np.zeros((len(segments), int(-(-key_counts.max() // block_size))), np.int32)
-        for i, s in enumerate(segments):
-            used = s.blocks[: -(-int(key_counts[i]) // block_size)]
-            blocks[i, : len(used)] = used
+        blocks = block_table([s.blocks for s in segments])
+        blocks = blocks[:, : -(-int(key_counts.max()) // block_size)]
         request = np.repeat(np.arange(len(segments)), counts)
         positions = np.concatenate([np.arange(s.position, s.position + s.count) for s in segments])
         slots = blocks[request, positions // block_size] * block_size + positions % block_size
         num_decodes = next((i for i, n in enumerate(counts) if n > 1), len(counts))
         return HostIndex(num_decodes, counts, key_counts, blocks, slots.astype(np.int32))
+
+    @staticmethod
+    def of_decodes(positions: Ints, blocks: Ints, block_size: int) -> "HostIndex":
+        """Returns the index of one token per request, at `positions` [n]."""
+        n = len(positions)
+        slots = blocks[np.arange(n), positions // block_size] * block_size + positions % block_size
+        return HostIndex(n, np.ones(n, np.int32), positions + 1, blocks, slots.astype(np.int32))
 
     def arrays(self) -> tuple[Ints, ...]:
         """Returns what the device needs: slots, starts, key starts, key counts, blocks."""
@@ -77,18 +83,25 @@ class PagedStep:
         )  # fmt: skip
 
 
+def block_table(blocks: Sequence[Sequence[int]]) -> Ints:
+    """Returns [n, width] of n requests' blocks, with 0 where a request has no more."""
+    table = np.zeros((len(blocks), max(map(len, blocks))), np.int32)
+    for row, own in zip(table, blocks, strict=True):
+        row[: len(own)] = own
+    return table
+
+
 def to_device(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:
     """Copies int32 arrays to the device in one transfer and returns them in their shapes."""
-    return split(upload(arrays, device), [a.shape for a in arrays])
+    flat = staged(arrays, device).to(device, non_blocking=True)
+    return split(flat, [a.shape for a in arrays])
 
 
-def upload(arrays: Sequence[Ints], device: torch.device) -> Tensor:
-    """Copies int32 arrays to the device as one flat tensor, without waiting for the copy."""
+def staged(arrays: Sequence[Ints], device: torch.device) -> Tensor:
+    """Returns the arrays as one flat tensor on the host, from where copies need no waiting."""
     flat = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]))
-    if device.type == "cpu":
-        return flat
-    # Pinned by torch's allocator, which keeps it until the copy is done.
-    return flat.pin_memory().to(device, non_blocking=True)
+    # Pinned memory is torch's own, which gives it to nobody else until the copy is done.
+    return flat.pin_memory() if device.type == "cuda" else flat
 
 
 def split(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
