@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 import torch
+from conftest import load_reference, save_tiny_model
 from models.device_rig import FakeCapture, GraphableAttention
 from reference import generate
 
@@ -93,6 +94,35 @@ async def test_tokens_equal_plain_transformers_edited_by_hand(
     else:
         assert steps == "decode steps: CUDA graphs, one per batch size"
         assert "replay" in graphs
+
+
+SMALL = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+FAMILIES = {
+    "gemma2": SMALL | {  # windows and soft caps
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 128, "sliding_window": 9, "attn_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "gpt2": SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": SMALL | {  # its sites give out [tokens, dim]
+        "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 128, "word_embed_proj_dim": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_families_have_the_reference_s_tokens_from_graphs(
+    family, on_device, graphs, start_server, tmp_path
+):
+    from transformers import AutoConfig
+
+    folder = save_tiny_model(tmp_path, AutoConfig.for_model(family, **FAMILIES[family]))
+    on_device(GraphableAttention())
+    server = await start_server(model=str(folder), max_running=6, max_batch_tokens=24)
+    await ask(server, load_reference(folder), num_tokens=12)
+    assert "replay" in graphs
 
 
 async def test_graphs_are_ready_and_never_made_again_for_adapters_of_the_ffn(
