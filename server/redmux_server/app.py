@@ -32,7 +32,6 @@ from redmux_server.engine.engine import Engine
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
 from redmux_server.models.load import BaseModel, load_causal
-from redmux_server.models.paged_attention import BLOCK
 from redmux_server.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class Server:
         self.registry = registry
         self.metrics = Metrics()
         scheduler = Scheduler(
-            BlockPool(model.num_blocks, BLOCK),
+            BlockPool(model.num_blocks, model.block_size),
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
         )
@@ -193,7 +192,7 @@ class Server:
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
             max_queue=config.max_queue,
-            kv_cache_tokens=model.num_blocks * BLOCK,
+            kv_cache_tokens=model.num_blocks * model.block_size,
             num_adapters=len(self.registry),
             num_running=self.engine.num_running,
             num_waiting=max(0, self.engine.num_open - self.engine.num_running),

@@ -204,15 +204,70 @@ def test_rows_have_the_dtype_of_the_model():
     assert torch.equal(bias, edits(1)["l.0.a"].bias.bfloat16())
 
 
+def make_preallocated(**options):
+    values = {"max_bytes": 0, "min_slots": 4} | options
+    return AdapterBank(
+        DIMS, device=torch.device("cpu"), dtype=torch.float32, preallocated=True, **values
+    )
+
+
+def test_a_preallocated_table_stays_while_adapters_of_its_sites_come_and_go():
+    bank = make_preallocated()
+    bank.reserve(["l.0.a", "l.1.a"])
+    table = bank.table
+    assert bank.num_slots == 4
+    kept = bank.acquire("kept", edits(0))
+    for seed in range(1, 9):
+        slot = bank.acquire(f"d{seed}", edits(seed, ["l.0.a", "l.1.a"]))
+        (row,) = bank.table_rows([slot])
+        columns = bank.layout["l.1.a"]
+        assert torch.equal(
+            table[row, columns.start : columns.start + 2],
+            edits(seed, ["l.0.a", "l.1.a"])["l.1.a"].scale,
+        )
+        bank.release(slot)
+    assert bank.table is table
+    assert_holds(bank, kept, edits(0))
+
+
+def test_sites_of_a_new_kind_move_a_preallocated_table_once():
+    bank = make_preallocated(max_bytes=1000)
+    bank.reserve(["l.0.a"])
+    assert sorted(bank.layout) == ["l.0.a", "l.1.a"]
+    kept = bank.acquire("kept", edits(0, ["l.0.a"]))
+    before = bank.table
+    slots = [kept, bank.acquire("b0", edits(1, ["l.0.b"]))]
+    moved = bank.table
+    assert moved is not before
+    slots.append(bank.acquire("b1", edits(2, ["l.1.b"])))
+    assert bank.table is moved
+    assert bank.nbytes <= 1000
+    wanted = [edits(0, ["l.0.a"]), edits(1, ["l.0.b"]), edits(2, ["l.1.b"])]
+    for slot, want in zip(slots, wanted, strict=True):
+        assert_holds(bank, slot, want)
+
+
+def test_table_rows_are_where_the_table_has_an_adapter():
+    bank = make_bank()
+    slots = [bank.acquire(f"d{seed}", edits(seed)) for seed in range(3)]
+    rows = bank.table_rows([IDENTITY, *slots])
+    assert torch.equal(bank.table[rows], bank.rows([IDENTITY, *slots]))
+    assert rows[0] == 0
+    with pytest.raises(KeyError):
+        bank.table_rows([99])
+
+
 MIN_SLOTS = 5
 
 
 class BankMachine(RuleBasedStateMachine):
     """Requests come and go; a dict says which adapter each of them should see."""
 
+    make_bank = staticmethod(make_bank)
+
     def __init__(self):
         super().__init__()
-        self.bank = make_bank(min_slots=MIN_SLOTS, max_bytes=200)
+        self.bank = self.make_bank(min_slots=MIN_SLOTS, max_bytes=200)
         self.catalog = {}
         self.users = []  # (digest, slot)
 
@@ -246,7 +301,12 @@ class BankMachine(RuleBasedStateMachine):
         assert_holds(self.bank, IDENTITY, {})
 
 
+class PreallocatedBankMachine(BankMachine):
+    make_bank = staticmethod(make_preallocated)
+
+
 TestBankMachine = BankMachine.TestCase
-TestBankMachine.settings = settings(
+TestPreallocatedBankMachine = PreallocatedBankMachine.TestCase
+TestBankMachine.settings = TestPreallocatedBankMachine.settings = settings(
     deadline=None, database=None, max_examples=40, stateful_step_count=30
 )

@@ -8,6 +8,8 @@ import torch
 
 from redmux_server.models.kvcache import LayerShape, NumbaKVCache, Segment, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.paged_cache import PagedKVCache
+from redmux_server.models.paged_torch import TorchAttention
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,19 @@ class Rule:
 def make_cache(kind, shape: LayerShape, num_blocks: int, poison: float | None = None):
     if kind == "numba":
         cache = NumbaKVCache([shape], num_blocks)
+    elif kind == "paged":
+        cache = make_paged_cache([shape], num_blocks)
     else:
         cache = TorchKVCache([shape], num_blocks, torch.device("cpu"), torch.float32)
     if poison is not None:
         cache.poison(range(num_blocks), poison)
     return cache
+
+
+def make_paged_cache(shapes, num_blocks) -> PagedKVCache:
+    attention = TorchAttention()
+    assert attention.block_size == BLOCK
+    return PagedKVCache(shapes, num_blocks, attention, torch.device("cpu"), torch.float32)
 
 
 def make_sequences(seed, shape: LayerShape, lengths, spare=1) -> tuple[list[Sequence], int]:

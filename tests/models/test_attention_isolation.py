@@ -10,7 +10,7 @@ from models.naive_attention import Rule, make_cache, make_sequences, naive, run_
 
 from redmux_server.models.kvcache import LayerShape, Segment
 
-CACHES = ("numba", "torch")
+CACHES = ("numba", "torch", "paged")
 RULES = [Rule(0.3), Rule(0.3, 20), Rule(0.3, 0, 5.0), Rule(0.3, 33, 5.0)]
 NAN = float("nan")
 

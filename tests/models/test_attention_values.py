@@ -5,13 +5,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.naive_attention import Rule, make_cache, make_sequences, naive, run_chunks, run_step
+from models.naive_attention import (
+    Rule,
+    make_cache,
+    make_paged_cache,
+    make_sequences,
+    naive,
+    run_chunks,
+    run_step,
+)
 from numba import njit
 
 from redmux_server.models.kvcache import LayerShape, NumbaKVCache, Segment, TorchKVCache
 from redmux_server.models.vector import exp as _exp
 
-CACHES = ("numba", "torch")
+CACHES = ("numba", "torch", "paged")
 HEAD_DIMS = (4, 6, 12, 64, 80, 128)
 TOLERANCE = 2e-5  # of values around 1, from scores up to some dozens
 
@@ -102,11 +110,12 @@ def test_scores_far_apart_neither_overflow_nor_vanish(kind):
 @pytest.mark.parametrize("kind", CACHES)
 def test_each_layer_keeps_its_own_keys_and_values(kind):
     shapes = [LayerShape(2, 1, 4), LayerShape(4, 2, 12)]
-    cache = (
-        NumbaKVCache(shapes, 3)
-        if kind == "numba"
-        else TorchKVCache(shapes, 3, torch.device("cpu"), torch.float32)
-    )
+    if kind == "numba":
+        cache = NumbaKVCache(shapes, 3)
+    elif kind == "paged":
+        cache = make_paged_cache(shapes, 3)
+    else:
+        cache = TorchKVCache(shapes, 3, torch.device("cpu"), torch.float32)
     rule, sequences = Rule(0.5), [make_sequences(i, s, [9])[0][0] for i, s in enumerate(shapes)]
     got = [[], []]
     for start, stop in ((0, 8), (8, 9)):  # the decode reads what the prefill wrote

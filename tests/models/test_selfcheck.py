@@ -12,7 +12,7 @@ from redmux_server.models.accelerate import pack_linears
 from redmux_server.models.attention import attach, attention_modules, discover
 from redmux_server.models.kvcache import NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.runner import TransformersDecoder
+from redmux_server.models.runner import CausalRunner, TransformersDecoder
 from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, SelfCheck, reference
 
 
@@ -38,9 +38,11 @@ class Rig:
         threads = torch.get_num_threads()
         try:
             decoder, device = TransformersDecoder(self.model), torch.device("cpu")
-            with contextlib.closing(
-                SelfCheck(decoder, self.cache, self.sites, device, torch.float32, 2)
-            ) as check:
+
+            def make(bank):
+                return CausalRunner(decoder, self.cache, bank, device, 2)
+
+            with contextlib.closing(SelfCheck(make, self.sites, device, torch.float32)) as check:
                 yield check
         finally:
             torch.set_num_threads(threads)

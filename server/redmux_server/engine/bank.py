@@ -1,8 +1,9 @@
 """AdapterBank: the vectors of the adapters in use, one row each, on the model's device."""
 
 import itertools
+import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,10 @@ class AdapterBank:
     what belongs to another adapter. The bank grows on demand to `max_bytes`, or to `min_slots` rows
     if those need more, so that every running request can have a row of its own: acquiring never
     fails. Owned by the engine thread; rows are only ever written between two steps.
+
+    A bank that is `preallocated` has all its rows from the start, so its table keeps its address
+    until an adapter brings sites that no adapter had. It then lays out all sites of their kind
+    (those whose paths differ only in numbers), so that this happens at most once per kind.
     """
 
     def __init__(
@@ -32,10 +37,12 @@ class AdapterBank:
         dtype: torch.dtype,
         max_bytes: int,
         min_slots: int,
+        preallocated: bool = False,
     ) -> None:
         self._site_dims = site_dims
         self._max_bytes = max_bytes
         self._min_slots = min_slots
+        self._is_preallocated = preallocated
         self.layout: dict[str, SiteColumns] = {}
         self._table = torch.zeros((1, 0), device=device, dtype=dtype)  # [rows, width]
         self._slots: OrderedDict[str, int] = OrderedDict()  # digest -> slot, least recent first
@@ -65,6 +72,15 @@ class AdapterBank:
     def nbytes(self) -> int:
         """Size of the matrix in bytes."""
         return self._table.nbytes
+
+    @property
+    def table(self) -> Tensor:
+        """The matrix [rows, width] itself; another object once it has moved."""
+        return self._table
+
+    def reserve(self, sites: Iterable[str]) -> None:
+        """Lays out these sites before any adapter brings them."""
+        self._extend_layout(sites)
 
     def acquire(self, digest: str, edits: Mapping[str, Edit]) -> int:
         """Returns the slot that holds this adapter and counts the caller as its user."""
@@ -96,9 +112,18 @@ class AdapterBank:
             self._cached_rows = (key, self._table.index_select(0, index))
         return self._cached_rows[1]
 
-    def _extend_layout(self, edits: Mapping[str, Edit]) -> None:
+    def table_rows(self, slots: Sequence[int]) -> list[int]:
+        """Returns the row of the table that each slot has now; raises KeyError for no slot."""
+        return [self._rows[slot] for slot in slots]
+
+    def _extend_layout(self, sites: Iterable[str]) -> None:
         """Makes place for the sites that no adapter had yet, within the same bytes."""
-        fresh = sorted(edits.keys() - self.layout.keys())
+        fresh = sorted(set(sites) - self.layout.keys())
+        if fresh and self._is_preallocated:
+            kinds = {_kind(site) for site in fresh}
+            fresh = sorted(
+                s for s in self._site_dims.keys() - self.layout.keys() if _kind(s) in kinds
+            )
         if not fresh:
             return
         width = self._table.shape[1]
@@ -108,13 +133,14 @@ class AdapterBank:
         while self.num_resident + 1 >= self._limit(width) and self._evict() is not None:
             pass
         kept = [0, *(self._rows[slot] for slot in self._slots.values())]
-        table = self._table.new_zeros((len(kept), width))
-        table[:, : self._table.shape[1]] = self._table[kept]
+        num_rows = self._limit(width) if self._is_preallocated else len(kept)
+        table = self._table.new_zeros((num_rows, width))
+        table[: len(kept), : self._table.shape[1]] = self._table[kept]
         for site in fresh:
             self.layout[site].scale_of(table)[:] = 1
         self._table = table
         self._rows = {slot: row for row, slot in enumerate([IDENTITY, *self._slots.values()])}
-        self._free = []
+        self._free = list(range(num_rows - 1, len(kept) - 1, -1))
         self._cached_rows = None
 
     def _limit(self, width: int) -> int:
@@ -153,3 +179,7 @@ class AdapterBank:
                 columns.bias_of(values)[:] = edit.bias
         self._table[row].copy_(values[0])
         self.num_fills += 1
+
+
+def _kind(site: str) -> str:
+    return re.sub(r"\d+", "N", site)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,28 @@ class StepRows:
     prefills: Sequence[tuple[int, int, int]]
 
 
+class RowEdit(Protocol):
+    """What edits tokens by rows of the bank's table; see `row_edit`."""
+
+    def __call__(self, h: Tensor, table: Tensor, rows: Tensor, columns: SiteColumns) -> None:
+        """Makes h[t] = scale * h[t] + bias in place, with the vectors of row rows[t].
+
+        h is [tokens, dim], table [bank rows, width], rows [tokens] int32; row 0 is the identity.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """The adapters of one step where the bank's own table is read: rows are data, not a copy.
+
+    So a captured CUDA graph serves any mix of adapters, by writing other numbers into `rows`.
+    """
+
+    table: Tensor  # [bank rows, width]
+    rows: Tensor  # [tokens] int32
+    edit: RowEdit
+
+
 class Editing:
     """Edits h' = scale * h + bias at the output of every site that some adapter uses.
 
@@ -55,7 +78,7 @@ class Editing:
         self._model = model
         self._columns: dict[str, SiteColumns] = {}
         self._hooks: dict[str, RemovableHandle] = {}
-        self._step: StepRows | None = None
+        self._step: StepRows | TableRows | None = None
         # Views of the step's rows, made anew only when the composition of the batch changes.
         self._rows: Tensor | None = None
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}  # site -> scale, bias [requests, dim]
@@ -78,10 +101,10 @@ class Editing:
         self._columns = {}
 
     @contextmanager
-    def step(self, rows: StepRows | None) -> Iterator[None]:
+    def step(self, rows: StepRows | TableRows | None) -> Iterator[None]:
         """Makes the hooks apply these rows inside the block; None is the bare base model."""
         self._step = rows
-        if rows is not None and rows.rows is not self._rows:
+        if isinstance(rows, StepRows) and rows.rows is not self._rows:
             self._rows = rows.rows
             self._vectors = {
                 path: (c.scale_of(rows.rows), c.bias_of(rows.rows))
@@ -94,7 +117,11 @@ class Editing:
 
     def _hook(self, path: str):  # type: ignore[no-untyped-def]
         def apply(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            if self._step is not None:
+            if isinstance(self._step, TableRows):
+                columns = self._columns[path]
+                h = output.view(-1, columns.dim)
+                self._step.edit(h, self._step.table, self._step.rows, columns)
+            elif self._step is not None:
                 _edit(output, *self._vectors[path], self._step)
             return output
 

@@ -48,6 +48,7 @@ class KVCache:
     """
 
     layers: Sequence[LayerAttention]
+    block_size: int = BLOCK  # tokens in a block
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks

@@ -18,12 +18,13 @@ from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.accelerate import pack_linears, unmap
 from redmux_server.models.attention import LayerRule, attach, discover
+from redmux_server.models.device_runtime import DeviceRuntime
 from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
 from redmux_server.models.runner import CausalRunner, Decoder, TransformersDecoder
-from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, Reference, SelfCheck, reference
+from redmux_server.models.selfcheck import Reference, SelfCheck, min_cache_tokens, reference
 from redmux_server.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class BaseModel:
     vocab_size: int
     max_context: int
     num_blocks: int
+    block_size: int  # tokens
     device: torch.device
     dtype: torch.dtype
     linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
@@ -61,6 +63,47 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     model = model.to(choices.device)
     identity = fingerprint(model)
     sites = editable_sites(model)
+    prepare = _on_cpu if choices.device.type == "cpu" else _on_device
+    parts = prepare(config, choices, model, sites)
+    reasons = [
+        *choices.reasons,
+        *parts.reasons,
+        "bit-identical in any batch: yes, checked at start"
+        if parts.bit_identical
+        else "bit-identical in any batch: no, logits may differ in their last bits",
+    ]
+    for reason in reasons:
+        logger.info("%s", reason)
+    return BaseModel(
+        runner=parts.runner,
+        bank=parts.bank,
+        codec=TextCodec(tokenizer, model.generation_config),
+        fingerprint=identity,
+        architecture=model.config.architectures[0],
+        sites=sites,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        max_context=parts.max_context,
+        num_blocks=parts.runner.cache.num_blocks,
+        block_size=parts.runner.cache.block_size,
+        device=choices.device,
+        dtype=choices.dtype,
+        linears=parts.linears,
+        bit_identical=parts.bit_identical,
+        reasons=reasons,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    runner: CausalRunner
+    bank: AdapterBank
+    linears: Sequence[nn.Module]
+    max_context: int
+    bit_identical: bool
+    reasons: Sequence[str]
+
+
+def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]) -> _Parts:
     expected = reference(model)
     shapes, rules = discover(model)
     max_context, num_tokens = _context_and_cache(config, model, shapes)
@@ -68,14 +111,6 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     checked = _fuse(model, rules, cache, sites, expected, choices) or _keep(
         model, cache, sites, expected, choices
     )
-    reasons = [*choices.reasons, attention_reason, checked.reason]
-    reasons.append(
-        "bit-identical in any batch: yes, checked at start"
-        if checked.bit_identical
-        else "bit-identical in any batch: no, logits may differ in their last bits"
-    )
-    for reason in reasons:
-        logger.info("%s", reason)
     bank = AdapterBank(
         sites,
         device=choices.device,
@@ -83,28 +118,36 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         max_bytes=config.bank_bytes,
         min_slots=config.max_running + 1,
     )
-    return BaseModel(
-        runner=CausalRunner(checked.decoder, cache, bank, choices.device, choices.num_threads),
-        bank=bank,
-        codec=TextCodec(tokenizer, model.generation_config),
-        fingerprint=identity,
-        architecture=model.config.architectures[0],
-        sites=sites,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
-        max_context=max_context,
-        num_blocks=cache.num_blocks,
-        device=choices.device,
-        dtype=choices.dtype,
-        linears=checked.linears,
-        bit_identical=checked.bit_identical,
-        reasons=reasons,
+    runner = CausalRunner(checked.decoder, cache, bank, choices.device, choices.num_threads)
+    reasons = (attention_reason, checked.reason)
+    return _Parts(runner, bank, checked.linears, max_context, checked.bit_identical, reasons)
+
+
+def _on_device(
+    config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]
+) -> _Parts:
+    expected = reference(model)
+    shapes, _ = discover(model)
+    runtime = DeviceRuntime.choose(shapes, choices.device, choices.dtype, choices.num_threads)
+    max_context, num_tokens = _context_and_cache(
+        config, model, shapes, runtime.attention.block_size
     )
+    cache = runtime.make_cache(shapes, num_tokens)
+    attach(model, cache)
+    engine = runtime.assemble(
+        model, cache, sites, expected, max_running=config.max_running, max_context=max_context,
+        bank_bytes=config.bank_bytes,
+    )  # fmt: skip
+    return _Parts(
+        engine.runner, engine.bank, _linears(model), max_context, engine.bit_identical,
+        engine.reasons,
+    )  # fmt: skip
 
 
 def _context_and_cache(
-    config: ServerConfig, model: Any, shapes: Sequence[LayerShape]
+    config: ServerConfig, model: Any, shapes: Sequence[LayerShape], block_size: int = BLOCK
 ) -> tuple[int, int]:
-    """Returns (most tokens of a request, tokens in the cache, a multiple of BLOCK)."""
+    """Returns (most tokens of a request, tokens in the cache, a multiple of `block_size`)."""
     model_limit = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20)
     context = config.max_context or model_limit
     if context > model_limit:
@@ -114,9 +157,12 @@ def _context_and_cache(
     per_token = sum(2 * s.num_kv_heads * s.head_dim for s in shapes) * model.dtype.itemsize
     tokens = config.kv_cache_tokens
     if not tokens:
-        tokens = min(_DEFAULT_CACHE_BYTES, _free_bytes(model.device) // 4) // per_token
-        tokens = max(min(tokens, config.max_running * context), MIN_CACHE_TOKENS)
-    tokens = -(-tokens // BLOCK) * BLOCK
+        num_bytes = _free_bytes(model.device) // 4
+        if model.device.type == "cpu":
+            num_bytes = min(_DEFAULT_CACHE_BYTES, num_bytes)
+        whole_requests = config.max_running * -(-context // block_size) * block_size
+        tokens = max(min(num_bytes // per_token, whole_requests), min_cache_tokens(block_size))
+    tokens = -(-tokens // block_size) * block_size
     return min(context, tokens), tokens
 
 
@@ -130,9 +176,9 @@ def _make_cache(
     shapes: Sequence[LayerShape], num_blocks: int, choices: Choices
 ) -> tuple[KVCache, str]:
     cache: KVCache
-    if choices.device.type != "cpu" or choices.dtype != torch.float32:
+    if choices.dtype != torch.float32:
         cache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
-        return cache, "attention: torch over gathered blocks (not fp32 on a CPU)"
+        return cache, "attention: torch over gathered blocks (not fp32)"
     cache = NumbaKVCache(shapes, num_blocks, choices.num_threads)
     return cache, "attention: exact-length paged kernel"
 
@@ -172,14 +218,17 @@ def _keep(
 ) -> _Checked:
     """Returns the model as transformers runs it; raises FailedPreconditionError if it cannot be."""
     attach(model, cache)
-    if choices.device.type != "cpu" or choices.dtype != torch.float32:
-        reason = "linears: torch's own (not fp32 on a CPU)"
+    if choices.dtype != torch.float32:
+        reason = "linears: torch's own (not fp32)"
     else:
         reason = f"linears: {pack_linears(model)} packed"
     decoder = TransformersDecoder(model)
     bit_identical = _check(decoder, cache, sites, expected, choices)
-    linears = [m for m in model.modules() if isinstance(m, PackedLinear | nn.Linear | Conv1D)]
-    return _Checked(decoder, linears, bit_identical, reason)
+    return _Checked(decoder, _linears(model), bit_identical, reason)
+
+
+def _linears(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, PackedLinear | nn.Linear | Conv1D)]
 
 
 def _check(
@@ -187,8 +236,10 @@ def _check(
     choices: Choices,
 ) -> bool:  # fmt: skip
     """Returns whether the decoder is bit-identical; raises FailedPreconditionError if wrong."""
-    with contextlib.closing(
-        SelfCheck(decoder, cache, sites, choices.device, choices.dtype, choices.num_threads)
-    ) as check:
+
+    def make(bank: AdapterBank) -> CausalRunner:
+        return CausalRunner(decoder, cache, bank, choices.device, choices.num_threads)
+
+    with contextlib.closing(SelfCheck(make, sites, choices.device, choices.dtype)) as check:
         check.compare(expected)
         return check.is_bit_identical(expected.prompts)

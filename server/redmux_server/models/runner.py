@@ -35,11 +35,11 @@ class TransformersDecoder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._editing = Editing(model)
+        self.editing = Editing(model)
 
     def forget_sites(self) -> None:
         """Takes the hooks off the model."""
-        self._editing.remove()
+        self.editing.remove()
 
     def __call__(
         self, ids: Tensor, positions: Tensor, last: Tensor,
@@ -47,8 +47,8 @@ class TransformersDecoder:
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
         if edits is not None:
-            self._editing.install(layout)
-        with self._editing.step(edits):
+            self.editing.install(layout)
+        with self.editing.step(edits):
             logits: Tensor = self._model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False,
                 logits_to_keep=last,
@@ -77,6 +77,10 @@ class CausalRunner:
         """Sets the number of compute threads, which is a property of the calling thread."""
         torch.set_num_threads(self._num_threads)
         numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+
+    def forget_sites(self) -> None:
+        """See `Decoder`."""
+        self._decoder.forget_sites()
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:

@@ -1,7 +1,7 @@
 """Prove at start that the packed, paged engine computes what the plain model computes."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +13,38 @@ from redmux_adapters import Adapter, Edit
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
-from redmux_server.models.kvcache import KVCache
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.runner import CausalRunner, Decoder
+from redmux_server.models.runner import CausalRunner
 
 logger = logging.getLogger(__name__)
 
 _LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
 _MAX_TOKENS = 2
-# Cache tokens that the check needs: every prompt in blocks of its own.
-MIN_CACHE_TOKENS = sum(-(-(n + _MAX_TOKENS) // BLOCK) * BLOCK for n in _LENGTHS)
+MAX_RUNNING = len(_LENGTHS)
+MAX_CONTEXT = max(_LENGTHS) + _MAX_TOKENS
+_NEXT_TOKEN = 7
+
+
+def min_cache_tokens(block_size: int) -> int:
+    """Returns how many cache tokens the check needs: every prompt in blocks of its own."""
+    return sum(-(-(n + _MAX_TOKENS) // block_size) * block_size for n in _LENGTHS)
+
+
+MIN_CACHE_TOKENS = min_cache_tokens(BLOCK)
 # Largest difference to plain attention, relative to the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Last-token logits [vocab] of the check's prompts, from the unchanged model."""
+    """Last-token logits [vocab] of the check's prompts, from the unchanged model.
+
+    `next_logits` are those after one more token, which is `_NEXT_TOKEN`.
+    """
 
     prompts: Sequence[list[int]]
     logits: Sequence[Tensor]
+    next_logits: Sequence[Tensor]
 
 
 @torch.inference_mode()
@@ -43,11 +55,13 @@ def reference(model: Any) -> Reference:
     longest = getattr(model.config, "max_position_embeddings", None) or max(_LENGTHS) + _MAX_TOKENS
     lengths = [min(n, longest - _MAX_TOKENS) for n in _LENGTHS]
     prompts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
-    logits = [
-        model(input_ids=torch.tensor([p], device=model.device), use_cache=False).logits[0, -1]
-        for p in prompts
-    ]
-    return Reference(prompts, logits)
+    logits, next_logits = [], []
+    for prompt in prompts:
+        ids = torch.tensor([[*prompt, _NEXT_TOKEN]], device=model.device)
+        last, following = model(input_ids=ids, use_cache=False).logits[0, -2:]
+        logits.append(last)
+        next_logits.append(following)
+    return Reference(prompts, logits, next_logits)
 
 
 class SelfCheck:
@@ -55,32 +69,40 @@ class SelfCheck:
 
     def __init__(
         self,
-        decoder: Decoder,
-        cache: KVCache,
+        make_runner: Callable[[AdapterBank], CausalRunner],
         sites: Mapping[str, int],
         device: torch.device,
         dtype: torch.dtype,
-        num_threads: int,
     ) -> None:
-        """`sites` are the modules that the check's random adapters edit."""
+        """`sites` are the modules that the check's random adapters edit.
+
+        `make_runner` makes what is checked, for at most `MAX_RUNNING` requests of `MAX_CONTEXT`
+        tokens.
+        """
         self._bank = AdapterBank(sites, device=device, dtype=dtype, max_bytes=0, min_slots=8)
-        self._decoder = decoder
-        self._runner = CausalRunner(decoder, cache, self._bank, device, num_threads)
+        self._runner = make_runner(self._bank)
         self._runner.enter_thread()
-        self._pool = BlockPool(cache.num_blocks, BLOCK)
+        cache = self._runner.cache
+        self._pool = BlockPool(cache.num_blocks, cache.block_size)
         self._adapters = [None, *(_random_adapter(sites, seed) for seed in range(1, 4))]
         self._dtype = dtype
 
     def close(self) -> None:
-        """Makes the decoder forget the check's adapters."""
-        self._decoder.forget_sites()
+        """Makes the model forget the check's adapters."""
+        self._runner.forget_sites()
 
     def compare(self, expected: Reference) -> None:
-        """Raises FailedPreconditionError unless a packed step equals plain attention."""
+        """Raises FailedPreconditionError unless packed steps equal plain attention.
+
+        One step of all prompts, then one that decodes a token for each of them.
+        """
         requests = [self._request(p, None) for p in expected.prompts]
-        got = self._step([(r, len(r.prompt_ids)) for r in requests])
+        got = [*self._step([(r, len(r.prompt_ids)) for r in requests])]
+        for request in requests:
+            request.token_ids.append(_NEXT_TOKEN)
+        got += self._step([(r, 1) for r in requests])
         self._release(requests)
-        for row, want in zip(got, expected.logits, strict=True):
+        for row, want in zip(got, [*expected.logits, *expected.next_logits], strict=True):
             error = float((row - want).abs().max() / want.abs().max())
             if not error < _TOLERANCE[self._dtype]:
                 raise FailedPreconditionError(
@@ -94,7 +116,7 @@ class SelfCheck:
         for i, prompt in enumerate(prompts):
             request = self._request(prompt, self._adapters[i % 4])
             rows = [*self._step([(request, len(prompt))])]
-            request.token_ids.append(7)
+            request.token_ids.append(_NEXT_TOKEN)
             rows.append(self._step([(request, 1)])[0])
             alone.append(torch.stack(rows))
             self._release([request])
@@ -104,7 +126,7 @@ class SelfCheck:
             plan = []
             for i, r in enumerate(requests):
                 if len(mixed[i]) == 1 and len(r.token_ids) == len(r.prompt_ids):
-                    r.token_ids.append(7)
+                    r.token_ids.append(_NEXT_TOKEN)
                 left = len(r.token_ids) - r.num_computed
                 if left:
                     plan.append((r, min(left, 3 + 4 * i)))
@@ -124,7 +146,8 @@ class SelfCheck:
         blocks = self._pool.allocate(request.max_length)
         if blocks is None:
             raise FailedPreconditionError(
-                f"kv_cache_tokens is too small: the start-up check needs {MIN_CACHE_TOKENS}"
+                f"kv_cache_tokens is too small: the start-up check needs "
+                f"{min_cache_tokens(self._pool.block_size)}"
             )
         request.blocks = blocks
         if adapter is not None:

@@ -1,0 +1,121 @@
+"""Random models of real shapes behind the parts that serve on a GPU, without server and hub."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redmux_adapters import Adapter, Edit, editable_sites, ffn_sites, fingerprint
+from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.request import Request, SamplingParams, Work
+from redmux_server.models.attention import attach, discover
+from redmux_server.models.device_runtime import DeviceRuntime
+from redmux_server.models.selfcheck import min_cache_tokens, reference
+
+# The published configurations of Llama 3.2 1B and Llama 3.1 8B, and one for --cpu-smoke.
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 64, "tie_word_embeddings": True,
+    },
+    "8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: int = 0) -> Any:
+    """Returns a frozen model of this shape with random weights, cut to `layers` unless 0."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    options = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    config = LlamaConfig(**options, max_position_embeddings=4096, rms_norm_eps=1e-5,
+                         bos_token_id=0, eos_token_id=0, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+class Engine:
+    """A model, its cache, its bank and its runner, stepped by hand."""
+
+    def __init__(
+        self, model: Any, *, max_running: int, max_context: int, uses_graphs: bool = True
+    ) -> None:
+        self.model = model
+        self.sites = ffn_sites(model)
+        self._fingerprint = fingerprint(model)
+        sites, expected = editable_sites(model), reference(model)
+        shapes, _ = discover(model)
+        runtime = DeviceRuntime.choose(shapes, model.device, model.dtype, num_threads=1)
+        if not uses_graphs:
+            runtime = dataclasses.replace(runtime, uses_graphs=False)
+        elif not runtime.uses_graphs and model.device.type == "cuda":
+            # Contexts are short and bounded here, so gathering the longest for all is bearable.
+            runtime = dataclasses.replace(
+                runtime, uses_graphs=True, reasons=(*runtime.reasons, "graphs: forced here"),
+            )  # fmt: skip
+        block = runtime.attention.block_size
+        per_request = -(-max_context // block) * block
+        tokens = max(max_running * per_request, min_cache_tokens(block))
+        cache = runtime.make_cache(shapes, tokens)
+        attach(model, cache)
+        parts = runtime.assemble(
+            model, cache, sites, expected, max_running=max_running, max_context=max_context,
+            bank_bytes=256 << 20,
+        )  # fmt: skip
+        self.runner, self.bank, self.reasons = parts.runner, parts.bank, parts.reasons
+        self._pool = BlockPool(cache.num_blocks, block)
+
+    def adapter(self, seed: int) -> Adapter:
+        """Returns a random adapter of the magnitude of trained ones."""
+        generator = torch.Generator().manual_seed(seed)
+        edits = {
+            site: Edit(
+                1 + 0.2 * torch.randn(dim, generator=generator),
+                0.1 * torch.randn(dim, generator=generator),
+            )
+            for site, dim in self.sites.items()
+        }
+        return Adapter(self._fingerprint, edits)
+
+    def request(
+        self, prompt: Sequence[int], max_tokens: int, adapter: Adapter | None = None
+    ) -> Request:
+        """Returns a request that holds its blocks and its bank slot."""
+        request = Request(
+            prompt_ids=list(prompt), max_tokens=max_tokens, sampling=SamplingParams(),
+            stop_token_ids=frozenset(), tenant="", adapter=adapter, logprobs=False,
+            sink=lambda event: None,
+        )  # fmt: skip
+        blocks = self._pool.allocate(request.max_length)
+        assert blocks is not None, "the cache is too small for this benchmark"
+        request.blocks = blocks
+        if adapter is not None:
+            request.slot = self.bank.acquire(adapter.digest, adapter.edits)
+        return request
+
+    def release(self, requests: Sequence[Request]) -> None:
+        """Gives blocks and slots back."""
+        for request in requests:
+            self._pool.release(request.blocks)
+            if request.adapter is not None and request.slot is not None:
+                self.bank.release(request.slot)
+
+    def step(self, work: Sequence[tuple[Request, int]]) -> Tensor:
+        """Computes a step and counts its tokens as done."""
+        logits = self.runner.forward([Work(r, n) for r, n in work])
+        for request, count in work:
+            request.num_computed += count
+        return logits

@@ -1,0 +1,175 @@
+"""DeviceRunner: the forward pass on a GPU, with nothing of a step computed on the host twice."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redmux_server.engine.bank import IDENTITY, AdapterBank
+from redmux_server.engine.request import Request, Work
+from redmux_server.models.editing import RowEdit, TableRows
+from redmux_server.models.graphed_decode import Capture, GraphedDecode, StepTensors, batch_sizes
+from redmux_server.models.kvcache import Segment
+from redmux_server.models.paged_cache import PagedKVCache
+from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, block_table, to_device
+from redmux_server.models.runner import CausalRunner, TransformersDecoder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """What decode steps are captured for."""
+
+    new_capture: Callable[[], Capture]  # a fresh memory pool for every set of graphs
+    max_running: int
+    max_blocks: int  # most cache blocks of a request
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _HostStep:
+    ids: Ints  # [tokens]
+    positions: Ints  # [tokens]
+    rows: Ints  # [tokens] of the bank's table
+    last: Ints  # [samples] tokens whose logits are wanted
+    index: HostIndex
+
+
+class DeviceRunner(CausalRunner):
+    """Runs a step with the adapters read from the bank's table and pages from a PagedKVCache.
+
+    Steps of decodes replay a graph if `graphs` is given, everything else is launched eagerly. The
+    graphs hold the bank's table by its address and the sites of its layout; `forward` captures
+    anew when the bank has moved its table, which a preallocated bank does only when an adapter
+    brings sites of a kind that none had (see AdapterBank): that step takes seconds. Should that
+    fail, steps are launched eagerly from then on.
+    """
+
+    cache: PagedKVCache
+
+    def __init__(
+        self,
+        model: Any,
+        cache: PagedKVCache,
+        bank: AdapterBank,
+        num_threads: int,
+        *,
+        edit: RowEdit,
+        graphs: Graphs | None,
+    ) -> None:
+        decoder = TransformersDecoder(model)
+        super().__init__(decoder, cache, bank, model.device, num_threads)
+        self.model = model
+        self._editing = decoder.editing
+        self._edit = edit
+        self._graphs = graphs
+        self._decode: GraphedDecode | None = None
+        self._table: Tensor | None = None  # for which hooks and graphs were made
+        self._batch: tuple[list[Request], Ints] = [], np.zeros((0, 0), np.int32)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Installs the hooks of the bank's layout and captures, unless both stand already.
+
+        Raises what the capture raises, with the runner left to launch eagerly.
+        """
+        if self._bank.table is self._table:
+            return
+        self._table = self._bank.table
+        self._editing.install(self._bank.layout)
+        self._decode = None  # the old graphs' memory goes before the new ones take theirs
+        if self._graphs is not None:
+            graphs, self._graphs = self._graphs, None
+            self._decode = self._capture(graphs)
+            self._graphs = graphs
+
+    @torch.inference_mode()
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        """See CausalRunner.forward."""
+        try:
+            self.prepare()
+        except RuntimeError:
+            logger.exception("capturing CUDA graphs failed; steps are launched eagerly from now on")
+        if self._decode is not None and self._decode.fits(len(work)) and _is_decode(work):
+            return self._replay(self._decode, [item.request for item in work])
+        step = self._host_step(work)
+        tensors = self._tensors(step)
+        self.cache.attention.plan(tensors.paged)
+        return self._compute(tensors)[: len(step.last)]
+
+    def _replay(self, decode: GraphedDecode, requests: list[Request]) -> Tensor:
+        # A request's blocks are its own from admission to its end: the table is made anew only
+        # when the composition of the batch changes.
+        if self._batch[0] != requests:
+            self._batch = requests, block_table([r.blocks for r in requests])
+        positions = np.array([r.num_computed for r in requests], np.int32)
+        ids = np.array([r.token_ids[r.num_computed] for r in requests], np.int32)
+        rows = np.array(self._bank.table_rows(_slots(requests)), np.int32)
+        index = HostIndex.of_decodes(positions, self._batch[1], self.cache.block_size)
+        return decode.run(ids, positions, rows, index)
+
+    def _host_step(self, work: Sequence[Work]) -> _HostStep:
+        segments: list[Segment] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
+        for item in work:
+            r, first = item.request, item.request.num_computed
+            segments.append(Segment(len(ids), item.count, first, r.blocks))
+            ids += r.token_ids[first : first + item.count]
+            positions += range(first, first + item.count)
+            if item.samples:
+                last.append(len(ids) - 1)
+        slots = _slots([item.request for item in work])
+        rows = np.repeat(self._bank.table_rows(slots), [item.count for item in work])
+        index = HostIndex.of(segments, self.cache.block_size)
+        return _HostStep(
+            np.array(ids, np.int32), np.array(positions, np.int32), rows.astype(np.int32),
+            np.array(last, np.int32), index,
+        )  # fmt: skip
+
+    def _tensors(self, step: _HostStep) -> StepTensors:
+        # One row at least: an empty selection is not what every model expects.
+        last = step.last if len(step.last) else np.zeros(1, np.int32)
+        arrays = [step.ids, step.positions, step.rows, last, *step.index.arrays()]
+        ids, positions, rows, kept, *index = to_device(arrays, self.model.device)
+        paged = PagedStep.of(step.index, index)
+        return StepTensors(ids.long(), positions.long(), rows, paged, kept.long())
+
+    def _compute(self, step: StepTensors) -> Tensor:
+        """Launches the forward pass; returns [samples, vocab] logits."""
+        rows = TableRows(self._bank.table, step.rows, self._edit)
+        with self.cache.use(step.paged), self._editing.step(rows):
+            logits: Tensor = self.model(
+                input_ids=step.ids[None],
+                position_ids=step.positions[None],
+                use_cache=False,
+                logits_to_keep=0 if step.last is None else step.last,
+            ).logits[0]
+        return logits
+
+    def _capture(self, graphs: Graphs) -> GraphedDecode:
+        embedding = self.model.get_output_embeddings().weight
+        return GraphedDecode(
+            self.cache,
+            self._compute,
+            graphs.new_capture(),
+            sizes=batch_sizes(graphs.max_running),
+            max_blocks=graphs.max_blocks,
+            vocab_size=embedding.shape[0],
+            device=self.model.device,
+            dtype=self.model.dtype,
+        )
+
+
+def _is_decode(work: Sequence[Work]) -> bool:
+    """Whether there is one token per request and all of them draw."""
+    return all(item.count == 1 and item.samples for item in work)
+
+
+def _slots(requests: Sequence[Request]) -> list[int]:
+    return [IDENTITY if r.slot is None else r.slot for r in requests]
