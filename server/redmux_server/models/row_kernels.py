@@ -67,9 +67,12 @@ def _gate(first, last, gate_up, out):
     width = out.shape[1]
     for t in range(first, last):
         gate, up, product = gate_up[t, :width], gate_up[t, width:], out[t]
+        # sigmoid(g) is 1 / (1 + e) for e = exp(-g), or e / (1 + e) for e = exp(g) left of zero: exp
+        # takes no positive argument. A loop of its own, as the compiler vectorises no longer one.
         for d in range(width):
-            # exp takes no positive argument: sigmoid(g) is 1 / (1 + e), and e / (1 + e) for g < 0.
-            e = exp(-abs(gate[d]))
+            product[d] = exp(min(gate[d], -gate[d]))
+        for d in range(width):
+            e = product[d]
             top = np.float32(1.0) if gate[d] >= 0 else e
             product[d] = gate[d] * (top / (np.float32(1.0) + e)) * up[d]
 
