@@ -29,12 +29,12 @@ def _multiply_panel(x, row0, rows, panels, p, bias, out, scratch):
         if columns == PANEL:
             product(
                 rows, PANEL, flat_x, row0 * depth + k, depth, panels, weights, PANEL, n,
-                flat_out, row0 * width + column, width, k,
+                flat_out, row0 * width + column, width, k, 0,
             )  # fmt: skip
         else:
             product(
                 rows, PANEL, flat_x, row0 * depth + k, depth, panels, weights, PANEL, n,
-                scratch, 0, PANEL, k,
+                scratch, 0, PANEL, k, 0,
             )  # fmt: skip
     if columns < PANEL:
         for r in range(rows):

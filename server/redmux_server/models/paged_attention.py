@@ -137,9 +137,14 @@ def _add_values(
         offset = t % BLOCK
         count = min(BLOCK - offset, stop - t)
         slot = blocks[t // BLOCK] * num_kv_heads + head
+        # The next block comes from anywhere in memory: it is on its way while this one is used.
+        ahead = 0
+        if t + count < stop:
+            ahead = (blocks[(t + count) // BLOCK] * num_kv_heads + head - slot) * BLOCK * width
         product(
             lines, width, weights, line * num_keys + t - origin, num_keys,
             values, (slot * BLOCK + offset) * width, width, count, sums, line * width, width, 1,
+            ahead,
         )  # fmt: skip
         t += count
 
@@ -170,9 +175,12 @@ def _attend_tile(
             _load_head(q, at, row0 + i, dim, q_weight, eps, cos, sin, heads, (i * group + g) * dim)
     for p in range(num_blocks):
         slot = blocks[first_block + p] * num_kv_heads + head
+        ahead = 0
+        if p + 1 < num_blocks:
+            ahead = (blocks[first_block + p + 1] * num_kv_heads + head - slot) * dim * BLOCK
         product(
             lines, BLOCK, heads, 0, dim, keys, slot * dim * BLOCK, BLOCK, dim,
-            scores, p * BLOCK, num_keys, 0,
+            scores, p * BLOCK, num_keys, 0, ahead,
         )  # fmt: skip
     for i in range(rows):
         stop = position0 + i + 1

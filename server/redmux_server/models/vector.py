@@ -42,6 +42,7 @@ def exp(x):
 
 
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(64)
+_LINE = 16  # fp32 values in a cache line
 
 
 def _kernel(module: ir.Module, rows: int) -> ir.Function:
@@ -53,13 +54,17 @@ def _kernel(module: ir.Module, rows: int) -> ir.Function:
     if name in module.globals:
         return module.globals[name]
     pointer, vector = _FLOAT.as_pointer(), ir.VectorType(_FLOAT, PANEL)
-    arguments = [pointer, _INDEX, pointer, _INDEX, _INDEX, pointer, _INDEX, _INDEX]
+    arguments = [pointer, _INDEX, pointer, _INDEX, _INDEX, pointer, _INDEX, _INDEX, _INDEX]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
-    a, a_stride, b, b_stride, n, out, out_stride, add = function.args
+    a, a_stride, b, b_stride, n, out, out_stride, add, ahead = function.args
     fma = cgutils.get_or_insert_function(
         module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{PANEL}f32"
+    )
+    hints = [ir.IntType(32)] * 3
+    prefetch = cgutils.get_or_insert_function(
+        module, ir.FunctionType(ir.VoidType(), [pointer, *hints]), "llvm.prefetch.p0"
     )
     builder = ir.IRBuilder(function.append_basic_block())
 
@@ -80,6 +85,9 @@ def _kernel(module: ir.Module, rows: int) -> ir.Function:
                 builder.store(vector([0.0] * PANEL), total)
     with cgutils.for_range(builder, n) as loop:
         panel = builder.load(as_vector(row(b, b_stride, loop.index)), align=4)
+        for line in range(0, PANEL, _LINE):
+            address = builder.gep(row(b, b_stride, loop.index), [builder.add(ahead, _INDEX(line))])
+            builder.call(prefetch, [address, *(ir.IntType(32)(x) for x in (0, 3, 1))])
         for r, total in enumerate(sums):
             one = builder.load(builder.gep(row(a, a_stride, _INDEX(r)), [loop.index]))
             product = builder.call(fma, [_broadcast(builder, one), panel, builder.load(total)])
@@ -99,7 +107,9 @@ def _broadcast(builder: Any, value: Any) -> Any:
 
 def _panel_product_of(rows: int) -> Any:
     @intrinsic
-    def panel_product(typing, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, stride, add):
+    def panel_product(
+        typing, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, stride, add, ahead
+    ):
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = {
                 i: context.make_array(sig.args[i])(context, builder, args[i]).data
@@ -107,16 +117,16 @@ def _panel_product_of(rows: int) -> Any:
             }
             ints = {
                 i: context.cast(builder, args[i], sig.args[i], types.int64)
-                for i in (1, 2, 4, 5, 6, 8, 9, 10)
+                for i in (1, 2, 4, 5, 6, 8, 9, 10, 11)
             }
             x, panel, sums = (builder.gep(data[i], [ints[i + 1]]) for i in (0, 3, 7))
             builder.call(
                 _kernel(builder.module, rows),
-                [x, ints[2], panel, ints[5], ints[6], sums, ints[9], ints[10]],
+                [x, ints[2], panel, ints[5], ints[6], sums, ints[9], ints[10], ints[11]],
             )
             return context.get_dummy_value()
 
-        arguments = (a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, stride, add)
+        arguments = (a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, stride, add, ahead)
         return types.void(*arguments), codegen
 
     return panel_product
@@ -128,32 +138,37 @@ _product_5, _product_6, _product_7, _product_8 = _products[4:]
 
 
 @njit(fastmath=FASTMATH, inline="always")
-def _panel_product(rows, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add):
+def _panel_product(
+    rows, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
+):
     if rows == 8:
-        _product_8(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_8(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
     elif rows == 7:
-        _product_7(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_7(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
     elif rows == 6:
-        _product_6(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_6(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
     elif rows == 5:
-        _product_5(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_5(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
     elif rows == 4:
-        _product_4(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_4(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
     elif rows == 3:
-        _product_3(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_3(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
     elif rows == 2:
-        _product_2(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_2(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
     else:
-        _product_1(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add)
+        _product_1(a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def product(rows, columns, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add):
+def product(
+    rows, columns, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
+):
     """out[:rows, :columns] = (itself if add else 0) + a[:rows, :n] @ b[:n, :columns].
 
     Arrays are fp32 and contiguous; `*_at` is the flat index of element [0, 0], `*_stride` the
     distance between rows; `columns` is a multiple of PANEL. Each element is one chain of fused
-    multiply-adds in the order of n.
+    multiply-adds in the order of n. `ahead` is the distance from b to what the next product will
+    take as b, which is fetched meanwhile; 0 for nothing.
     """
     r = 0
     while r < rows:
@@ -163,6 +178,6 @@ def product(rows, columns, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at,
         for c in range(0, columns, PANEL):
             _panel_product(
                 count, a, a_at + r * a_stride, a_stride, b, b_at + c, b_stride, n,
-                out, out_at + r * out_stride + c, out_stride, add,
+                out, out_at + r * out_stride + c, out_stride, add, ahead,
             )  # fmt: skip
         r += count
