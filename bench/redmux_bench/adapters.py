@@ -1,5 +1,6 @@
 """Random adapters for a load: of the size and magnitude of trained ones, each different."""
 
+import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
@@ -34,7 +35,10 @@ def model_sites(model: str) -> dict[str, int]:
 
 
 class RandomAdapters:
-    """The random adapters of one server; equal numbers name equal adapters."""
+    """Random adapters for one server, each different from all before; equal seeds give equal ones.
+
+    They are named bench/SEED-NUMBER.
+    """
 
     def __init__(
         self, client: AsyncClient, base_fingerprint: str, sites: Mapping[str, int], seed: int
@@ -43,6 +47,7 @@ class RandomAdapters:
         self._base_fingerprint = base_fingerprint
         self._sites = sites
         self._seed = seed
+        self._numbers = itertools.count()
 
     @classmethod
     async def of(cls, client: AsyncClient, model: str | None, seed: int) -> "RandomAdapters":
@@ -50,26 +55,31 @@ class RandomAdapters:
         info = await client.info()
         return cls(client, info.base_fingerprint, model_sites(model or info.model), seed)
 
-    def name(self, index: int) -> str:
-        """Returns the name under which adapter `index` is put."""
-        return f"bench/{self._seed}-{index:05d}"
+    @property
+    def vector_bytes(self) -> int:
+        """Size of one adapter's values in fp32."""
+        return 8 * sum(self._sites.values())
 
-    def content(self, index: int) -> bytes:
-        """Returns the safetensors file of adapter `index`."""
-        # Far apart, so that the adapters of neighbouring seeds are not the same ones.
-        seed = self._seed * 1_000_003 + index
-        return to_bytes(random_adapter(self._base_fingerprint, self._sites, seed))
+    def new(self) -> tuple[str, bytes]:
+        """Returns the name and the safetensors file of the next adapter, which is not put yet."""
+        number = next(self._numbers)
+        # Far apart, so that neighbouring seeds do not share adapters.
+        seed = self._seed * 1_000_003 + number
+        adapter = random_adapter(self._base_fingerprint, self._sites, seed)
+        return f"bench/{self._seed}-{number:05d}", to_bytes(adapter)
+
+    async def put(self, count: int) -> list[str]:
+        """Puts the next `count` adapters and returns their names."""
+        names: list[str] = []
+        await self._put(count, names)
+        return names
 
     @asynccontextmanager
     async def published(self, count: int) -> AsyncIterator[Sequence[str]]:
-        """Puts adapters 0 to count - 1, yields their names and deletes them at the end."""
+        """Puts the next `count` adapters, yields their names and deletes them at the end."""
         names: list[str] = []
         try:
-            with report.progress(count, "put") as bar:
-                for index in range(count):
-                    await self._client.adapters.put(self.name(index), self.content(index))
-                    names.append(self.name(index))
-                    bar.update()
+            await self._put(count, names)
             yield names
         finally:
             with report.progress(len(names), "delete") as bar:
@@ -77,3 +87,12 @@ class RandomAdapters:
                     with suppress(RedmuxError):
                         await self._client.adapters.delete(name)
                     bar.update()
+
+    async def _put(self, count: int, names: list[str]) -> None:
+        """Appends each name once it is put, so that after a failure it is known what was."""
+        with report.progress(count, "put") as bar:
+            for _ in range(count):
+                name, content = self.new()
+                await self._client.adapters.put(name, content)
+                names.append(name)
+                bar.update()

@@ -61,6 +61,10 @@ class ServerProcess:
     ) -> None:
         self._end()
 
+    def client(self) -> AsyncClient:
+        """Returns a new client of the server."""
+        return AsyncClient(self.address)
+
     @property
     def resident_bytes(self) -> int:
         """Memory that the process holds now."""
@@ -105,12 +109,11 @@ class ServerProcess:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the load goes. `process` is set if the server was started for it."""
+    """Where the load goes."""
 
     address: str
-    api_key: str | None
-    tls: bool
-    process: ServerProcess | None
+    api_key: str | None = None
+    tls: bool = False
 
     def client(self) -> AsyncClient:
         """Returns a new client of the server."""
@@ -124,10 +127,10 @@ def reach(options: argparse.Namespace, max_running: int) -> Iterator[Target]:
     `max_running` is what a started one has to hold in a forward pass; --serve-arg wins over it.
     """
     if options.target is not None:
-        yield Target(options.target, options.api_key, options.tls, None)
+        yield Target(options.target, options.api_key, options.tls)
         return
     with start(options, max_running) as process:
-        yield Target(process.address, options.api_key, False, process)
+        yield Target(process.address)
 
 
 def start(options: argparse.Namespace, max_running: int, *flags: str) -> ServerProcess:

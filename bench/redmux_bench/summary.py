@@ -20,10 +20,8 @@ class Percentiles:
     p99: float
 
     @classmethod
-    def of(cls, durations_s: Sequence[float]) -> "Percentiles | None":
-        """Returns the percentiles of durations in seconds, interpolated; None for none."""
-        if not durations_s:
-            return None
+    def of(cls, durations_s: Sequence[float]) -> "Percentiles":
+        """Returns the percentiles of durations in seconds, of which there must be one."""
         return cls(*(1e3 * float(x) for x in np.percentile(durations_s, (50, 90, 99))))
 
 
@@ -51,6 +49,7 @@ def summarize(wave: Wave) -> Summary:
     done = [call for call in wave.calls if call.error is None]
     output_tokens = sum(len(call.token_times_s) for call in done)
     prompt_tokens = sum(call.num_prompt_tokens for call in done)
+    first_s = [call.token_times_s[0] - call.started_s for call in done if call.token_times_s]
     gaps_s = [b - a for call in done for a, b in pairwise(call.token_times_s)]
     return Summary(
         num_requests=len(wave.calls),
@@ -62,13 +61,15 @@ def summarize(wave: Wave) -> Summary:
         output_tokens_per_s=output_tokens / wave.duration_s,
         prompt_tokens_per_s=prompt_tokens / wave.duration_s,
         requests_per_s=len(done) / wave.duration_s,
-        time_to_first_token_ms=Percentiles.of(
-            [call.token_times_s[0] - call.started_s for call in done if call.token_times_s]
-        ),
-        inter_token_ms=Percentiles.of(gaps_s),
-        end_to_end_ms=Percentiles.of([call.ended_s - call.started_s for call in done]),
+        time_to_first_token_ms=_percentiles(first_s),
+        inter_token_ms=_percentiles(gaps_s),
+        end_to_end_ms=_percentiles([call.ended_s - call.started_s for call in done]),
         client_cpu_s=wave.client_cpu_s,
     )
+
+
+def _percentiles(durations_s: Sequence[float]) -> Percentiles | None:
+    return Percentiles.of(durations_s) if durations_s else None
 
 
 def failures(waves: Sequence[Wave]) -> dict[str, int]:
