@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands, [_target(), *load])
     _add_sweep(commands, [_target(), *load])
     _add_load(commands, load)
-    _add_floor(commands, [_common()])
+    _add_floor(commands, [_server(), _common()])
     _add_engine(commands, load)
     return parser
 
@@ -103,8 +103,6 @@ def _add_floor(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
         "floor", parents=parents, help="the engine's steps against what this machine allows"
     )
     parser.set_defaults(module="floor")
-    _add(parser, "--model", str, "smollm2", "as for redmux serve", "MODEL")
-    _add(parser, "--threads", count, 0, "compute threads; 0 is every core")
     _add(
         parser, "--points", points, "1:128,8:128,32:128,32:1024",
         "decode steps to time", "BATCH:CONTEXT,...",
@@ -144,7 +142,7 @@ def _target() -> argparse.ArgumentParser:
 
 def _server() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("server that is started")
+    group = parser.add_argument_group("server that is started, or its engine in this process")
     group.add_argument(
         "--model", help="as for redmux serve; default: smollm2, or what --target serves"
     )

@@ -28,9 +28,9 @@ class ServerProcess:
     `startup_s` is the time from its start until it serves.
     """
 
-    def __init__(self, model: str, *flags: str) -> None:
+    def __init__(self, *flags: str) -> None:
         self._command = [
-            sys.executable, "-m", "redmux", "serve", "--model", model,
+            sys.executable, "-m", "redmux", "serve",
             "--port", "0", "--metrics-port", "0", "--log-level", "info", *flags,
         ]  # fmt: skip
         self.address = ""
@@ -135,8 +135,13 @@ def reach(options: argparse.Namespace, max_running: int) -> Iterator[Target]:
 
 def start(options: argparse.Namespace, max_running: int, *flags: str) -> ServerProcess:
     """Returns a server of --model, to be entered, that takes `max_running` requests at once."""
+    return ServerProcess(*serve_flags(options, max_running), *flags)
+
+
+def serve_flags(options: argparse.Namespace, max_running: int) -> list[str]:
+    """Returns the arguments of `redmux serve` for this; those of --serve-arg win."""
     running = max(64, max_running)
-    return ServerProcess(
-        options.model or DEFAULT_MODEL, "--max-running", str(running),
-        "--max-batch-tokens", str(max(256, running)), *flags, *options.serve_arg,
-    )  # fmt: skip
+    return [
+        "--model", options.model or DEFAULT_MODEL, "--max-running", str(running),
+        "--max-batch-tokens", str(max(256, running)), *options.serve_arg,
+    ]  # fmt: skip
