@@ -86,6 +86,7 @@ def test_floor_compares_steps_with_the_machine(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # five starts of a server
 def test_load_measures_puts_memory_and_starts(bench):
     code, got = bench(
         "load", *LOAD, "--samples", "3", "--streams", "2", "--registered", "4", "--startup",
