@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from redmux_bench.option_values import (
     count,
+    file,
     lengths,
     points,
     positive,
@@ -80,7 +81,9 @@ def _add_sweep(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
     )  # fmt: skip
     _add(parser, "--concurrency", positive, 64, "requests that are open at a time")
     _add_rounds(parser, 3)
-    parser.add_argument("--plot", metavar="FILE", help="draw throughput against K into a PNG")
+    parser.add_argument(
+        "--plot", type=file, metavar="FILE", help="draw throughput against K into a PNG"
+    )
 
 
 def _add_load(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
@@ -124,7 +127,9 @@ def _add_engine(commands: _Commands, parents: list[argparse.ArgumentParser]) -> 
 
 def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--json", metavar="FILE", help="write the results into a file, too")
+    parser.add_argument(
+        "--json", type=file, metavar="FILE", help="write the results into a file, too"
+    )
     return parser
 
 

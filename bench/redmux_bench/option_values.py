@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 
 from redmux_bench.workload import Lengths
 
@@ -30,6 +31,13 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return value
+
+
+def file(text: str) -> str:
+    """Returns the path of a file in a folder that exists: nobody measures an hour for nothing."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder for {text!r}")
+    return text
 
 
 def lengths(text: str) -> Lengths:

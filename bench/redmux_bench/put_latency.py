@@ -98,23 +98,31 @@ async def _background(
             stream = client.stream(
                 request.prompt_ids, max_tokens=request.output_tokens, ignore_eos=True
             )
-            async with aclosing(stream):
-                async for _ in stream:
-                    has_begun.set()
+            try:
+                async with aclosing(stream):
+                    async for _ in stream:
+                        has_begun.set()
+            finally:
+                has_begun.set()  # nobody is to wait for one that failed
 
     begun = [asyncio.Event() for _ in range(num_streams)]
     tasks = [asyncio.create_task(keep_streaming(i, event)) for i, event in enumerate(begun)]
     try:
         await asyncio.gather(*(event.wait() for event in begun))
+        _raise_failures(tasks)
         yield
-        # A stream that failed would have left the server less loaded than was said.
-        for task in tasks:
-            if task.done():
-                task.result()
+        _raise_failures(tasks)
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _raise_failures(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Raises the error of a stream that ended, and so left less load than there should be."""
+    for task in tasks:
+        if task.done():
+            task.result()
 
 
 def _row(streams: int, samples: Sequence[_Sample]) -> PutLatency:

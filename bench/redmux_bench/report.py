@@ -13,7 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-_PACKAGES = ("redmux", "torch", "transformers", "numba", "grpcio")
+import redmux
+
+_PACKAGES = ("torch", "transformers", "numba", "grpcio")
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -42,6 +44,7 @@ def machine() -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "load_average": os.getloadavg(),
         "system": platform.platform(),
+        "redmux": redmux.__version__,
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
@@ -55,11 +58,9 @@ def progress(total: int, unit: str) -> "tqdm[Any]":
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:.0f}" if isinstance(value, float) else str(value))
-    )
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _processor() -> str:

@@ -20,6 +20,7 @@ COMMANDS = ("serve", "sweep", "load", "floor", "engine")
         (["serve", "--num-requests", "-1"], "no whole number"),
         (["serve", "--rate", "0"], "no positive number"),
         (["serve", "--prompt-tokens", "9:3"], "the range 9:3 is empty"),
+        (["serve", "--json", "nowhere/x.json"], "no folder for 'nowhere/x.json'"),
         (["serve", "--assignment", "best"], "invalid choice"),
         (["sweep", "--adapters", "1,8"], "and 0, which the others are compared with"),
         (["sweep", "--adapters", "0,8,8"], "each number once"),
