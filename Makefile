@@ -14,7 +14,7 @@ help:            ## list the targets
 	touch $@
 
 .venv/dev: .venv/server
-	$(BIN)/pip install -q -c constraints.txt -e '.[server,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[server,bench,dev]'
 	touch $@
 
 .venv-proto/done: proto/requirements.txt
@@ -51,8 +51,8 @@ proto: .venv-proto/done      ## generate client/redmux/v1 from proto/
 proto-check: proto    ## fail if the committed stubs are not what proto/ gives
 	git diff --exit-code -- client/redmux/v1
 
-bench: .venv/dev      ## time many adapters against none, on this machine
-	$(BIN)/python bench/many_adapters.py $(ARGS)
+bench: .venv/dev      ## measure on this machine: make bench ARGS="sweep --adapters 0,64"
+	$(BIN)/redmux bench $(ARGS)
 
 clean:           ## remove environments and caches
 	rm -rf .venv .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

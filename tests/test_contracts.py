@@ -18,6 +18,7 @@ PACKAGES = {
     "client/redmux": {"redmux"},
     "adapters/redmux_adapters": {"redmux", "redmux_adapters"},
     "server/redmux_server": {"redmux", "redmux_adapters", "redmux_server"},
+    "bench/redmux_bench": {"redmux", "redmux_adapters", "redmux_server", "redmux_bench"},
 }
 # Commands that hand over to another package where it is installed.
 HAND_OVERS = {"client/redmux/cli.py"}
@@ -45,7 +46,7 @@ def test_the_scheduler_leaves_torch_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_wheel_installs_three_packages_and_the_bundled_adapters(tmp_path):
+def test_the_wheel_installs_four_packages_and_the_bundled_adapters(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
          "--wheel-dir", tmp_path, ROOT], check=True,
@@ -53,7 +54,7 @@ def test_the_wheel_installs_three_packages_and_the_bundled_adapters(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"redmux", "redmux_adapters", "redmux_server"}
+    assert tops == {"redmux", "redmux_adapters", "redmux_bench", "redmux_server"}
     for name in ("redmux/py.typed", "redmux/v1/inference_service_pb2.pyi"):
         assert name in names
     assert "redmux_adapters/zoo/pirate/adapter_model.safetensors" in names

@@ -19,9 +19,10 @@ from redmux.client import Client
 from redmux.errors import RedmuxError
 from redmux.types import Adapter, GenerationOptions, Prompt
 
-# Commands whose arguments another package parses, and its function for them.
-_SERVE = ("redmux_server.cli", "serve")
-_OFFLINE = ("redmux_adapters.cli", "main")
+# Commands whose arguments another package parses: its function for them and the extra it needs.
+_SERVE = ("redmux_server.cli", "serve", "server")
+_BENCH = ("redmux_bench.cli", "main", "server,bench")
+_OFFLINE = ("redmux_adapters.cli", "main", "server")
 _OFFLINE_VERBS = {
     "create": "make an adapter from vectors",
     "convert": "make an adapter from another checkpoint",
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["serve"]:
             return _run_extra(*_SERVE, arguments[1:])
+        if arguments[:1] == ["bench"]:
+            return _run_extra(*_BENCH, arguments[1:])
         if arguments[:1] == ["adapters"] and arguments[1:2] and arguments[1] in _OFFLINE_VERBS:
             return _run_extra(*_OFFLINE, arguments[1:])
         options = _parser().parse_args(arguments)
@@ -59,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _run_extra(module: str, function: str, argv: list[str]) -> int:
+def _run_extra(module: str, function: str, extra: str, argv: list[str]) -> int:
     try:
         return int(getattr(importlib.import_module(module), function)(argv))
     except ModuleNotFoundError as error:
         print(
             f"redmux: this command needs {error.name}, which is not installed; "
-            "pip install 'redmux[server]'",
+            f"pip install 'redmux[{extra}]'",
             file=sys.stderr,
         )
         return 2
@@ -79,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     server = _server_options()
     commands.add_parser("serve", help="start a server", add_help=False)
+    commands.add_parser("bench", help="measure a server and this machine", add_help=False)
     _add_generate(commands, server)
     _add_adapters(commands, server)
     info = commands.add_parser("info", parents=[server], help="tell what the server is")

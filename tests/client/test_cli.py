@@ -271,7 +271,7 @@ def test_version_is_that_of_the_package(arguments, capsys):
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("serve", "generate", "adapters", "info", "health", "version"):
+    for command in ("serve", "bench", "generate", "adapters", "info", "health", "version"):
         assert f"    {command} " in out
     assert main(["adapters", "--help"]) == 0
     out = capsys.readouterr().out
@@ -280,18 +280,25 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "module", "function", "rest"),
+    ("arguments", "module", "function", "extra", "rest"),
     [
-        (["serve", "--model", "x"], "redmux_server.cli", "serve", ["--model", "x"]),
-        (["adapters", "show", "--x", "f"], "redmux_adapters.cli", "main", ["show", "--x", "f"]),
-        (["adapters", "create", "-h"], "redmux_adapters.cli", "main", ["create", "-h"]),
-        (["adapters", "convert"], "redmux_adapters.cli", "main", ["convert"]),
-        (["adapters", "verify", "f"], "redmux_adapters.cli", "main", ["verify", "f"]),
+        (["serve", "--model", "x"], "redmux_server.cli", "serve", "server", ["--model", "x"]),
+        (["bench", "sweep", "-h"], "redmux_bench.cli", "main", "server,bench", ["sweep", "-h"]),
+        (
+            ["adapters", "show", "--x", "f"],
+            "redmux_adapters.cli",
+            "main",
+            "server",
+            ["show", "--x", "f"],
+        ),
+        (["adapters", "create", "-h"], "redmux_adapters.cli", "main", "server", ["create", "-h"]),
+        (["adapters", "convert"], "redmux_adapters.cli", "main", "server", ["convert"]),
+        (["adapters", "verify", "f"], "redmux_adapters.cli", "main", "server", ["verify", "f"]),
     ],
     ids=str,
 )
 def test_tools_of_the_extras_parse_their_own_arguments(
-    monkeypatch, capsys, arguments, module, function, rest
+    monkeypatch, capsys, arguments, module, function, extra, rest
 ):
     seen = []
 
@@ -310,7 +317,7 @@ def test_tools_of_the_extras_parse_their_own_arguments(
     monkeypatch.setitem(sys.modules, module, None)
     assert main(arguments) == 2
     err = capsys.readouterr().err
-    assert "pip install 'redmux[server]'" in err
+    assert f"pip install 'redmux[{extra}]'" in err
     assert err.count("\n") == 1
 
 

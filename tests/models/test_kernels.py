@@ -17,7 +17,7 @@ DIMS = (16, 20, 64, 576)
 @njit
 def multiply(rows, columns, a, b, n, out, add):
     product(
-        rows, columns, a, 0, a.shape[1], b, 0, b.shape[1], n, out, 0, out.shape[1], add
+        rows, columns, a, 0, a.shape[1], b, 0, b.shape[1], n, out, 0, out.shape[1], add, 0,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class BaseModel:
     max_context: int
     num_blocks: int
     block_size: int  # tokens
+    kv_bytes_per_token: int
     device: torch.device
     dtype: torch.dtype
     linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
@@ -85,6 +86,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         max_context=parts.max_context,
         num_blocks=parts.runner.cache.num_blocks,
         block_size=parts.runner.cache.block_size,
+        kv_bytes_per_token=parts.kv_bytes_per_token,
         device=choices.device,
         dtype=choices.dtype,
         linears=parts.linears,
@@ -98,6 +100,7 @@ class _Parts:
     runner: CausalRunner
     bank: AdapterBank
     linears: Sequence[nn.Module]
+    kv_bytes_per_token: int
     max_context: int
     bit_identical: bool
     reasons: Sequence[str]
@@ -120,7 +123,10 @@ def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[s
     )
     runner = CausalRunner(checked.decoder, cache, bank, choices.device, choices.num_threads)
     reasons = (attention_reason, checked.reason)
-    return _Parts(runner, bank, checked.linears, max_context, checked.bit_identical, reasons)
+    return _Parts(
+        runner, bank, checked.linears, _kv_bytes_per_token(shapes, choices.dtype), max_context,
+        checked.bit_identical, reasons,
+    )  # fmt: skip
 
 
 def _on_device(
@@ -139,7 +145,8 @@ def _on_device(
         bank_bytes=config.bank_bytes,
     )  # fmt: skip
     return _Parts(
-        engine.runner, engine.bank, _linears(model), max_context, engine.bit_identical,
+        engine.runner, engine.bank, _linears(model),
+        _kv_bytes_per_token(shapes, choices.dtype), max_context, engine.bit_identical,
         engine.reasons,
     )  # fmt: skip
 
@@ -154,7 +161,7 @@ def _context_and_cache(
         raise InvalidArgumentError(
             f"max_context is {context}, but the model's positions end at {model_limit}"
         )
-    per_token = sum(2 * s.num_kv_heads * s.head_dim for s in shapes) * model.dtype.itemsize
+    per_token = _kv_bytes_per_token(shapes, model.dtype)
     tokens = config.kv_cache_tokens
     if not tokens:
         num_bytes = _free_bytes(model.device) // 4
@@ -164,6 +171,10 @@ def _context_and_cache(
         tokens = max(min(num_bytes // per_token, whole_requests), min_cache_tokens(block_size))
     tokens = -(-tokens // block_size) * block_size
     return min(context, tokens), tokens
+
+
+def _kv_bytes_per_token(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
+    return sum(2 * s.num_kv_heads * s.head_dim for s in shapes) * dtype.itemsize
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -1,0 +1,1 @@
+"""Measures a redmux server: `redmux bench`."""

@@ -1,0 +1,186 @@
+"""`redmux bench`: what the commands take. Each is run by the module named beside it."""
+
+import argparse
+import importlib
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from redmux_bench.option_values import (
+    count,
+    file,
+    lengths,
+    points,
+    positive,
+    positive_float,
+    sweep_counts,
+)
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one benchmark; returns 0, or 1 if it got no result."""
+    options = _parser().parse_args(argv)
+    options.command_line = shlex.join(["redmux", "bench", *argv])
+    # torch and transformers take seconds to import: mistakes and --help answer first.
+    code: int = importlib.import_module(f"redmux_bench.{options.module}").run(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="redmux bench",
+        description="Measure a redmux server. What each command measures, and what it does not: "
+        "docs/benchmarks.md.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    load = [_server(), _load(), _common()]
+    _add_serve(commands, [_target(), *load])
+    _add_sweep(commands, [_target(), *load])
+    _add_load(commands, load)
+    _add_floor(commands, [_server(), _common()])
+    _add_engine(commands, load)
+    return parser
+
+
+def _add_serve(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "serve", parents=parents, help="send a load to a server and report rates and latencies"
+    )
+    parser.set_defaults(module="serve")
+    _add(parser, "--concurrency", positive, 32, "requests that are open at a time")
+    parser.add_argument(
+        "--rate", type=positive_float, metavar="R",
+        help="Poisson arrivals per second instead, however many are open",
+    )  # fmt: skip
+    _add(parser, "--num-requests", positive, 128, "requests that are measured")
+    _add(parser, "--adapters", count, 0, "put this many random adapters first, 0 is the base model")
+    parser.add_argument(
+        "--assignment", choices=("distinct", "uniform", "zipf"), default="distinct",
+        help="adapters of the requests: in turn, or drawn; default: distinct",
+    )  # fmt: skip
+    _add(
+        parser, "--zipf-exponent", positive_float, 1.0, "S: adapter k comes in proportion to k**-S"
+    )
+    parser.add_argument(
+        "--ignore-eos", action=argparse.BooleanOptionalAction, default=True,
+        help="generate past end-of-text tokens, to the length asked for; default",
+    )  # fmt: skip
+
+
+def _add_sweep(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "sweep", parents=parents, help="throughput with K distinct adapters against none"
+    )
+    parser.set_defaults(module="sweep")
+    _add(
+        parser, "--adapters", sweep_counts, "0,1,8,32,64,128,256",
+        "numbers of adapters, 0 among them", "K,K,...",
+    )  # fmt: skip
+    _add(parser, "--concurrency", positive, 64, "requests that are open at a time")
+    _add_rounds(parser, 3)
+    parser.add_argument(
+        "--plot", type=file, metavar="FILE", help="draw throughput against K into a PNG"
+    )
+
+
+def _add_load(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "load", parents=parents, help="what putting, holding and loading adapters takes"
+    )
+    parser.set_defaults(module="loading")
+    _add(parser, "--samples", positive, 20, "puts, and resident requests, in each state")
+    _add(parser, "--streams", positive, 16, "background streams of the loaded state")
+    _add(parser, "--registered", count, 0, "measure with this many adapters registered, too")
+    parser.add_argument(
+        "--startup", action="store_true", help="measure the start with a folder of those, too"
+    )
+    _add(parser, "--concurrency", positive, 32, "requests at a time, for --registered")
+    _add_rounds(parser, 3)
+
+
+def _add_floor(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "floor", parents=parents, help="the engine's steps against what this machine allows"
+    )
+    parser.set_defaults(module="floor")
+    _add(
+        parser, "--points", points, "1:128,8:128,32:128,32:1024",
+        "decode steps to time", "BATCH:CONTEXT,...",
+    )  # fmt: skip
+    _add(parser, "--prefill-tokens", count, 512, "length of the prompt to prefill; 0 is none")
+    _add(parser, "--chunk", positive, 256, "tokens per prefill step, as --max-batch-tokens")
+    _add(parser, "--seed", count, 0, "of everything that is drawn")
+    _add_rounds(parser, 15)
+
+
+def _add_engine(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "engine", parents=parents, help="the engine alone against the same load over gRPC"
+    )
+    parser.set_defaults(module="engine")
+    _add(parser, "--concurrency", positive, 32, "requests per wave, all at once")
+    _add_rounds(parser, 5)
+
+
+def _common() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--json", type=file, metavar="FILE", help="write the results into a file, too"
+    )
+    return parser
+
+
+def _target() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("server that runs already")
+    group.add_argument("--target", metavar="HOST:PORT", help="default: start one")
+    group.add_argument(
+        "--api-key", default=os.environ.get("REDMUX_API_KEY") or None, metavar="KEY",
+        help="default: REDMUX_API_KEY",
+    )  # fmt: skip
+    group.add_argument("--tls", action="store_true", help="use TLS and the system's authorities")
+    return parser
+
+
+def _server() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("server that is started, or its engine in this process")
+    group.add_argument(
+        "--model", help="as for redmux serve; default: smollm2, or what --target serves"
+    )
+    group.add_argument(
+        "--serve-arg", action="append", default=[], metavar="ARG",
+        help="an argument of redmux serve, as --serve-arg=--threads=2; repeatable",
+    )  # fmt: skip
+    return parser
+
+
+def _load() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("load")
+    _add(group, "--prompt-tokens", lengths, "64", "length, or a range to draw it from", "N|A:B")
+    _add(group, "--output-tokens", lengths, "64", "length, or a range to draw it from", "N|A:B")
+    _add(group, "--seed", count, 0, "of everything that is drawn")
+    _add(group, "--timeout", positive_float, 600.0, "limit of each request in seconds", "SECONDS")
+    return parser
+
+
+def _add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
+    _add(parser, "--rounds", positive, default, "rounds to take medians over")
+
+
+def _add(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    flag: str,
+    kind: Callable[[str], object],
+    default: object,
+    text: str,
+    metavar: str = "N",
+) -> None:
+    """Adds an option that tells its default, which is parsed like a value if it is a text."""
+    parser.add_argument(
+        flag, type=kind, default=default, metavar=metavar, help=f"{text}; default: {default}"
+    )

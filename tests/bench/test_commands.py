@@ -1,0 +1,114 @@
+"""The commands as people run them, on a tiny random model."""
+
+import pytest
+
+LOAD = ("--prompt-tokens", "4:8", "--output-tokens", "5", "--seed", "3")
+
+
+def test_serve_reports_rates_and_latencies_and_takes_its_adapters_away(
+    bench, serving, adapter_names, capsys
+):
+    code, got = bench(
+        "serve", "--target", serving.address, *LOAD, "--num-requests", "12",
+        "--concurrency", "4", "--adapters", "3", "--assignment", "zipf",
+    )  # fmt: skip
+    assert code == 0
+    (row,) = got["rows"]
+    assert (row["num_requests"], row["num_completed"], row["failures"]) == (12, 12, {})
+    assert row["output_tokens"] == 12 * 5
+    assert 12 * 4 <= row["prompt_tokens"] <= 12 * 8
+    assert row["output_tokens_per_s"] == pytest.approx(60 / row["duration_s"])
+    for latency in ("time_to_first_token_ms", "inter_token_ms", "end_to_end_ms"):
+        assert 0 <= row[latency]["p50"] <= row[latency]["p90"] <= row[latency]["p99"]
+    assert got["command"].startswith("redmux bench serve --target")
+    assert "12 of 12 requests completed" in capsys.readouterr().out
+    assert adapter_names() == []
+
+
+def test_failed_requests_are_counted_by_class_and_abort_nothing(bench, serving, capsys):
+    # The context of the model ends at 256.
+    load = ("--prompt-tokens", "2:400", "--output-tokens", "2", "--num-requests", "20")
+    code, got = bench("serve", "--target", serving.address, *load, "--rate", "200")
+    (row,) = got["rows"]
+    assert code == 0
+    assert 0 < row["num_completed"] < 20
+    assert row["failures"] == {"InvalidArgumentError": 20 - row["num_completed"]}
+    assert "InvalidArgumentError" in capsys.readouterr().out
+
+
+def test_a_load_of_which_nothing_completes_is_exit_code_1(bench, serving):
+    code, got = bench(
+        "serve", "--target", serving.address, "--output-tokens", "999", "--num-requests", "2"
+    )
+    assert code == 1
+    assert got["rows"][0]["time_to_first_token_ms"] is None
+
+
+def test_sweep_compares_every_number_of_adapters_with_none_in_the_same_round(
+    bench, serving, adapter_names, tmp_path
+):
+    plot = tmp_path / "sweep.png"
+    code, got = bench(
+        "sweep", "--target", serving.address, *LOAD, "--adapters", "0,1,5",
+        "--concurrency", "3", "--rounds", "3", "--plot", str(plot),
+    )  # fmt: skip
+    assert code == 0
+    assert [row["adapters"] for row in got["rows"]] == [0, 1, 5]
+    base = got["rows"][0]["rounds"]
+    for row in got["rows"]:
+        assert len(row["rounds"]) == 3
+        assert row["failures"] == {}
+        ratios = [rate / b for rate, b in zip(row["rounds"], base, strict=True)]
+        assert row["ratios"] == pytest.approx(ratios)
+        assert row["ratio"] == pytest.approx(sorted(ratios)[1])
+        assert row["output_tokens_per_s"] == sorted(row["rounds"])[1]
+    assert got["rows"][0]["ratio"] == 1
+    assert {"machine", "command", "model"} < got.keys()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert adapter_names() == []
+
+
+def test_floor_compares_steps_with_the_machine(bench):
+    code, got = bench(
+        "floor", "--points", "1:40,3:20", "--prefill-tokens", "50", "--chunk", "32", "--rounds", "3"
+    )
+    assert code == 0
+    assert [(row["batch"], row["context"]) for row in got["rows"]] == [(1, 40), (3, 20)]
+    for row in got["rows"]:
+        assert row["floor_ms"] == pytest.approx(row["linears_ms"] + row["kv_ms"])
+        assert row["step_over_floor"] > 0
+        assert row["adapters_over_step"] > 0
+    # 2 x 3 layers x 2 heads x 32 values x 4 bytes
+    kv_s = 40 * 1536 / got["read_bandwidth_bytes_per_s"]
+    assert got["rows"][0]["kv_ms"] == pytest.approx(1e3 * kv_s)
+    (prefill,) = got["prefill"]
+    assert (prefill["tokens"], prefill["chunk"]) == (50, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # five starts of a server
+def test_load_measures_puts_memory_and_starts(bench):
+    code, got = bench(
+        "load", *LOAD, "--samples", "3", "--streams", "2", "--registered", "4", "--startup",
+        "--concurrency", "2", "--rounds", "1",
+    )  # fmt: skip
+    assert code == 0
+    assert [row["background_streams"] for row in got["rows"]] == [0, 2]
+    for row in got["rows"]:
+        assert row["put_ms"]["p50"] <= row["put_to_first_token_ms"]["p50"]
+    assert [phase["name"] for phase in got["registered"]["phases"]] == [
+        "before", "registered", "deleted",
+    ]  # fmt: skip
+    assert got["registered"]["vector_bytes"] == 8 * 3 * 64
+    assert got["startup"]["adapters"] == 4
+    assert len(got["startup"]["full_rounds_s"]) == len(got["startup"]["empty_rounds_s"]) == 1
+
+
+@pytest.mark.slow
+def test_engine_gets_the_same_tokens_both_ways(bench):
+    code, got = bench("engine", *LOAD, "--concurrency", "3", "--rounds", "2")
+    assert code == 0
+    (row,) = got["rows"]
+    assert row["streams"] == 3
+    assert len(row["engine_rounds"]) == len(row["wire_rounds"]) == 2
+    assert min(*row["engine_rounds"], *row["wire_rounds"], row["client_cpu_ms_per_token"]) > 0
