@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = [sys.executable, "-m", "redmux", "serve", "--model", args.model,
                "--port", str(port), "--metrics-port", str(metrics_port),
                "--max-running", str(max(64, args.concurrency)), "--log-level", "warning",
+               "--prefix-cache", "false",  # rounds repeat their prompts
                ]  # fmt: skip
     server = subprocess.Popen(command)
     try:

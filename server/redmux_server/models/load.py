@@ -61,6 +61,11 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     cache, attention_reason = _make_cache(shapes, num_tokens // BLOCK, choices)
     attach(model, cache)
     reasons = [*choices.reasons, attention_reason, _accelerate(model, choices)]
+    reasons.append(
+        f"prefix cache: on, blocks of {BLOCK} tokens, never shared by tenants or adapters"
+        if config.prefix_cache
+        else "prefix cache: off (set by configuration)"
+    )
 
     with contextlib.closing(SelfCheck(model, cache, sites, choices.num_threads)) as check:
         check.compare(expected)
