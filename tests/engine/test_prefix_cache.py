@@ -40,7 +40,7 @@ class PrefixMachine(RuleBasedStateMachine):
     """Random traffic with common beginnings; requests end, leave and fail at any time."""
 
     @initialize(
-        num_blocks=st.integers(8, 20), max_running=st.integers(1, 4), extra=st.integers(0, 12)
+        num_blocks=st.integers(5, 12), max_running=st.integers(1, 4), extra=st.integers(0, 12)
     )
     def start(self, num_blocks, max_running, extra):
         self.pool = BlockPool(num_blocks, BLOCK)
@@ -50,7 +50,8 @@ class PrefixMachine(RuleBasedStateMachine):
         self.memory = {}  # (block, offset) -> content
         self.said = [(0,) * 9]  # token sequences that later prompts begin with
         self.open = []
-        self.idle_since = {}  # block -> when its last user left, in order of leaving
+        self.idle_since = {}  # block -> when its last user left
+        self.clock = 0
         self.dropped = set()  # contents of blocks that were forgotten
 
     @property
@@ -60,12 +61,12 @@ class PrefixMachine(RuleBasedStateMachine):
                 if b in self.pool._index}  # fmt: skip
 
     @rule(data=st.data(), tenant=st.sampled_from("ab"), digest=st.sampled_from([None, "x"]),
-          max_tokens=st.integers(1, 8))  # fmt: skip
+          max_tokens=st.integers(1, 6))  # fmt: skip
     def submit(self, data, tenant, digest, max_tokens):
         said = data.draw(st.sampled_from(self.said))
         beginning = said[: data.draw(st.integers(0, len(said)))]
         more = data.draw(st.lists(st.integers(0, 1), min_size=not beginning, max_size=6))
-        new = request((*beginning, *more)[:24], max_tokens, tenant, digest)
+        new = request((*beginning, *more)[:14], max_tokens, tenant, digest)
         self.scheduler.submit(new)
         self.open.append(new)
 
@@ -134,11 +135,15 @@ class PrefixMachine(RuleBasedStateMachine):
         blocks, before = gone.blocks, self.shared
         self.scheduler.remove(gone, is_sound=is_sound)
         self.open.remove(gone)
+        if is_sound and gone.num_output:
+            for block in self.pool.find(gone.block_keys):  # twins of its blocks were used now
+                self.idle_since.pop(block, None)
         self.note_idle()
         self.dropped |= {before[b] for b in before.keys() - self.shared.keys()}
         used = {b for r in self.scheduler.running for b in r.blocks}
         if not is_sound:
             assert not any(b in self.pool._index for b in blocks if b not in used)
+            assert all(b in self.pool._index for b in before if b in used)
         elif gone.num_output:  # all that it computed can be found
             usable = gone.num_computed // BLOCK
             assert len(self.pool.find(gone.block_keys)) == usable
@@ -151,7 +156,8 @@ class PrefixMachine(RuleBasedStateMachine):
         depth = {b: len(tokens) for b, (_, _, tokens) in self.shared.items()}
         fresh = [b for b in self.pool._idle if b not in self.idle_since]
         for block in sorted(fresh, key=lambda b: -depth[b]):
-            self.idle_since[block] = self.clock = getattr(self, "clock", 0) + 1
+            self.clock += 1
+            self.idle_since[block] = self.clock
 
     @invariant()
     def every_block_is_used_idle_or_free(self):
@@ -188,7 +194,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 TestPrefixMachine = PrefixMachine.TestCase
-TestPrefixMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPrefixMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def make(num_blocks=100, **options):
@@ -257,6 +263,17 @@ def test_a_prompt_is_not_shared_before_its_first_token_is_drawn():
     item.request.num_computed += item.count
     scheduler.remove(item.request)  # cancelled
     assert run(scheduler, request(range(20))) == [0]
+
+
+def test_a_block_that_is_only_begun_or_only_named_is_not_shared():
+    scheduler = make(max_batch_tokens=7)
+    begun = request(range(20))
+    scheduler.submit(begun)
+    (item,) = scheduler.plan()
+    begun.num_computed += item.count
+    scheduler.share(begun)
+    assert len(begun.block_keys) == 5
+    assert scheduler._blocks.find(begun.block_keys) == begun.blocks[:1]
 
 
 @pytest.mark.parametrize("other", [{"tenant": "u"}, {"digest": "y"}, {"digest": None}], ids=str)
@@ -331,6 +348,18 @@ def test_a_full_cache_admits_what_an_empty_one_would():
     scheduler.submit(request([9] * 25, max_tokens=7))
     assert len(scheduler.plan()) == 1
     assert scheduler.kv_used_ratio == 1
+
+
+def test_what_is_found_is_not_counted_as_room_for_the_rest():
+    scheduler = make(num_blocks=4)
+    run(scheduler, request(range(9)))  # two blocks are kept
+    scheduler.submit(request([7] * 5, max_tokens=3, tenant="first"))
+    scheduler.plan()  # uses the two that are free
+    waiting = request(range(9), max_tokens=3)
+    scheduler.submit(waiting)
+    scheduler.plan()
+    assert waiting not in scheduler.running
+    assert waiting.blocks == []
 
 
 def test_without_a_prefix_cache_nothing_is_kept():
