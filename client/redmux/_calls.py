@@ -159,7 +159,7 @@ def _finish_reason(finish: inference_pb2.Finish) -> FinishReason:
 
 
 def _usage(usage: inference_pb2.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens)
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens)
 
 
 def unfinished() -> RedmuxError:

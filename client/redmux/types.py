@@ -1,7 +1,7 @@
 """What the client takes and returns: frozen values without any protobuf in them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal, TypeAlias, TypedDict
 
@@ -37,10 +37,15 @@ class GenerationOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """The tokens that a request took."""
+    """The tokens that a request took.
+
+    `cached_prompt_tokens` of the prompt were computed by an earlier request already. What was
+    found says nothing about the completion, so it does not count when two usages are compared.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_prompt_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

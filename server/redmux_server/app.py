@@ -60,6 +60,7 @@ class Server:
             BlockPool(model.num_blocks, model.block_size),
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
+            prefix_cache=config.prefix_cache,
         )
         self.engine = Engine(
             model.runner, scheduler, model.bank, self.metrics,

@@ -38,6 +38,9 @@ class ServerConfig:
     max_queue: int = _option(512, "most requests that wait")
     max_context: int = _option(0, "most tokens of prompt and completion; 0 is the model's limit")
     kv_cache_tokens: int = _option(0, "size of the key/value cache in tokens; 0 fits the memory")
+    prefix_cache: bool = _option(
+        True, "true or false: whether prompts that begin alike share their computed beginning"
+    )
     bank_bytes: int = _option(256 << 20, "memory for the vectors of adapters in use")
     adapters: tuple[str, ...] = _option(
         (), "adapters to load at start: files or folders, NAME=PATH to name them, or zoo"
@@ -96,7 +99,7 @@ def load_config(
     parser.add_argument("--config", help="TOML file with any of these options")
     for name, field in fields.items():
         kind = " (repeatable)" if _is_list(name) else ""
-        default = "none" if field.default in ("", ()) else field.default
+        default = _default_text(field.default)
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             action="append" if _is_list(name) else "store",
@@ -114,6 +117,15 @@ def load_config(
     return ServerConfig(**values)
 
 
+_BOOLS = {"true": True, "false": False}
+
+
+def _default_text(default: object) -> str:
+    if default in ("", ()):
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
 def _is_list(name: str) -> bool:
     return typing.get_origin(typing.get_type_hints(ServerConfig)[name]) is tuple
 
@@ -122,6 +134,10 @@ def _parse(name: str, text: str, source: str) -> Any:
     kind = typing.get_type_hints(ServerConfig)[name]
     if _is_list(name):
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text not in _BOOLS:
+            raise InvalidArgumentError(f"{source} is {text!r}, must be true or false")
+        return _BOOLS[text]
     try:
         return kind(text)
     except ValueError:

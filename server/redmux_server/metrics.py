@@ -31,6 +31,10 @@ class Metrics:
         self._tokens = Counter("redmux_tokens", "Tokens computed.", ["kind"], registry=r)
         self._prefill_tokens = self._tokens.labels("prefill")
         self._decode_tokens = self._tokens.labels("decode")
+        self.cached_tokens = Counter(
+            "redmux_prompt_tokens_cached", "Prompt tokens found in the cache, so not computed.",
+            registry=r,
+        )  # fmt: skip
         self.first_token_s = Histogram(
             "redmux_time_to_first_token_seconds", "From acceptance to the first token.",
             buckets=_LATENCY_S, registry=r,

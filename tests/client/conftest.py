@@ -79,7 +79,9 @@ class FakeServer(
             finish=inference_pb.Finish(
                 reason=inference_pb.FINISH_REASON_STOP,
                 stop="\n",
-                usage=inference_pb.Usage(prompt_tokens=4, completion_tokens=3),
+                usage=inference_pb.Usage(
+                    prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=2
+                ),
             ),
         )
 

@@ -28,6 +28,13 @@ def test_stream_yields_a_chunk_per_message(client):
     ]
 
 
+def test_usage_tells_what_was_cached_and_equals_the_usage_of_a_cold_request(client):
+    usage = client.generate("Say hello").usage
+    assert usage.cached_prompt_tokens == 2
+    assert list(client.stream("Say hello"))[-1].usage.cached_prompt_tokens == 2
+    assert usage == redmux.Usage(prompt_tokens=4, completion_tokens=3)
+
+
 def test_the_base_model_has_neither_name_nor_digest(client, server):
     completion = client.generate("Say hello")
     assert (completion.adapter, completion.digest) == (None, None)

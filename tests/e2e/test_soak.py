@@ -12,28 +12,32 @@ from redmux import AsyncClient
 from redmux_adapters import to_bytes
 
 SECONDS = 90
-PROMPTS = ["a", "some words to say", "x" * 70, "The quick brown fox. " * 5]
+LONG = "The quick brown fox. " * 5
+PROMPTS = ["a", "some words to say", "x" * 70, LONG, LONG + "And then?", LONG[:70] + "Who?"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 async def test_answers_stay_right_and_nothing_leaks(base, start_server, tmp_path):
-    server = await start_server(
-        max_running=16, max_batch_tokens=64, max_queue=24, bank_bytes=0,
-        adapter_dir=str(tmp_path),
-    )  # fmt: skip
     rng = random.Random(1)
     versions = [base.adapter(seed) for seed in range(24)]
     options = {"max_tokens": 24, "ignore_eos": True, "logprobs": True}
-    counts = dict.fromkeys(("right", "cancelled", "refused", "queue full", "replaced"), 0)
-    async with AsyncClient(f"127.0.0.1:{server.port}", timeout_s=120) as client:
-        alone = {}
+    counts = dict.fromkeys(("right", "warm", "cancelled", "refused", "queue full", "replaced"), 0)
+    alone = {}
+    cold = await start_server(prefix_cache=False)
+    async with AsyncClient(f"127.0.0.1:{cold.port}", timeout_s=120) as client:
         for adapter in (None, *versions):
             if adapter is not None:
                 await client.adapters.put("solo", to_bytes(adapter), replace=True)
             for prompt in PROMPTS:
                 got = await client.generate(prompt, adapter=adapter and "solo", **options)
                 alone[adapter and adapter.digest, prompt] = got
+
+    server = await start_server(
+        max_running=16, max_batch_tokens=64, max_queue=24, bank_bytes=0,
+        kv_cache_tokens=2048, adapter_dir=str(tmp_path),
+    )  # fmt: skip
+    async with AsyncClient(f"127.0.0.1:{server.port}", timeout_s=120) as client:
         names = [f"tenant-{i % 8}/adapter-{i}" for i in range(40)]
         for name in names:
             await client.adapters.put(name, to_bytes(rng.choice(versions)), replace=True)
@@ -46,6 +50,7 @@ async def test_answers_stay_right_and_nothing_leaks(base, start_server, tmp_path
             assert got.token_ids == expected.token_ids[:count]
             assert got.logprobs == expected.logprobs[:count]
             counts["right"] += 1
+            counts["warm"] += got.usage.cached_prompt_tokens > 0
 
         async def leave():
             stream = client.stream(rng.choice(PROMPTS), adapter=rng.choice(names), **options)
@@ -89,5 +94,6 @@ async def test_answers_stay_right_and_nothing_leaks(base, start_server, tmp_path
     assert all(counts.values())
     scheduler = server.engine._scheduler
     assert scheduler._blocks.num_free == scheduler._blocks.num_blocks
+    assert not any(scheduler._blocks._num_users)
     assert server.model.bank.num_uses == 0
     assert grown < 32 << 20

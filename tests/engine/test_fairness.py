@@ -13,8 +13,11 @@ def request(tenant, num_prompt=4, max_tokens=4):
     )  # fmt: skip
 
 
-def scheduler(max_running=1, max_batch_tokens=16):
-    return Scheduler(BlockPool(200, 4), max_running=max_running, max_batch_tokens=max_batch_tokens)
+def scheduler(max_running=1, max_batch_tokens=16, prefix_cache=False):
+    return Scheduler(
+        BlockPool(200, 4), max_running=max_running, max_batch_tokens=max_batch_tokens,
+        prefix_cache=prefix_cache,
+    )  # fmt: skip
 
 
 def step(engine):
@@ -60,6 +63,15 @@ def test_tenants_get_the_same_tokens_whatever_the_size_of_their_requests():
     order = admissions(engine, 60)
     # A small request costs 3 tokens, a large one 14: the newest token is never computed.
     assert abs(3 * order.count("small") - 14 * order.count("large")) <= 14
+
+
+def test_a_tenant_is_not_charged_for_what_it_finds_in_the_cache():
+    engine = scheduler(prefix_cache=True)
+    for _ in range(60):
+        engine.submit(request("same prompt", 13, 2))  # the first computes 14 tokens, the others 2
+        engine.submit(request("short prompt", 1, 2))  # 2 tokens
+    order = admissions(engine, 60)
+    assert 25 <= order.count("same prompt") <= 35
 
 
 def test_what_a_tenant_used_of_an_idle_server_is_not_held_against_it():

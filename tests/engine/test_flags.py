@@ -25,5 +25,7 @@ def test_help_tells_every_option_with_its_default(capsys):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
         assert f"{flag} {field.name.upper()} {field.metadata['help']}" in text
         shown = "none" if default in ("", ()) else default
+        if isinstance(default, bool):
+            shown = str(default).lower()  # as it must be written
         assert f"default: {shown}" in text.partition(f"{flag} {field.name.upper()} ")[2]
     assert "0 takes every core; default: 0" in text

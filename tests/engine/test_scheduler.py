@@ -52,7 +52,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks, BLOCK)
         self.budget = max_running + extra
         self.max_running = max_running
-        self.scheduler = Scheduler(self.pool, max_running=max_running, max_batch_tokens=self.budget)
+        self.scheduler = Scheduler(
+            self.pool, max_running=max_running, max_batch_tokens=self.budget, prefix_cache=False
+        )
         self.queues = {}  # tenant -> requests in order of submission, not yet admitted
         self.open = []
 

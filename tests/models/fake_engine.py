@@ -14,16 +14,24 @@ from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
 
 VOCAB = 8
+BLOCK = 4
 POISON = 6  # a prompt that holds this token makes forward raise
 NAN = 5  # a prompt that holds this one makes its logits NaN
 SITES = {"site": 3}
 
 
 class FakeRunner:
-    """Draws (last token + 1) % 4; keeps a list of the batches that it was asked for."""
+    """Draws (last token + 1) % 4; keeps a list of the batches that it was asked for.
+
+    Its cache remembers for what each place was written; what is found there for somebody else is
+    noted in `misreads`.
+    """
 
     def __init__(self):
         self.batches = []
+        self.cache = {}
+        self.misreads = []
+        self.spoiled = set()  # requests whose logits are NaN from now on
         self.entered = 0
         self.before = lambda work: None  # a hook of the test
 
@@ -36,15 +44,26 @@ class FakeRunner:
         rows = []
         for item in work:
             request = item.request
+            self.attend(request, request.num_computed + item.count)
             if POISON in request.prompt_ids:
                 raise RuntimeError("a secret of the kernel")
             if item.samples:
                 row = torch.zeros(VOCAB)
                 row[(request.token_ids[-1] + 1) % 4] = 9
-                if NAN in request.prompt_ids:
+                if NAN in request.prompt_ids or request in self.spoiled:
                     row[2] = float("nan")
                 rows.append(row)
         return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
+
+    def attend(self, request, stop):
+        digest = request.adapter and request.adapter.digest
+        for position in range(stop):
+            where = request.blocks[position // BLOCK], position % BLOCK
+            content = request.tenant, digest, tuple(request.token_ids[: position + 1])
+            if position >= request.num_computed:
+                self.cache[where] = content
+            elif self.cache.get(where) != content:
+                self.misreads.append((request, position))
 
 
 @dataclasses.dataclass
@@ -75,7 +94,7 @@ class Parts:
 
 
 def make_parts(*, max_open=8, max_running=4, num_blocks=16) -> Parts:
-    pool = BlockPool(num_blocks, 4)
+    pool = BlockPool(num_blocks, BLOCK)
     scheduler = Scheduler(pool, max_running=max_running, max_batch_tokens=8)
     bank = AdapterBank(
         SITES, device=torch.device("cpu"), dtype=torch.float32, max_bytes=0, min_slots=5

@@ -235,7 +235,9 @@ def test_every_request_gets_exactly_one_ending(data):
         for _ in range(data.draw(st.integers(1, 15))):
             action = data.draw(st.sampled_from(["submit", "submit", "step", "cancel"]))
             if action == "submit" and parts.engine.num_open < 6:
-                prompt = data.draw(st.lists(st.integers(0, POISON), min_size=1, max_size=12))
+                common = [0, 1, 2, 3, 0, 1, 2, 3][: data.draw(st.integers(0, 8))]
+                more = data.draw(st.lists(st.integers(0, POISON), min_size=1, max_size=4))
+                prompt = common + more
                 callers += submit(
                     parts,
                     Caller(
@@ -254,6 +256,7 @@ def test_every_request_gets_exactly_one_ending(data):
     finally:
         logging.disable(logging.NOTSET)
     assert parts.is_idle
+    assert parts.runner.misreads == []
     for caller in callers:
         assert len(caller.endings) == 1
         assert caller.events[-1] is caller.endings[0]

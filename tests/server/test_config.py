@@ -49,6 +49,9 @@ def test_every_field_can_be_set_in_each_of_the_three_places(field, write):
     elif isinstance(field.default, str):
         value = text = choices.get(field.name, "x")
         toml = f'"{text}"'
+    elif isinstance(field.default, bool):
+        value = not field.default
+        text = toml = str(value).lower()
     else:
         value = type(field.default)(77)
         text = toml = "77"
@@ -88,6 +91,12 @@ UNUSABLE = {
     "empty variable": ([], {"REDMUX_PORT": ""}, "REDMUX_PORT is ''"),
     "fraction for a whole number": ([], {"REDMUX_PORT": "1.5"}, "REDMUX_PORT is '1.5'"),
     "flag is no number": (["--max-queue", "many"], {}, "--max-queue is 'many'"),
+    "flag is no truth value": (["--prefix-cache", "no"], {}, "--prefix-cache is 'no', must be tr"),
+    "truth value in Python's spelling": (
+        [],
+        {"REDMUX_PREFIX_CACHE": "True"},
+        "must be true or fal",
+    ),
     "no such file": (["--config", "/nowhere.toml"], {}, "/nowhere.toml"),
 }
 
@@ -106,6 +115,7 @@ def test_what_cannot_be_read_is_refused_with_its_source(case):
         ("port = '80'", "port is '80'"),
         ("port = true", "port is True"),
         ("drain_s = true", "drain_s is True"),
+        ("prefix_cache = 1", "prefix_cache is 1"),
         ("model = 3", "model is 3"),
         ("adapters = 'zoo'", "adapters is 'zoo'"),
         ("adapters = ['a', 1]", "adapters is"),

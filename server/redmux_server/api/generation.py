@@ -23,6 +23,7 @@ class Finish:
     reason: FinishReason
     stop: str  # the stop text that ended it, or ""
     num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt, found in the cache
     num_completion_tokens: int
 
 
@@ -99,7 +100,11 @@ class Generation:
 
     def _finish(self, reason: FinishReason) -> Finish:
         return Finish(
-            reason, self._matcher.matched or "", len(self._request.prompt_ids), self._num_tokens
+            reason=reason,
+            stop=self._matcher.matched or "",
+            num_prompt_tokens=len(self._request.prompt_ids),
+            num_cached_tokens=self._request.num_cached,
+            num_completion_tokens=self._num_tokens,
         )
 
 

@@ -35,7 +35,7 @@ class ApiKeys:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def tenant(self, context: Any) -> str:
-        """Returns a short name for the caller's key, "" where none is needed.
+        """Returns a name for the caller's key, "" where none is needed.
 
         Raises UnauthenticatedError for a missing or unknown key.
         """
@@ -47,7 +47,7 @@ class ApiKeys:
         known = [hmac.compare_digest(digest, other) for other in self._digests]
         if kind.lower() != "bearer" or not any(known):
             raise UnauthenticatedError("missing or unknown API key")
-        return f"key-{digest[:4].hex()}"
+        return f"key-{digest[:16].hex()}"
 
 
 class Interceptor(grpc.aio.ServerInterceptor):

@@ -178,6 +178,7 @@ def _finish(finish: Finish) -> inference_pb.Finish:
         usage=inference_pb.Usage(
             prompt_tokens=finish.num_prompt_tokens,
             completion_tokens=finish.num_completion_tokens,
+            cached_prompt_tokens=finish.num_cached_tokens,
         ),
     )
 

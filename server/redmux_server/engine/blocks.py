@@ -1,33 +1,95 @@
-"""BlockPool: which blocks of the key/value cache are free."""
+"""BlockPool: who uses which blocks of the key/value cache, and which of them are worth keeping."""
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from redmux_server.engine.prefix import PrefixIndex
 
 
 class BlockPool:
-    """Hands out block ids, most recently freed first, so that memory stays compact and warm."""
+    """Hands out block ids, counts their users and keeps shared blocks for as long as it can.
+
+    A block that was shared can have several users. Once it has none it is idle: it stays findable,
+    but counts as free and is handed out when no other is left, least recently used first. Users
+    of a block use all blocks before it as well, and give back the last first: so a block is always
+    handed out before the ones that it continues. Blocks that were never shared are handed out
+    most recently freed first, so that memory stays compact and warm.
+    """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._num_users = [0] * num_blocks
+        self._index = PrefixIndex()
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
+        """Blocks that nobody uses, idle ones included."""
+        return len(self._free) + len(self._idle)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks hold this many tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, num_tokens: int) -> list[int] | None:
-        """Returns blocks for this many tokens, or None if there are not enough."""
-        count = self.blocks_for(num_tokens)
-        if count > len(self._free):
-            return None
-        return [self._free.pop() for _ in range(count)]
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """Returns the shared blocks of the longest known beginning of a chain of keys."""
+        return self._index.find(keys)
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Takes blocks back."""
-        self._free.extend(blocks)
-        assert len(self._free) <= self.num_blocks, "a block was released twice"
+    def allocate(self, num_tokens: int, found: Sequence[int] = ()) -> list[int] | None:
+        """Returns blocks for this many tokens, or None if there are not enough.
+
+        The first of them are `found`, just returned by `find`; only the others may be written.
+        """
+        num_fresh = self.blocks_for(num_tokens) - len(found)
+        if num_fresh > self.num_free - sum(block in self._idle for block in found):
+            return None
+        for block in found:
+            self._use(block)
+        return [*found, *(self._take() for _ in range(num_fresh))]
+
+    def share(self, block: int, key: bytes) -> int:
+        """Makes a full block of the caller's findable and returns the one to use from now on.
+
+        That is another if one with the same content is findable already; this one is freed then.
+        """
+        known = self._index.get(key)
+        if known is None:
+            self._index.add(key, block)
+            return block
+        if known != block:
+            self._use(known)
+            self.release([block])
+        return known
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Makes those of the caller's blocks that nobody else uses no longer findable."""
+        for block in blocks:
+            if self._num_users[block] == 1:
+                self._index.drop(block)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Takes blocks of one user back, in the order of their positions."""
+        for block in reversed(blocks):
+            assert self._num_users[block] > 0, f"block {block} was released twice"
+            self._num_users[block] -= 1
+            if self._num_users[block]:
+                continue
+            if block in self._index:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+    def _use(self, block: int) -> None:
+        self._idle.pop(block, None)
+        self._num_users[block] += 1
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            self._index.drop(block)
+        self._num_users[block] = 1
+        return block

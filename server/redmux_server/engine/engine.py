@@ -205,7 +205,9 @@ class Engine:
         for request in self._scheduler.ended_early():
             assert request.early_end is not None
             self._end(request, request.early_end)
+        num_cached = self._scheduler.num_cached_tokens
         work = self._scheduler.plan()
+        self._metrics.cached_tokens.inc(self._scheduler.num_cached_tokens - num_cached)
         if work:
             started_s = time.monotonic()
             num_decodes = sum(item.request.is_decoding for item in work)
@@ -254,12 +256,10 @@ class Engine:
     def _append(self, request: Request, result: Token | NonFinite) -> None:
         if isinstance(result, NonFinite):
             name = "the base model" if request.adapter is None else request.adapter.digest
-            self._end(
+            self._fail(
                 request,
-                Failed(
-                    FailedPreconditionError(
-                        f"{name} produced a value that is not finite for this prompt"
-                    )
+                FailedPreconditionError(
+                    f"{name} produced a value that is not finite for this prompt"
                 ),
             )
             return
@@ -268,9 +268,14 @@ class Engine:
         reason = request.finish_reason()
         if reason is not None:
             self._end(request, Finished(reason))
+        elif request.num_output == 1:  # its whole prompt is computed, and gave a finite row
+            self._scheduler.share(request)
 
-    def _end(self, request: Request, event: Event) -> None:
-        self._scheduler.remove(request)
+    def _fail(self, request: Request, error: RedmuxError) -> None:
+        self._end(request, Failed(error), is_sound=False)
+
+    def _end(self, request: Request, event: Event, *, is_sound: bool = True) -> None:
+        self._scheduler.remove(request, is_sound=is_sound)
         if request.slot is not None:
             self._bank.release(request.slot)
             request.slot = None
@@ -283,7 +288,7 @@ class Engine:
         """
         if len(work) == 1:
             logger.error("a step failed for one request", exc_info=err)
-            self._end(work[0].request, Failed(RedmuxError("internal error in the engine")))
+            self._fail(work[0].request, RedmuxError("internal error in the engine"))
             return
         logger.error("a step of %d requests failed, running them one by one", len(work))
         for item in work:

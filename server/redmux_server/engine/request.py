@@ -73,7 +73,9 @@ class Request:
     early_end: Finished | Failed | None = None  # how its reader has ended it
     token_ids: list[int] = field(default_factory=list)  # prompt and output
     num_computed: int = 0  # tokens whose keys and values are in the cache
+    num_cached: int = 0  # those of them that were there when the request was admitted
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
     slot: int | None = None  # row of the adapter bank while running
 
     def __post_init__(self) -> None:

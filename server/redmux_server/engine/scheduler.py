@@ -3,6 +3,7 @@
 from collections import deque
 
 from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.prefix import extend_keys
 from redmux_server.engine.request import Request, Work
 
 
@@ -13,15 +14,27 @@ class Scheduler:
     admitted can finish: nothing is preempted and nothing fails for lack of memory. Admission
     picks the waiting tenant with the least service so far (virtual token counters, Sheng et al.
     2024), first come first served inside a tenant. Owned by the engine thread.
+
+    A request starts behind the full blocks of its prompt that an earlier one of the same tenant
+    and the same adapter content has left in the cache. It is charged for what it computes only.
     """
 
-    def __init__(self, blocks: BlockPool, *, max_running: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockPool,
+        *,
+        max_running: int,
+        max_batch_tokens: int,
+        prefix_cache: bool = True,
+    ) -> None:
         """`max_batch_tokens` bounds the tokens of one step, and so how long it takes."""
         if max_batch_tokens < max_running:
             raise ValueError("max_batch_tokens must be at least max_running: decodes go first")
         self._blocks = blocks
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
+        self._prefix_cache = prefix_cache
+        self.num_cached_tokens = 0  # found in the cache at admissions so far
         self.running: list[Request] = []
         self._waiting: dict[str, deque[Request]] = {}
         self._served: dict[str, int] = {}  # tenant -> tokens computed for it
@@ -56,8 +69,26 @@ class Scheduler:
             gone += [r for r in queue if r.early_end is not None]
         return gone
 
-    def remove(self, request: Request) -> None:
-        """Forgets a request and frees its blocks."""
+    def share(self, request: Request) -> None:
+        """Lets later requests start behind the full blocks that this one has computed.
+
+        Call it once the newest step has drawn a token for it. Nothing is ever written to a shared
+        block: it is full, and a request writes behind what it has computed.
+        """
+        self._extend_keys(request, request.num_computed)
+        num_full = request.num_computed // self._blocks.block_size
+        for i, key in enumerate(request.block_keys[:num_full]):
+            request.blocks[i] = self._blocks.share(request.blocks[i], key)
+
+    def remove(self, request: Request, *, is_sound: bool = True) -> None:
+        """Forgets a request and gives its blocks back.
+
+        Its full blocks stay for later requests, unless its computing went wrong.
+        """
+        if not is_sound:
+            self._blocks.forget(request.blocks)
+        elif request.num_output:
+            self.share(request)
         if request in self.running:
             self.running.remove(request)
         else:
@@ -100,14 +131,37 @@ class Scheduler:
             return None
         tenant = min(self._waiting, key=self._served.__getitem__)
         request = self._waiting[tenant][0]
-        blocks = self._blocks.allocate(request.max_length)
+        found = self._find_prefix(request)
+        blocks = self._blocks.allocate(request.max_length, found)
         if blocks is None:  # wait for it rather than let smaller requests starve it
             return None
         self._waiting[tenant].popleft()
         self._drop_empty(tenant)
         request.blocks = blocks
+        request.num_computed = request.num_cached = len(found) * self._blocks.block_size
+        self.num_cached_tokens += request.num_cached
         self.running.append(request)
         return request
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Returns the cached blocks that the prompt begins with, but for its last token.
+
+        That one is always computed: its logits are needed.
+        """
+        self._extend_keys(request, len(request.prompt_ids))
+        num_usable = (len(request.prompt_ids) - 1) // self._blocks.block_size
+        return self._blocks.find(request.block_keys[:num_usable])
+
+    def _extend_keys(self, request: Request, num_tokens: int) -> None:
+        if self._prefix_cache:
+            extend_keys(
+                request.block_keys,
+                request.tenant,
+                "" if request.adapter is None else request.adapter.digest,
+                request.token_ids,
+                self._blocks.block_size,
+                num_tokens,
+            )
 
     def _drop_empty(self, tenant: str) -> None:
         if not self._waiting[tenant]:

@@ -72,6 +72,10 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         "bit-identical in any batch: yes, checked at start"
         if parts.bit_identical
         else "bit-identical in any batch: no, logits may differ in their last bits",
+        f"prefix cache: on, blocks of {parts.runner.cache.block_size} tokens, "
+        f"never shared by tenants or adapters"
+        if config.prefix_cache
+        else "prefix cache: off (set by configuration)",
     ]
     for reason in reasons:
         logger.info("%s", reason)
