@@ -7,21 +7,36 @@ import os
 import stat
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load
-from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from .adapter import Adapter, Edit, vector_bytes
+from .adapter import Adapter, Edit
 from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
-from .header import Header, Limits, read_header, split_name, write_container
+from .header import Header, Limits, read_header, write_container
 from .strictjson import shown
+from .vectors import check_values, digest_of, read_vectors, site_dims, vector_bytes
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DEFAULT = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What is known of a checked adapter without holding its vectors."""
+
+    config: AdapterConfig
+    digest: str
+    num_sites: int
+    num_parameters: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the vectors in memory."""
+        return 4 * self.num_parameters
 
 
 def read_adapter(
@@ -35,10 +50,17 @@ def read_adapter(
     Files have to be regular ones: symbolic links, pipes and devices are refused. See
     `parse_adapter` for `expected_sites`. Raises InvalidAdapterError.
     """
-    path = Path(path)
+    data, config_json = read_parts(Path(path), limits)
+    return parse_adapter(data, config_json, expected_sites=expected_sites, limits=limits)
+
+
+def read_parts(path: Path, limits: Limits = _DEFAULT) -> tuple[bytes, str | None]:
+    """Returns the safetensors bytes of a folder or file, and the text of adapter_config.json.
+
+    The text is None for a file, which carries its own. Raises InvalidAdapterError.
+    """
     if not path.is_dir():
-        data = read_file(path, limits.file_bytes)
-        return parse_adapter(data, expected_sites=expected_sites, limits=limits)
+        return read_file(path, limits.file_bytes), None
     config = read_file(path / CONFIG_NAME, limits.config_bytes)
     data = read_file(path / WEIGHTS_NAME, limits.file_bytes)
     try:
@@ -47,7 +69,7 @@ def read_adapter(
         raise InvalidAdapterError(f"{CONFIG_NAME} is not UTF-8: bad byte at {err.start}") from None
     if not text:
         raise InvalidAdapterError(f"{CONFIG_NAME} is empty")
-    return parse_adapter(data, text, expected_sites=expected_sites, limits=limits)
+    return data, text
 
 
 def parse_adapter(
@@ -68,6 +90,27 @@ def parse_adapter(
     config = _find_config(header, config_json or None, limits)
     edits = _read_edits(header, safetensors, expected_sites)
     return Adapter(config.base_fingerprint, edits, config.prompt_format, config.metadata)
+
+
+def summarize(
+    safetensors: bytes,
+    config_json: str | None = None,
+    *,
+    expected_sites: Mapping[str, int] | None = None,
+    limits: Limits = _DEFAULT,
+) -> Summary:
+    """Checks everything that `parse_adapter` does and raises as it does, in two thirds of its time.
+
+    No vector becomes a tensor; what is checked is dropped but for the summary.
+    """
+    header = read_header(safetensors, limits)
+    config = _find_config(header, config_json or None, limits)
+    _check_sites(header, expected_sites)
+    vectors = read_vectors(header, safetensors)
+    check_values(vectors)
+    digest = digest_of(config.base_fingerprint, config.prompt_format, vectors)
+    num_parameters = sum(2 * len(scale) for scale, _ in vectors.values())
+    return Summary(config, digest, len(vectors), num_parameters)
 
 
 def parse_edits(
@@ -148,35 +191,18 @@ def _find_config(header: Header, config_json: str | None, limits: Limits) -> Ada
 def _read_edits(
     header: Header, data: bytes, expected_sites: Mapping[str, int] | None
 ) -> dict[str, Edit]:
-    dims = _site_dims(header)
+    _check_sites(header, expected_sites)
+    return {
+        site: Edit.adopt(torch.from_numpy(scale), torch.from_numpy(bias))
+        for site, (scale, bias) in read_vectors(header, data).items()
+    }
+
+
+def _check_sites(header: Header, expected_sites: Mapping[str, int] | None) -> None:
+    dims = site_dims(header)
     if expected_sites is not None:
         for site, dim in dims.items():
             _check_expected(site, dim, expected_sites)
-    try:
-        vectors = load(data)
-    except Exception as err:  # a second opinion; any disagreement refuses the file
-        raise InvalidAdapterError(f"safetensors refuses the file: {shown(str(err))}") from None
-    return {site: _edit(site, dim, vectors) for site, dim in dims.items()}
-
-
-def _site_dims(header: Header) -> dict[str, int]:
-    dims: dict[str, int] = {}
-    for name, entry in header.tensors.items():
-        site, _ = split_name(name)
-        if dims.setdefault(site, entry.dim) != entry.dim:
-            raise InvalidAdapterError(
-                f"scale and bias of {shown(site)} have {dims[site]} and {entry.dim} values; they "
-                "have to be the same"
-            )
-    return dims
-
-
-def _edit(site: str, dim: int, vectors: Mapping[str, Tensor]) -> Edit:
-    scale = vectors.get(f"{site}.scale")
-    bias = vectors.get(f"{site}.bias")
-    return Edit(
-        torch.ones(dim) if scale is None else scale, torch.zeros(dim) if bias is None else bias
-    )
 
 
 def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> None:
@@ -194,9 +220,9 @@ def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> N
 
 def _container(adapter: Adapter, metadata: Mapping[str, str]) -> bytes:
     tensors = {}
-    for site, edit in adapter.edits.items():
-        tensors[f"{site}.scale"] = vector_bytes(edit.scale)
-        tensors[f"{site}.bias"] = vector_bytes(edit.bias)
+    for site, (scale, bias) in adapter.vectors().items():
+        tensors[f"{site}.scale"] = vector_bytes(scale)
+        tensors[f"{site}.bias"] = vector_bytes(bias)
     data = write_container(tensors, metadata)
     read_header(data)  # an adapter too large to be read is refused here, not by its user
     return data
