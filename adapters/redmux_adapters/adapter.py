@@ -152,7 +152,7 @@ class Adapter:
         )
 
 
-def check_base(adapter: Adapter, fingerprint: str) -> None:
+def check_base(adapter: Adapter | AdapterConfig, fingerprint: str) -> None:
     """Raises WrongBaseError, naming both, unless the adapter was made for base `fingerprint`."""
     if adapter.base_fingerprint != fingerprint:
         raise WrongBaseError(

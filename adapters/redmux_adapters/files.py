@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from redmux.errors import InvalidAdapterError
@@ -113,6 +114,11 @@ def summarize(
     return Summary(config, digest, len(vectors), num_parameters)
 
 
+def summary_of(adapter: Adapter) -> Summary:
+    """Returns what `summarize` returns for the file of `adapter`."""
+    return Summary(_config(adapter), adapter.digest, len(adapter.edits), adapter.num_parameters)
+
+
 def parse_edits(
     safetensors: bytes,
     *,
@@ -155,13 +161,18 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise InvalidAdapterError(f"cannot open {path}: {err.strerror}") from None
     except ValueError:
         raise InvalidAdapterError(f"{shown(str(path))} is not a possible path") from None
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidAdapterError(f"{path} is not a regular file")
         if status.st_size > max_bytes:
             raise InvalidAdapterError(f"{path} has {status.st_size} bytes; limit {max_bytes}")
-        data = file.read(status.st_size + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(status.st_size + 1)
+    except OSError as err:
+        raise InvalidAdapterError(f"cannot read {path}: {err.strerror}") from None
+    finally:
+        os.close(descriptor)
     if len(data) != status.st_size:
         raise InvalidAdapterError(f"{path} changed while it was read; try again")
     return data
@@ -192,10 +203,14 @@ def _read_edits(
     header: Header, data: bytes, expected_sites: Mapping[str, int] | None
 ) -> dict[str, Edit]:
     _check_sites(header, expected_sites)
-    return {
-        site: Edit.adopt(torch.from_numpy(scale), torch.from_numpy(bias))
-        for site, (scale, bias) in read_vectors(header, data).items()
-    }
+    vectors = read_vectors(header, data)
+    own = torch.from_numpy(np.concatenate([v for pair in vectors.values() for v in pair]))
+    edits, start = {}, 0
+    for site, (scale, _) in vectors.items():
+        middle, end = start + len(scale), start + 2 * len(scale)
+        edits[site] = Edit.adopt(own[start:middle], own[middle:end])
+        start = end
+    return edits
 
 
 def _check_sites(header: Header, expected_sites: Mapping[str, int] | None) -> None:
@@ -229,8 +244,11 @@ def _container(adapter: Adapter, metadata: Mapping[str, str]) -> bytes:
 
 
 def _config_text(adapter: Adapter) -> str:
-    config = AdapterConfig(adapter.base_fingerprint, adapter.prompt_format, adapter.metadata)
-    return format_config(config)
+    return format_config(_config(adapter))
+
+
+def _config(adapter: Adapter) -> AdapterConfig:
+    return AdapterConfig(adapter.base_fingerprint, adapter.prompt_format, adapter.metadata)
 
 
 def _num_bytes(text: str) -> int:

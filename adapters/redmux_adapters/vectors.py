@@ -39,34 +39,32 @@ def site_dims(header: Header) -> dict[str, int]:
 def read_vectors(header: Header, data: bytes) -> Vectors:
     """Returns the vectors of a file whose header is checked; the values are not.
 
-    They are views of one array of their own. A missing scale is 1, a missing bias 0.
+    They are views of `data` where that holds fp32, so they cannot be written to. A missing scale is
+    1, a missing bias 0.
     """
-    dims = site_dims(header)
     body = 8 + int.from_bytes(data[:8], "little")
-    flat = np.empty(2 * sum(dims.values()), np.float32)  # [parameters]
-    vectors: dict[str, tuple[Vector, Vector]] = {}
-    start = 0
-    for site, dim in dims.items():
-        scale, bias = flat[start : start + dim], flat[start + dim : start + 2 * dim]
-        start += 2 * dim
-        _read_into(scale, header.tensors.get(f"{site}.scale"), data, body, 1.0)
-        _read_into(bias, header.tensors.get(f"{site}.bias"), data, body, 0.0)
-        vectors[site] = (scale, bias)
+    tensors = header.tensors
+    if all(entry.dtype == "F32" for entry in tensors.values()):
+        values = np.frombuffer(data, "<f4", offset=body).astype(np.float32, copy=False)
+        given = {name: values[e.start // 4 : e.end // 4] for name, e in tensors.items()}
+    else:
+        given = {name: _read_one(entry, data, body) for name, entry in tensors.items()}
+    vectors = {}
+    for site, dim in site_dims(header).items():
+        scale, bias = given.get(f"{site}.scale"), given.get(f"{site}.bias")
+        vectors[site] = (
+            np.ones(dim, np.float32) if scale is None else scale,
+            np.zeros(dim, np.float32) if bias is None else bias,
+        )
     return vectors
 
 
-def _read_into(
-    target: Vector, entry: TensorEntry | None, data: bytes, body: int, missing: float
-) -> None:
-    if entry is None:
-        target.fill(missing)
-    elif entry.dtype == "BF16":  # the upper half of an fp32 value
-        halves = np.frombuffer(data, "<u2", entry.dim, body + entry.start)
-        target.view(np.uint32)[:] = halves
-        target.view(np.uint32)[:] <<= 16
-    else:
-        kind = "<f4" if entry.dtype == "F32" else "<f2"
-        target[:] = np.frombuffer(data, kind, entry.dim, body + entry.start)
+def _read_one(entry: TensorEntry, data: bytes, body: int) -> Vector:
+    if entry.dtype == "BF16":  # the upper half of an fp32 value
+        halves = np.frombuffer(data, "<u2", entry.dim, body + entry.start).astype(np.uint32)
+        return (halves << 16).view(np.float32)
+    kind = "<f4" if entry.dtype == "F32" else "<f2"
+    return np.frombuffer(data, kind, entry.dim, body + entry.start).astype(np.float32)
 
 
 def check_values(vectors: Vectors) -> None:
@@ -105,14 +103,13 @@ def digest_of(base_fingerprint: str, prompt_format: PromptFormat | None, vectors
     The fields are length-prefixed, so that no two adapters share a serialisation; the vectors come
     in the order of the paths.
     """
-    fields = [
-        _DIGEST_DOMAIN,
-        base_fingerprint.encode(),
-        b"" if prompt_format is None else prompt_format.canonical(),
-    ]
-    for site, (scale, bias) in sorted(vectors.items()):
-        fields += [site.encode(), vector_bytes(scale), vector_bytes(bias)]
-    content = b"".join(
-        part for field in fields for part in (len(field).to_bytes(8, "little"), field)
-    )
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+    prompt = b"" if prompt_format is None else prompt_format.canonical()
+    parts: list[bytes | memoryview] = []
+    for text in (_DIGEST_DOMAIN, base_fingerprint.encode(), prompt):
+        parts += [len(text).to_bytes(8, "little"), text]
+    for site, pair in sorted(vectors.items()):
+        path = site.encode()
+        parts += [len(path).to_bytes(8, "little"), path]
+        for vector in pair:
+            parts += [vector.nbytes.to_bytes(8, "little"), vector.astype("<f4", copy=False).data]
+    return f"sha256:{hashlib.sha256(b''.join(parts)).hexdigest()}"

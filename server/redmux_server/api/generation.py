@@ -13,7 +13,8 @@ from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Event, Failed, Finished, FinishReason, Request, Token
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
-from redmux_server.registry import AdapterRegistry, Published
+from redmux_server.published import Published
+from redmux_server.registry import AdapterRegistry
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +141,12 @@ class GenerationService:
         self, spec: GenerationSpec, tenant: str
     ) -> tuple[Generation, Published | None]:
         published = self._registry.resolve(spec.adapter) if spec.adapter else None
-        adapter = published.adapter if published else None
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
         self._validator.prompt(spec.prompt)
-        prompt_ids = await self._encode(spec.prompt, adapter.prompt_format if adapter else None)
+        config = published.summary.config if published else None
+        prompt_ids = await self._encode(spec.prompt, config.prompt_format if config else None)
+        adapter = await self._registry.fetch(published) if published else None
         events: asyncio.Queue[Event] = asyncio.Queue()
         request = Request(
             prompt_ids=prompt_ids,

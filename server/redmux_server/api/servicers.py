@@ -15,7 +15,8 @@ from redmux_server.api.generation import Delta, Finish, GenerationService
 from redmux_server.api.interceptor import ApiKeys
 from redmux_server.api.validation import Chat, GenerationSpec, Prompt
 from redmux_server.engine.request import FinishReason
-from redmux_server.registry import AdapterRegistry, Published
+from redmux_server.published import Published
+from redmux_server.registry import AdapterRegistry
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000
@@ -168,7 +169,7 @@ def _prompt(message: inference_pb.Generation) -> Prompt:
 def _applied(published: Published | None) -> inference_pb.AppliedAdapter:
     if published is None:
         return inference_pb.AppliedAdapter()
-    return inference_pb.AppliedAdapter(name=published.name, digest=published.adapter.digest)
+    return inference_pb.AppliedAdapter(name=published.name, digest=published.digest)
 
 
 def _finish(finish: Finish) -> inference_pb.Finish:
@@ -183,15 +184,15 @@ def _finish(finish: Finish) -> inference_pb.Finish:
 
 
 def _adapter(published: Published) -> adapter_pb.Adapter:
-    adapter = published.adapter
+    summary = published.summary
     message = adapter_pb.Adapter(
         name=published.name,
-        digest=adapter.digest,
-        base_fingerprint=adapter.base_fingerprint,
-        num_sites=len(adapter.edits),
-        num_parameters=adapter.num_parameters,
-        size_bytes=adapter.nbytes,
-        description=adapter.metadata.description,
+        digest=summary.digest,
+        base_fingerprint=summary.config.base_fingerprint,
+        num_sites=summary.num_sites,
+        num_parameters=summary.num_parameters,
+        size_bytes=summary.nbytes,
+        description=summary.config.metadata.description,
     )
     message.created_at.FromDatetime(published.created_at)
     return message
