@@ -36,19 +36,22 @@ class InferenceServicer(InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb.GenerateResponse]:
-        """Streams deltas, one message for all tokens that are ready."""
+        """Streams deltas, one message for all tokens that are ready.
+
+        It is the same message object every time, so read it before asking for the next.
+        """
         spec = _spec(request.generation)
         generation, published = await self._service.submit(spec, self._keys.tenant(context))
-        applied = _applied(published)
+        message = inference_pb.GenerateResponse(adapter=_applied(published))
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
-                yield inference_pb.GenerateResponse(
-                    text=delta.text,
-                    token_ids=delta.token_ids,
-                    logprobs=delta.logprobs,
-                    adapter=applied,
-                    finish=None if delta.finish is None else _finish(delta.finish),
-                )
+                message.text = delta.text
+                message.token_ids[:] = delta.token_ids
+                if spec.logprobs:
+                    message.logprobs[:] = delta.logprobs
+                if delta.finish is not None:
+                    message.finish.CopyFrom(_finish(delta.finish))
+                yield message
 
     async def Complete(
         self, request: inference_pb.CompleteRequest, context: Any
