@@ -6,7 +6,7 @@ Importing this package imports torch, not transformers.
 from .adapter import Adapter, Edit, check_base
 from .base import load_base
 from .config import AdapterMetadata
-from .files import parse_adapter, read_adapter, to_bytes, write_folder
+from .files import Summary, parse_adapter, read_adapter, summarize, to_bytes, write_folder
 from .fingerprint import fingerprint
 from .header import Limits
 from .prompt import PromptFormat, Turn
@@ -18,6 +18,7 @@ __all__ = [
     "Edit",
     "Limits",
     "PromptFormat",
+    "Summary",
     "Turn",
     "check_base",
     "editable_sites",
@@ -26,6 +27,7 @@ __all__ = [
     "load_base",
     "parse_adapter",
     "read_adapter",
+    "summarize",
     "to_bytes",
     "write_folder",
 ]

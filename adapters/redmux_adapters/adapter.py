@@ -1,6 +1,5 @@
 """A RED adapter: vectors that edit the outputs of chosen modules, and what they were made for."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,7 @@ from .fingerprint import fingerprint
 from .header import check_site
 from .prompt import PromptFormat
 from .sites import ffn_sites
-from .strictjson import shown
-
-MAX_MAGNITUDE = 1e4
-_DIGEST_DOMAIN = b"redmux-adapter-v1"
+from .vectors import Vectors, check_values, digest_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +23,7 @@ class Edit:
     """The edit of one module's output h: scale * h + bias (RED, arXiv 2402.15179, section 3).
 
     Both are vectors of the module's output size, kept as own fp32 copies on the CPU that nobody
-    may write to. Raises InvalidAdapterError for other shapes.
+    may write to. Construction raises InvalidAdapterError for other shapes.
     """
 
     scale: Tensor  # [dim]
@@ -48,6 +44,14 @@ class Edit:
                 f"scale has {len(self.scale)} values and bias {len(self.bias)}; they have to be "
                 "the same"
             )
+
+    @classmethod
+    def adopt(cls, scale: Tensor, bias: Tensor) -> "Edit":
+        """Returns the edit of two fp32 CPU vectors of one size, which are kept without a copy."""
+        edit = object.__new__(cls)
+        object.__setattr__(edit, "scale", scale)
+        object.__setattr__(edit, "bias", bias)
+        return edit
 
     @classmethod
     def identity(cls, dim: int) -> "Edit":
@@ -80,12 +84,13 @@ class Adapter:
         AdapterConfig(self.base_fingerprint)
         if not self.edits:
             raise InvalidAdapterError("an adapter edits at least one module")
-        for site, edit in self.edits.items():
+        for site in self.edits:
             check_site(site)
-            _check_values(f"{site}.scale", edit.scale)
-            _check_values(f"{site}.bias", edit.bias)
+        vectors = self.vectors()
+        check_values(vectors)
+        digest = digest_of(self.base_fingerprint, self.prompt_format, vectors)
         object.__setattr__(self, "edits", MappingProxyType(dict(sorted(self.edits.items()))))
-        object.__setattr__(self, "digest", _digest(self))
+        object.__setattr__(self, "digest", digest)
 
     @classmethod
     def identity(
@@ -122,6 +127,10 @@ class Adapter:
         """Size of the vectors in memory."""
         return 4 * self.num_parameters
 
+    def vectors(self) -> Vectors:
+        """Returns {module path: (scale, bias)} as views that nobody may write to."""
+        return {s: (e.scale.numpy(), e.bias.numpy()) for s, e in self.edits.items()}
+
     def save(self, folder: str | Path) -> None:
         """Writes adapter_config.json and adapter_model.safetensors into `folder`, creating it."""
         from .files import write_folder
@@ -143,50 +152,10 @@ class Adapter:
         )
 
 
-def check_base(adapter: Adapter, fingerprint: str) -> None:
+def check_base(adapter: Adapter | AdapterConfig, fingerprint: str) -> None:
     """Raises WrongBaseError, naming both, unless the adapter was made for base `fingerprint`."""
     if adapter.base_fingerprint != fingerprint:
         raise WrongBaseError(
             f"the adapter was made for base {adapter.base_fingerprint!r}, this base is "
             f"{fingerprint!r}; train or convert it for this one"
         )
-
-
-def vector_bytes(vector: Tensor) -> bytes:
-    """Returns the fp32 values as little-endian bytes, whatever the machine's order."""
-    return vector.numpy().astype("<f4", copy=False).tobytes()
-
-
-def _check_values(name: str, vector: Tensor) -> None:
-    finite = torch.isfinite(vector)
-    if not bool(finite.all()):
-        wrong = (~finite).nonzero()  # [count, 1]
-        first = int(wrong[0, 0])
-        raise InvalidAdapterError(
-            f"{shown(name)} has {len(wrong)} non-finite value(s), the first ({vector[first]}) at "
-            f"index {first}"
-        )
-    magnitude = vector.abs()
-    index = int(magnitude.argmax())
-    if float(magnitude[index]) > MAX_MAGNITUDE:
-        raise InvalidAdapterError(
-            f"{shown(name)} has the value {float(vector[index]):g} at index {index}; the largest "
-            f"allowed magnitude is {MAX_MAGNITUDE:g}"
-        )
-
-
-def _digest(adapter: Adapter) -> str:
-    """Hashes length-prefixed fields, so that no two adapters share a serialisation."""
-    prompt_format = adapter.prompt_format
-    fields = [
-        _DIGEST_DOMAIN,
-        adapter.base_fingerprint.encode(),
-        b"" if prompt_format is None else prompt_format.canonical(),
-    ]
-    for site, edit in adapter.edits.items():
-        fields += [site.encode(), vector_bytes(edit.scale), vector_bytes(edit.bias)]
-    digest = hashlib.sha256()
-    for content in fields:
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return f"sha256:{digest.hexdigest()}"

@@ -1,6 +1,7 @@
 """adapter_config.json: what an adapter says about itself beside its vectors."""
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from .strictjson import parse_json, require_text, shown
 PEFT_TYPE = "RED"
 CONFIG_NAME = "adapter_config.json"
 MAX_TEXT_CHARS = 4096
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but newline and tab
 _MAX_FINGERPRINT_CHARS = 128
 _FINGERPRINT_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
@@ -36,11 +38,11 @@ class AdapterMetadata:
     def __post_init__(self) -> None:
         for key in _METADATA_KEYS:
             text = require_text(getattr(self, key), key, MAX_TEXT_CHARS)
-            for index, char in enumerate(text):
-                if (char < " " and char not in "\n\t") or "\x7f" <= char <= "\x9f":
-                    raise InvalidAdapterError(
-                        f"{key} has the control character {shown(char)} at index {index}"
-                    )
+            found = _CONTROL.search(text)
+            if found is not None:
+                raise InvalidAdapterError(
+                    f"{key} has the control character {shown(found[0])} at index {found.start()}"
+                )
 
 
 _METADATA_KEYS = tuple(item.name for item in fields(AdapterMetadata))

@@ -7,21 +7,37 @@ import os
 import stat
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load
-from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from .adapter import Adapter, Edit, vector_bytes
+from .adapter import Adapter, Edit
 from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
-from .header import Header, Limits, read_header, split_name, write_container
+from .header import Header, Limits, read_header, write_container
 from .strictjson import shown
+from .vectors import check_values, digest_of, read_vectors, site_dims, vector_bytes
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DEFAULT = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What is known of a checked adapter without holding its vectors."""
+
+    config: AdapterConfig
+    digest: str
+    num_sites: int
+    num_parameters: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the vectors in memory."""
+        return 4 * self.num_parameters
 
 
 def read_adapter(
@@ -35,10 +51,17 @@ def read_adapter(
     Files have to be regular ones: symbolic links, pipes and devices are refused. See
     `parse_adapter` for `expected_sites`. Raises InvalidAdapterError.
     """
-    path = Path(path)
+    data, config_json = read_parts(Path(path), limits)
+    return parse_adapter(data, config_json, expected_sites=expected_sites, limits=limits)
+
+
+def read_parts(path: Path, limits: Limits = _DEFAULT) -> tuple[bytes, str | None]:
+    """Returns the safetensors bytes of a folder or file, and the text of adapter_config.json.
+
+    The text is None for a file, which carries its own. Raises InvalidAdapterError.
+    """
     if not path.is_dir():
-        data = read_file(path, limits.file_bytes)
-        return parse_adapter(data, expected_sites=expected_sites, limits=limits)
+        return read_file(path, limits.file_bytes), None
     config = read_file(path / CONFIG_NAME, limits.config_bytes)
     data = read_file(path / WEIGHTS_NAME, limits.file_bytes)
     try:
@@ -47,7 +70,7 @@ def read_adapter(
         raise InvalidAdapterError(f"{CONFIG_NAME} is not UTF-8: bad byte at {err.start}") from None
     if not text:
         raise InvalidAdapterError(f"{CONFIG_NAME} is empty")
-    return parse_adapter(data, text, expected_sites=expected_sites, limits=limits)
+    return data, text
 
 
 def parse_adapter(
@@ -68,6 +91,32 @@ def parse_adapter(
     config = _find_config(header, config_json or None, limits)
     edits = _read_edits(header, safetensors, expected_sites)
     return Adapter(config.base_fingerprint, edits, config.prompt_format, config.metadata)
+
+
+def summarize(
+    safetensors: bytes,
+    config_json: str | None = None,
+    *,
+    expected_sites: Mapping[str, int] | None = None,
+    limits: Limits = _DEFAULT,
+) -> Summary:
+    """Checks everything that `parse_adapter` does and raises as it does, in two thirds of its time.
+
+    No vector becomes a tensor; what is checked is dropped but for the summary.
+    """
+    header = read_header(safetensors, limits)
+    config = _find_config(header, config_json or None, limits)
+    _check_sites(header, expected_sites)
+    vectors = read_vectors(header, safetensors)
+    check_values(vectors)
+    digest = digest_of(config.base_fingerprint, config.prompt_format, vectors)
+    num_parameters = sum(2 * len(scale) for scale, _ in vectors.values())
+    return Summary(config, digest, len(vectors), num_parameters)
+
+
+def summary_of(adapter: Adapter) -> Summary:
+    """Returns what `summarize` returns for the file of `adapter`."""
+    return Summary(_config(adapter), adapter.digest, len(adapter.edits), adapter.num_parameters)
 
 
 def parse_edits(
@@ -112,13 +161,18 @@ def read_file(path: Path, max_bytes: int) -> bytes:
         raise InvalidAdapterError(f"cannot open {path}: {err.strerror}") from None
     except ValueError:
         raise InvalidAdapterError(f"{shown(str(path))} is not a possible path") from None
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidAdapterError(f"{path} is not a regular file")
         if status.st_size > max_bytes:
             raise InvalidAdapterError(f"{path} has {status.st_size} bytes; limit {max_bytes}")
-        data = file.read(status.st_size + 1)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(status.st_size + 1)
+    except OSError as err:
+        raise InvalidAdapterError(f"cannot read {path}: {err.strerror}") from None
+    finally:
+        os.close(descriptor)
     if len(data) != status.st_size:
         raise InvalidAdapterError(f"{path} changed while it was read; try again")
     return data
@@ -148,35 +202,22 @@ def _find_config(header: Header, config_json: str | None, limits: Limits) -> Ada
 def _read_edits(
     header: Header, data: bytes, expected_sites: Mapping[str, int] | None
 ) -> dict[str, Edit]:
-    dims = _site_dims(header)
+    _check_sites(header, expected_sites)
+    vectors = read_vectors(header, data)
+    own = torch.from_numpy(np.concatenate([v for pair in vectors.values() for v in pair]))
+    edits, start = {}, 0
+    for site, (scale, _) in vectors.items():
+        middle, end = start + len(scale), start + 2 * len(scale)
+        edits[site] = Edit.adopt(own[start:middle], own[middle:end])
+        start = end
+    return edits
+
+
+def _check_sites(header: Header, expected_sites: Mapping[str, int] | None) -> None:
+    dims = site_dims(header)
     if expected_sites is not None:
         for site, dim in dims.items():
             _check_expected(site, dim, expected_sites)
-    try:
-        vectors = load(data)
-    except Exception as err:  # a second opinion; any disagreement refuses the file
-        raise InvalidAdapterError(f"safetensors refuses the file: {shown(str(err))}") from None
-    return {site: _edit(site, dim, vectors) for site, dim in dims.items()}
-
-
-def _site_dims(header: Header) -> dict[str, int]:
-    dims: dict[str, int] = {}
-    for name, entry in header.tensors.items():
-        site, _ = split_name(name)
-        if dims.setdefault(site, entry.dim) != entry.dim:
-            raise InvalidAdapterError(
-                f"scale and bias of {shown(site)} have {dims[site]} and {entry.dim} values; they "
-                "have to be the same"
-            )
-    return dims
-
-
-def _edit(site: str, dim: int, vectors: Mapping[str, Tensor]) -> Edit:
-    scale = vectors.get(f"{site}.scale")
-    bias = vectors.get(f"{site}.bias")
-    return Edit(
-        torch.ones(dim) if scale is None else scale, torch.zeros(dim) if bias is None else bias
-    )
 
 
 def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> None:
@@ -194,17 +235,20 @@ def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> N
 
 def _container(adapter: Adapter, metadata: Mapping[str, str]) -> bytes:
     tensors = {}
-    for site, edit in adapter.edits.items():
-        tensors[f"{site}.scale"] = vector_bytes(edit.scale)
-        tensors[f"{site}.bias"] = vector_bytes(edit.bias)
+    for site, (scale, bias) in adapter.vectors().items():
+        tensors[f"{site}.scale"] = vector_bytes(scale)
+        tensors[f"{site}.bias"] = vector_bytes(bias)
     data = write_container(tensors, metadata)
     read_header(data)  # an adapter too large to be read is refused here, not by its user
     return data
 
 
 def _config_text(adapter: Adapter) -> str:
-    config = AdapterConfig(adapter.base_fingerprint, adapter.prompt_format, adapter.metadata)
-    return format_config(config)
+    return format_config(_config(adapter))
+
+
+def _config(adapter: Adapter) -> AdapterConfig:
+    return AdapterConfig(adapter.base_fingerprint, adapter.prompt_format, adapter.metadata)
 
 
 def _num_bytes(text: str) -> int:

@@ -5,9 +5,12 @@ names and metadata keys, names such as "../../etc/passwd" and a million tensors.
 exactly what redmux writes, and what others write in the same layout.
 """
 
+import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from redmux.errors import InvalidAdapterError
@@ -19,7 +22,9 @@ _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _METADATA_KEYS = ("format", "adapter_config")
 _PATH_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
+_METADATA_FIRST = b'{"__metadata__":'
 _WHAT = "the safetensors header"
+_JSON = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,16 @@ def read_header(data: bytes, limits: Limits = Limits()) -> Header:
     raw = data[8 : 8 + length]
     if not raw.startswith(b"{"):
         raise InvalidAdapterError(f"{_WHAT} does not start with '{{'")
+    num_bytes = len(data) - 8 - length
+    split = _split(raw)
+    if split is not None:
+        with contextlib.suppress(InvalidAdapterError):
+            metadata = _check_metadata(parse_json(split[0], _WHAT))
+            return Header(_known_tensors(split[1], num_bytes, limits.num_tensors), metadata)
+        # Read as a whole, the header names the fault and its place.
     entries = parse_json(raw, _WHAT)
     metadata = _check_metadata(entries.pop("__metadata__", {}))
-    if not entries:
-        raise InvalidAdapterError("the file has no tensors; name them '<module path>.scale'")
-    if len(entries) > limits.num_tensors:
-        raise InvalidAdapterError(
-            f"the file has {len(entries)} tensors; limit {limits.num_tensors}"
-        )
-    tensors = {name: _check_entry(name, entry) for name, entry in entries.items()}
-    _check_layout(tensors, len(data) - 8 - length)
-    return Header(tensors, metadata)
+    return Header(_check_tensors(entries, num_bytes, limits.num_tensors), metadata)
 
 
 def write_container(tensors: Mapping[str, bytes], metadata: Mapping[str, str]) -> bytes:
@@ -128,6 +132,48 @@ def check_site(site: str) -> None:
             f"{shown(site)} is no module path; it has to be parts of A-Z a-z 0-9 _ joined by dots, "
             "such as 'model.layers.0.mlp.down_proj'"
         )
+
+
+def _split(raw: bytes) -> tuple[str, str] | None:
+    """Splits the header of a usual writer: the metadata, which comes first, and all the rest.
+
+    The rest is the same text in every adapter of the same sites. Returns None for other headers;
+    neither part is checked yet.
+    """
+    if not raw.startswith(_METADATA_FIRST):
+        return None
+    try:
+        text = raw.decode("utf-8")
+        _, end = _JSON.raw_decode(text, len(_METADATA_FIRST))
+    except (ValueError, RecursionError):
+        return None
+    if not text.startswith(",", end):
+        return None
+    return text[len(_METADATA_FIRST) : end], text[end + 1 :]
+
+
+@functools.lru_cache(maxsize=32)
+def _known_tensors(rest: str, num_bytes: int, limit: int) -> Mapping[str, TensorEntry]:
+    """Returns the checked entries of a header's text after its metadata.
+
+    Remembered, since this is most of the work of reading a header.
+    """
+    entries = parse_json(f"{{{rest}", _WHAT)
+    if "__metadata__" in entries:
+        raise InvalidAdapterError(f"duplicate key '__metadata__' in {_WHAT}")
+    return MappingProxyType(_check_tensors(entries, num_bytes, limit))
+
+
+def _check_tensors(
+    entries: Mapping[str, object], num_bytes: int, limit: int
+) -> dict[str, TensorEntry]:
+    if not entries:
+        raise InvalidAdapterError("the file has no tensors; name them '<module path>.scale'")
+    if len(entries) > limit:
+        raise InvalidAdapterError(f"the file has {len(entries)} tensors; limit {limit}")
+    tensors = {name: _check_entry(name, entry) for name, entry in entries.items()}
+    _check_layout(tensors, num_bytes)
+    return tensors
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """JSON from strangers, parsed so that no two readers can understand it differently."""
 
 import json
+import re
 from typing import Any
 
 from redmux.errors import InvalidAdapterError
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST_SHOWN = 80
 _LONGEST_NUMBER = 20  # digits of 2**64; int() of longer ones takes quadratic time
 
@@ -47,7 +49,7 @@ def require_text(value: object, what: str, max_chars: int) -> str:
         raise InvalidAdapterError(f"{what} is {shown(value)}; it has to be a string")
     if len(value) > max_chars:
         raise InvalidAdapterError(f"{what} has {len(value)} characters; limit {max_chars}")
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if _SURROGATE.search(value):
         raise InvalidAdapterError(f"{what} holds a lone surrogate, which UTF-8 cannot encode")
     return value
 

@@ -84,7 +84,7 @@ class Server:
         choices = choose(config)
         model = await asyncio.to_thread(load_causal, config, choices)
         folder = Path(config.adapter_dir) if config.adapter_dir else None
-        registry = AdapterRegistry(model.fingerprint, model.sites, folder)
+        registry = AdapterRegistry(model.fingerprint, model.sites, folder, config.host_cache_bytes)
         for name, path in _adapter_paths(config.adapters):
             registry.load(path, name)
         if folder is not None:

@@ -42,6 +42,9 @@ class ServerConfig:
         True, "true or false: whether prompts that begin alike share their computed beginning"
     )
     bank_bytes: int = _option(256 << 20, "memory for the vectors of adapters in use")
+    host_cache_bytes: int = _option(
+        256 << 20, "memory for the vectors of adapters that were used last, read from adapter_dir"
+    )
     adapters: tuple[str, ...] = _option(
         (), "adapters to load at start: files or folders, NAME=PATH to name them, or zoo"
     )
@@ -75,7 +78,8 @@ class ServerConfig:
 
 _LOWEST = {
     "port": 0, "metrics_port": 0, "threads": 0, "max_running": 1, "max_batch_tokens": 1,
-    "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "bank_bytes": 0, "drain_s": 0,
+    "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "bank_bytes": 0,
+    "host_cache_bytes": 0, "drain_s": 0,
 }  # fmt: skip
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),

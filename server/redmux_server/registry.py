@@ -1,38 +1,36 @@
 """AdapterRegistry: which adapters are published under which names."""
 
 import asyncio
+import bisect
+import contextlib
 import difflib
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from redmux.errors import (
     AlreadyExistsError,
+    DataLossError,
     InvalidArgumentError,
     NotFoundError,
     RedmuxError,
 )
-from redmux_adapters import Adapter, Limits, check_base, parse_adapter, read_adapter, to_bytes
+from redmux_adapters import Adapter, Limits, Summary, check_base, parse_adapter, summarize, to_bytes
+from redmux_adapters.files import read_file, read_parts, summary_of
+from redmux_server.host_cache import HostCache
+from redmux_server.published import Published
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})?")
 _SUFFIX = ".safetensors"
 _HEADER_BYTES = 512 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """An adapter under its name."""
-
-    name: str
-    adapter: Adapter
-    created_at: datetime
+_NEIGHBOURS = 64
+_READERS = 4  # enough to read one file while another is hashed
 
 
 def check_name(name: str) -> str:
@@ -50,18 +48,27 @@ def check_name(name: str) -> str:
 class AdapterRegistry:
     """Names of immutable adapters, in memory, and in a folder if one is given.
 
-    Belongs to the event loop. Publishing swaps one reference: a request that resolved a name
-    before keeps the adapter it got. With a folder, an acknowledged change is on disk: each
-    adapter is one file, written beside its place, synced and renamed.
+    Belongs to the event loop. A name costs a few kilobytes: vectors that nobody uses stay in their
+    file, or in the bytes they came in where there is no folder. Publishing swaps one reference: a
+    request that resolved a name before keeps the version it got. With a folder, an acknowledged
+    change is on disk: each adapter is one file, written beside its place, synced and renamed.
     """
 
     def __init__(
-        self, base_fingerprint: str, sites: Mapping[str, int], folder: Path | None = None
+        self,
+        base_fingerprint: str,
+        sites: Mapping[str, int],
+        folder: Path | None = None,
+        cache_bytes: int = 256 << 20,
     ) -> None:
+        """`cache_bytes` bounds the adapters that are kept ready beside those in use."""
         self._base_fingerprint = base_fingerprint
         self._sites = sites
         self._folder = folder
         self._by_name: dict[str, Published] = {}
+        self._by_digest: dict[str, dict[str, Published]] = {}  # digest -> name -> version
+        self._names: list[str] = []  # sorted
+        self._cache = HostCache(cache_bytes)
         self._writing = asyncio.Lock()
         # Every editable module in fp32, and room for the header.
         self.max_file_bytes = 8 * sum(sites.values()) + _HEADER_BYTES
@@ -74,49 +81,64 @@ class AdapterRegistry:
         return len(self._by_name)
 
     def resolve(self, name_or_digest: str) -> Published:
-        """Returns the adapter of a name or a "sha256:..." digest; raises NotFoundError."""
+        """Returns the version that a name or a "sha256:..." digest has now; raises NotFoundError.
+
+        Of several names with that digest, the one that has had it longest.
+        """
         found = self._by_name.get(name_or_digest)
-        if found is None and name_or_digest.startswith("sha256:"):
-            found = next(
-                (p for p in self._by_name.values() if p.adapter.digest == name_or_digest), None
-            )
+        if found is None and name_or_digest in self._by_digest:
+            found = next(iter(self._by_digest[name_or_digest].values()))
         if found is None:
             raise self._not_found(name_or_digest)
         return found
 
+    async def fetch(self, published: Published) -> Adapter:
+        """Returns the adapter of a version that was resolved, reading its vectors if need be.
+
+        Raises DataLossError if its file was damaged since it was published.
+        """
+        return await self._cache.get(published)
+
     def page(self, after: str, size: int) -> list[Published]:
         """Returns up to `size` adapters whose names sort after `after`."""
-        names = sorted(name for name in self._by_name if name > after)
-        return [self._by_name[name] for name in names[:size]]
+        start = bisect.bisect_right(self._names, after)
+        return [self._by_name[name] for name in self._names[start : start + size]]
 
     async def put(
         self, name: str, safetensors: bytes, config_json: str, replace: bool
     ) -> tuple[Published, bool]:
         """Checks and publishes an adapter; returns it and whether anything changed.
 
-        Raises InvalidAdapterError, WrongBaseError, or AlreadyExistsError where the name holds
-        other content and `replace` is false. Nothing is published then.
+        The same vectors with other metadata are published as a new version that needs no
+        `replace`, since they compute the same. Raises InvalidAdapterError, WrongBaseError, or
+        AlreadyExistsError where the name holds other content and `replace` is false. Nothing is
+        published then.
         """
         check_name(name)
         adapter = await asyncio.to_thread(self._parse, safetensors, config_json)
         # A caller who goes away must not leave the file to be written after the lock is free.
-        return await asyncio.shield(self._publish(name, adapter, replace))
+        return await asyncio.shield(self._publish(name, adapter, safetensors, replace))
 
-    async def _publish(self, name: str, adapter: Adapter, replace: bool) -> tuple[Published, bool]:
+    async def _publish(
+        self, name: str, adapter: Adapter, safetensors: bytes, replace: bool
+    ) -> tuple[Published, bool]:
         async with self._writing:
             held = self._by_name.get(name)
-            if held is not None and held.adapter.digest == adapter.digest:
-                await self._keep(held)
-                return held, False
-            if held is not None and not replace:
+            if held is not None and held.digest != adapter.digest and not replace:
                 raise AlreadyExistsError(
-                    f"adapter {name!r} exists with other content ({held.adapter.digest}); "
+                    f"adapter {name!r} exists with other content ({held.digest}); "
                     f"pass replace to replace it"
                 )
-            published = Published(name, adapter, datetime.now(UTC))
-            if self._folder is not None:
-                await asyncio.to_thread(_write, self._folder, published)
-            self._by_name[name] = published
+            self._cache.add(adapter)
+            if (
+                held is not None
+                and held.digest == adapter.digest
+                and held.summary.config.metadata == adapter.metadata
+            ):
+                await asyncio.to_thread(self._keep, held, adapter)
+                return held, False
+            published = await asyncio.to_thread(self._store, name, adapter, safetensors, held)
+            self._add(published)
         logger.info("adapter %s is %s, %d sites", name, adapter.digest, len(adapter.edits))
         return published, True
 
@@ -126,47 +148,60 @@ class AdapterRegistry:
 
     async def _remove(self, name: str) -> Published:
         async with self._writing:
-            if name not in self._by_name:
+            held = self._by_name.get(name)
+            if held is None:
                 raise self._not_found(name)
             if self._folder is not None:
+                await asyncio.to_thread(held.detach)
                 await asyncio.to_thread(_unlink, self._folder, name)
+            self._discard(held)
             logger.info("adapter %s is deleted", name)
-            return self._by_name.pop(name)
+            return held
 
     def load(self, path: Path, name: str) -> Published:
-        """Publishes the adapter of a local file or folder, at start; raises as `put` does."""
+        """Publishes the adapter of a local file or folder, at start; raises as `put` does.
+
+        Its bytes are kept in memory: the file is not the registry's and may change.
+        """
         check_name(name)
-        adapter = read_adapter(path, expected_sites=self._sites, limits=self._limits)
-        check_base(adapter, self._base_fingerprint)
-        published = Published(name, adapter, datetime.now(UTC))
-        self._by_name[name] = published
-        logger.info("adapter %s is %s, %d sites", name, adapter.digest, len(adapter.edits))
+        data, config_json = read_parts(path, self._limits)
+        published = Published(name, self._summarize(data, config_json), data, self._limits)
+        self._add(published)
+        logger.info("adapter %s is %s", name, published.digest)
         return published
 
     def load_folder(self) -> list[Path]:
         """Publishes what earlier runs kept; returns the files that cannot be used, which stay.
 
-        Names from here win over those loaded before: they were put later.
+        Every file is read and checked, and its vectors are dropped again. Names from here win over
+        those loaded before: they were put later.
         """
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
         for leftover in self._folder.glob("**/.*.tmp"):
             if leftover.is_file():
                 leftover.unlink()
-        unusable = []
-        for path in sorted(self._folder.glob(f"**/*{_SUFFIX}")):
-            name = path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)
-            try:
-                self.load(path, name)
-            except RedmuxError as err:
-                logger.error("adapter file %s cannot be used: %s", path, err)
-                unusable.append(path)
-        return unusable
+        paths = sorted(self._folder.glob(f"**/*{_SUFFIX}"))
+        with ThreadPoolExecutor(_READERS) as readers:
+            found = list(readers.map(self._open, paths))
+        for published in found:
+            if published is not None:
+                self._add(published)
+        logger.info("%d of %d adapter files in %s are usable", len(found) - found.count(None),
+                    len(found), self._folder)  # fmt: skip
+        return [path for path, published in zip(paths, found, strict=True) if published is None]
 
-    async def _keep(self, held: Published) -> None:
-        """Writes the file of an adapter that was loaded from elsewhere and has none yet."""
-        if self._folder is not None and not _path(self._folder, held.name).is_file():
-            await asyncio.to_thread(_write, self._folder, held)
+    def _open(self, path: Path) -> Published | None:
+        """Checks a file of the folder; returns None, with the reason in the log, if it is bad."""
+        assert self._folder is not None
+        name = path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)
+        try:
+            check_name(name)
+            summary = self._summarize(read_file(path, self._limits.file_bytes), None)
+        except RedmuxError as err:
+            logger.error("adapter file %s cannot be used: %s", path, err)
+            return None
+        return Published(name, summary, path, self._limits)
 
     def _parse(self, safetensors: bytes, config_json: str) -> Adapter:
         adapter = parse_adapter(
@@ -175,27 +210,72 @@ class AdapterRegistry:
         check_base(adapter, self._base_fingerprint)
         return adapter
 
-    def _not_found(self, name: str) -> NotFoundError:
-        near = difflib.get_close_matches(name[:128], self._by_name, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return NotFoundError(
-            f"no adapter {name[:128]!r}{hint} {len(self)} loaded, see ListAdapters"
-            if hint
-            else f"no adapter {name[:128]!r}; {len(self)} loaded, see ListAdapters"
+    def _summarize(self, safetensors: bytes, config_json: str | None) -> Summary:
+        summary = summarize(
+            safetensors, config_json, expected_sites=self._sites, limits=self._limits
         )
+        check_base(summary.config, self._base_fingerprint)
+        return summary
+
+    def _store(
+        self, name: str, adapter: Adapter, safetensors: bytes, held: Published | None
+    ) -> Published:
+        """Makes an adapter durable, if there is a folder, in place of the version `held`."""
+        source: Path | bytes = safetensors
+        if self._folder is not None:
+            if held is not None:
+                held.detach()
+            _write(self._folder, name, to_bytes(adapter))
+            source = _path(self._folder, name)
+        return Published(name, summary_of(adapter), source, self._limits)
+
+    def _keep(self, held: Published, adapter: Adapter) -> None:
+        """Writes the file of a version that was loaded from elsewhere or is damaged by now."""
+        if self._folder is None:
+            return
+        with contextlib.suppress(DataLossError):
+            held.read()
+            if _path(self._folder, held.name).is_file():
+                return
+        _write(self._folder, held.name, to_bytes(adapter))
+
+    def _add(self, published: Published) -> None:
+        held = self._by_name.get(published.name)
+        if held is not None:
+            self._discard(held)
+        bisect.insort(self._names, published.name)
+        self._by_name[published.name] = published
+        self._by_digest.setdefault(published.digest, {})[published.name] = published
+
+    def _discard(self, held: Published) -> None:
+        del self._names[bisect.bisect_left(self._names, held.name)]
+        del self._by_name[held.name]
+        same = self._by_digest[held.digest]
+        del same[held.name]
+        if not same:
+            del self._by_digest[held.digest]
+
+    def _not_found(self, name: str) -> NotFoundError:
+        name = name[:128]
+        # Comparing takes microseconds a name, so only neighbours in the order of names are asked.
+        middle = bisect.bisect_left(self._names, name)
+        neighbours = self._names[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
+        near = difflib.get_close_matches(name, neighbours, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return NotFoundError(f"no adapter {name!r}; {hint}{len(self)} loaded, see ListAdapters")
 
 
 def _path(folder: Path, name: str) -> Path:
     return folder / f"{name}{_SUFFIX}"
 
 
-def _write(folder: Path, published: Published) -> None:
-    path = _path(folder, published.name)
+def _write(folder: Path, name: str, data: bytes) -> None:
+    path = _path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(suffix=".tmp", prefix=".", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(to_bytes(published.adapter))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).rename(path)

@@ -17,6 +17,7 @@ from redmux_adapters import (
     Turn,
     parse_adapter,
     read_adapter,
+    summarize,
     to_bytes,
     write_folder,
 )
@@ -75,6 +76,33 @@ def test_one_file_round_trips(adapter):
     assert read == adapter
     assert same_vectors(read, adapter)
     assert to_bytes(read) == data
+
+
+@given(any_adapters)
+@quick
+def test_a_summary_says_what_the_adapter_says(adapter):
+    summary = summarize(to_bytes(adapter))
+    assert summary.digest == adapter.digest
+    assert summary.config.base_fingerprint == adapter.base_fingerprint
+    assert summary.config.prompt_format == adapter.prompt_format
+    assert summary.config.metadata == adapter.metadata
+    assert summary.num_sites == len(adapter.edits)
+    assert (summary.num_parameters, summary.nbytes) == (adapter.num_parameters, adapter.nbytes)
+
+
+@given(adapters(exact), st.data())
+@quick
+def test_a_file_is_read_as_the_safetensors_library_reads_it(adapter, data):
+    tensors = {}
+    for site, edit in adapter.edits.items():
+        tensors[f"{site}.scale"], tensors[f"{site}.bias"] = edit.scale, edit.bias
+    types = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+    stored = save({name: vector.to(data.draw(types)) for name, vector in tensors.items()})
+    expected = {name: vector.float() for name, vector in load(stored).items()}
+    read = parse_adapter(stored, CONFIG)
+    for site, edit in read.edits.items():
+        assert torch.equal(edit.scale, expected[f"{site}.scale"])
+        assert torch.equal(edit.bias, expected[f"{site}.bias"])
 
 
 @given(any_adapters)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from redmux.errors import InvalidAdapterError
-from redmux_adapters import Limits, parse_adapter
+from redmux_adapters import Limits, parse_adapter, summarize
 from redmux_adapters.header import read_header
 
 CONFIG = '{"peft_type": "RED", "base_fingerprint": "b"}'
@@ -73,6 +73,25 @@ def entry(**changes):
 def test_attacks_are_named(data, error):
     with pytest.raises(InvalidAdapterError, match=error):
         parse_adapter(data, CONFIG)
+    with pytest.raises(InvalidAdapterError, match=error):
+        summarize(data, CONFIG)
+
+
+def test_a_second_metadata_is_found_where_the_first_is_remembered():
+    usual = b'{"__metadata__":{"format":"pt"},"a.scale":' + json.dumps(entry()).encode() + b"}"
+    read_header(container(usual))
+    twice = usual[:-1] + b',"__metadata__":{"format":"pt"}}'
+    with pytest.raises(InvalidAdapterError, match="duplicate key '__metadata__'"):
+        read_header(container(twice))
+
+
+def test_remembered_tensors_are_checked_against_every_file():
+    usual = b'{"__metadata__":{"format":"pt"},"a.scale":' + json.dumps(entry()).encode() + b"}"
+    assert list(read_header(container(usual)).tensors) == ["a.scale"]
+    with pytest.raises(InvalidAdapterError, match="end at byte 16 of 12"):
+        read_header(container(usual, b"\0" * 12))
+    with pytest.raises(InvalidAdapterError, match="1 tensors; limit 0"):
+        read_header(container(usual), Limits(num_tensors=0))
 
 
 def test_a_header_length_that_looks_like_a_pickle_is_fine():

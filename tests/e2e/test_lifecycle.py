@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from redmux import AsyncClient, FailedPreconditionError, NotFoundError
+from redmux import AsyncClient, DataLossError, FailedPreconditionError, NotFoundError
 from redmux_adapters import to_bytes
 
 
@@ -124,6 +124,31 @@ async def test_more_adapters_than_bank_rows_are_served(base, start_server):
         assert server.model.bank.num_slots == 3
 
 
+async def test_adapters_of_an_earlier_run_are_read_when_first_asked_for(
+    base, start_server, tmp_path
+):
+    options = {"adapter_dir": str(tmp_path), "host_cache_bytes": 0}
+    expected = {}
+    server = await start_server(**options)
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        for name, seed in {"a": 1, "b": 2, "c": 2}.items():
+            await client.adapters.put(name, to_bytes(base.adapter(seed)))
+            expected[name] = await client.generate("abc", adapter=name, max_tokens=8)
+    server = await start_server(**options)
+    path = tmp_path / "b.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        listed = {adapter.name: adapter.digest async for adapter in client.adapters.list()}
+        assert listed == {name: got.digest for name, got in expected.items()}
+        got = await asyncio.gather(
+            *(client.generate("abc", adapter=name, max_tokens=8) for name in "abca"),
+            return_exceptions=True,
+        )
+        assert [got[0], got[2], got[3]] == [expected["a"], expected["c"], expected["a"]]
+        assert isinstance(got[1], DataLossError)
+        assert "adapter 'b'" in str(got[1])
+
+
 async def test_values_in_freed_blocks_and_rows_reach_nobody(base, server, client, put):
     """Whatever a request leaves behind is overwritten with NaN the moment it is freed."""
     prompts = ["a", "some words", "x" * 40]
@@ -176,10 +201,11 @@ async def test_a_row_that_is_not_finite_fails_its_request_only(base, server, cli
     options = {"max_tokens": 20, "ignore_eos": True, "logprobs": True}
     alone = await client.generate("abc", adapter="good", **options)
     fill = server.model.bank._fill
+    bad = await server.registry.fetch(server.registry.resolve("bad"))
 
     def poison(slot, edits):
         fill(slot, edits)
-        if edits is server.registry.resolve("bad").adapter.edits:
+        if edits is bad.edits:
             server.model.bank._table[slot, 3] = float("nan")
 
     server.model.bank._fill = poison

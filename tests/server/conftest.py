@@ -10,13 +10,13 @@ FINGERPRINT = "tiny-2x4-0"
 SITES = {"model.layers.0.mlp.down_proj": 4, "model.layers.1.mlp.down_proj": 4}
 
 
-def small_adapter(seed: int, fingerprint: str = FINGERPRINT, sites=SITES) -> Adapter:
+def small_adapter(seed: int, fingerprint: str = FINGERPRINT, sites=SITES, **fields) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
     edits = {
         site: Edit(torch.randn(dim, generator=generator), torch.randn(dim, generator=generator))
         for site, dim in sites.items()
     }
-    return Adapter(base_fingerprint=fingerprint, edits=edits)
+    return Adapter(base_fingerprint=fingerprint, edits=edits, **fields)
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +40,8 @@ def make_adapter():
 def open_registry():
     """Opens a registry over a folder as a starting server does; `unusable` is set on it."""
 
-    def open_registry(folder=None):
-        registry = AdapterRegistry(FINGERPRINT, SITES, folder)
+    def open_registry(folder=None, **options):
+        registry = AdapterRegistry(FINGERPRINT, SITES, folder, **options)
         registry.unusable = registry.load_folder() if folder is not None else []
         return registry
 

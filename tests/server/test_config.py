@@ -157,6 +157,7 @@ def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
         {"port": -1}, {"port": 65536}, {"metrics_port": -1}, {"metrics_port": 65536},
         {"threads": -1}, {"max_running": 0}, {"max_batch_tokens": 0}, {"max_queue": -1},
         {"max_context": -1}, {"kv_cache_tokens": -1}, {"bank_bytes": -1}, {"drain_s": -0.5},
+        {"host_cache_bytes": -1},
         {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
         {"dtype": "int8"}, {"log_level": "loud"}, {"max_running": 9, "max_batch_tokens": 8},
         {"tls_cert": "c"}, {"tls_key": "k"},
@@ -175,7 +176,8 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(values):
 def test_the_edges_of_every_range_are_allowed():
     ServerConfig(
         port=0, metrics_port=65535, threads=0, max_running=1, max_batch_tokens=1, max_queue=0,
-        max_context=0, kv_cache_tokens=0, bank_bytes=0, drain_s=0.0, tls_cert="c", tls_key="k",
+        max_context=0, kv_cache_tokens=0, bank_bytes=0, host_cache_bytes=0, drain_s=0.0,
+        tls_cert="c", tls_key="k",
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Names of adapters: what put, delete, page and resolve promise."""
 
 import asyncio
+import difflib
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ def registry(open_registry):
 async def test_a_put_adapter_is_found_by_name_and_by_digest(registry, adapters, files):
     published, changed = await registry.put("team/x", files[0], "", replace=False)
     assert changed
-    assert published.adapter == adapters[0]
+    assert published.read() == adapters[0]
     assert registry.resolve("team/x") is published
     assert registry.resolve(adapters[0].digest) is published
     assert len(registry) == 1
@@ -38,24 +39,39 @@ async def test_the_same_content_again_changes_nothing(registry, files):
     assert not changed
 
 
+async def test_the_same_vectors_with_other_metadata_are_published(registry, make_adapter):
+    old, new = (
+        to_bytes(make_adapter(0, metadata=AdapterMetadata(description=text)))
+        for text in ("old", "new")
+    )
+    first, _ = await registry.put("x", old, "", replace=False)
+    second, changed = await registry.put("x", new, "", replace=False)
+    assert changed
+    assert second.digest == first.digest
+    assert registry.resolve("x") is second
+    assert registry.resolve(first.digest) is second
+    assert second.read().metadata.description == "new"
+    assert first.read().metadata.description == "old"
+
+
 async def test_other_content_is_refused_unless_it_may_replace(registry, adapters, files):
     await registry.put("x", files[0], "", replace=False)
     with pytest.raises(AlreadyExistsError, match=adapters[0].digest):
         await registry.put("x", files[1], "", replace=False)
-    assert registry.resolve("x").adapter == adapters[0]
+    assert registry.resolve("x").read() == adapters[0]
     published, changed = await registry.put("x", files[1], "", replace=True)
     assert changed
     assert registry.resolve("x") is published
-    assert published.adapter == adapters[1]
+    assert published.read() == adapters[1]
 
 
 async def test_what_was_resolved_before_a_replacement_stays_what_it_was(registry, adapters, files):
     await registry.put("x", files[0], "", replace=False)
     held = registry.resolve("x")
     await registry.put("x", files[1], "", replace=True)
-    assert held.adapter == adapters[0]
+    assert held.read() == adapters[0]
     await registry.delete("x")
-    assert held.adapter == adapters[0]
+    assert held.read() == adapters[0]
 
 
 async def test_a_replaced_digest_is_no_longer_found(registry, adapters, files):
@@ -88,6 +104,24 @@ async def test_an_unknown_name_gets_a_near_one_as_a_hint(registry, files):
         registry.resolve("acme/summary")
     with pytest.raises(NotFoundError, match="no adapter 'zzz'; 1 loaded"):
         registry.resolve("zzz")
+
+
+async def test_a_hint_costs_few_comparisons_however_many_names_there_are(
+    registry, files, monkeypatch
+):
+    for number in range(400):
+        await registry.put(f"tenant-{number:03d}", files[0], "", replace=False)
+    asked = []
+    near = difflib.get_close_matches
+
+    def counting(word, possibilities, n):
+        asked.extend(possibilities)
+        return near(word, possibilities, n)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counting)
+    with pytest.raises(NotFoundError, match="did you mean 'tenant-200'"):
+        registry.resolve("tenant-200x")
+    assert len(asked) < 200
 
 
 async def test_a_giant_name_is_cut_in_the_message(registry):
@@ -206,18 +240,18 @@ def test_it_behaves_like_a_dict_that_survives_restarts(
                 if held in (None, index) or replace:
                     published, changed = await registry.put(name, files[index], "", replace)
                     assert changed == (held != index)
-                    assert published.adapter.digest == adapters[index].digest
+                    assert published.digest == adapters[index].digest
                     model[name] = index
                 else:
                     with pytest.raises(AlreadyExistsError):
                         await registry.put(name, files[index], "", replace)
             elif rest[0] in model:
                 deleted = await registry.delete(rest[0])
-                assert deleted.adapter == adapters[model.pop(rest[0])]
+                assert deleted.read() == adapters[model.pop(rest[0])]
             else:
                 with pytest.raises(NotFoundError):
                     await registry.delete(rest[0])
-            assert {p.name: p.adapter.digest for p in registry.page("", 99)} == {
+            assert {p.name: p.digest for p in registry.page("", 99)} == {
                 name: adapters[index].digest for name, index in model.items()
             }
 

@@ -25,7 +25,7 @@ async def test_an_acknowledged_put_is_a_whole_file_of_its_own(
     await registry.put("team/x", files[0], "", replace=False)
     assert visible(tmp_path) == ["team/x.safetensors"]
     assert read_adapter(tmp_path / "team/x.safetensors") == adapters[0]
-    assert open_registry(tmp_path).resolve("team/x").adapter == adapters[0]
+    assert open_registry(tmp_path).resolve("team/x").read() == adapters[0]
 
 
 async def test_a_deleted_adapter_does_not_come_back(tmp_path, open_registry, files):
@@ -70,9 +70,9 @@ async def test_a_failed_write_publishes_nothing_and_leaves_the_old_content(
         await registry.put("y", files[1], "", replace=False)
     monkeypatch.undo()
     assert [p.name for p in registry.page("", 9)] == ["x"]
-    assert registry.resolve("x").adapter == adapters[0]
+    assert registry.resolve("x").read() == adapters[0]
     assert visible(tmp_path) == ["x.safetensors"]
-    assert open_registry(tmp_path).resolve("x").adapter == adapters[0]
+    assert open_registry(tmp_path).resolve("x").read() == adapters[0]
     await registry.put("y", files[1], "", replace=False)  # the next one is not blocked
 
 
@@ -119,7 +119,7 @@ async def test_a_put_repairs_a_file_that_cannot_be_used(tmp_path, open_registry,
     (tmp_path / "x.safetensors").write_bytes(files[0][:-1])
     registry = open_registry(tmp_path)
     await registry.put("x", files[1], "", replace=False)
-    assert open_registry(tmp_path).resolve("x").adapter == adapters[1]
+    assert open_registry(tmp_path).resolve("x").read() == adapters[1]
 
 
 async def test_putting_what_was_loaded_from_elsewhere_keeps_it(
@@ -131,7 +131,7 @@ async def test_putting_what_was_loaded_from_elsewhere_keeps_it(
     registry = open_registry(folder)
     registry.load(elsewhere, "x")
     await registry.put("x", files[0], "", replace=False)
-    assert open_registry(folder).resolve("x").adapter == adapters[0]
+    assert open_registry(folder).resolve("x").read() == adapters[0]
 
 
 async def test_a_kept_adapter_wins_over_one_loaded_before(tmp_path, open_registry, adapters, files):
@@ -142,7 +142,7 @@ async def test_a_kept_adapter_wins_over_one_loaded_before(tmp_path, open_registr
     registry = open_registry(folder)
     registry.load(elsewhere, "x")
     registry.load_folder()
-    assert registry.resolve("x").adapter == adapters[1]
+    assert registry.resolve("x").read() == adapters[1]
 
 
 async def test_an_adapter_loaded_from_elsewhere_can_be_deleted(tmp_path, open_registry, files):
@@ -205,8 +205,8 @@ async def test_a_caller_who_goes_away_from_a_put_cannot_undo_a_later_put(
     monkeypatch.setattr(module, "_write", gate)
     await abandon(gate, registry.put("x", files[0], "", replace=True))
     await overtake(gate, registry.put("x", files[1], "", replace=True))
-    assert registry.resolve("x").adapter == adapters[1]
-    assert open_registry(tmp_path).resolve("x").adapter == adapters[1]
+    assert registry.resolve("x").read() == adapters[1]
+    assert open_registry(tmp_path).resolve("x").read() == adapters[1]
 
 
 async def test_a_caller_who_goes_away_from_a_delete_cannot_undo_a_later_put(
@@ -218,8 +218,8 @@ async def test_a_caller_who_goes_away_from_a_delete_cannot_undo_a_later_put(
     monkeypatch.setattr(module, "_unlink", gate)
     await abandon(gate, registry.delete("x"))
     await overtake(gate, registry.put("x", files[1], "", replace=True))
-    assert registry.resolve("x").adapter == adapters[1]
-    assert open_registry(tmp_path).resolve("x").adapter == adapters[1]
+    assert registry.resolve("x").read() == adapters[1]
+    assert open_registry(tmp_path).resolve("x").read() == adapters[1]
 
 
 _WRITER = """
@@ -270,7 +270,7 @@ def test_every_acknowledged_put_is_whole_after_kill_9(tmp_path, open_registry, a
         expected |= kept
         registry = open_registry(tmp_path)
         assert registry.unusable == []
-        found = {p.name: [a.digest for a in adapters].index(p.adapter.digest)
+        found = {p.name: [a.digest for a in adapters].index(p.digest)
                  for p in registry.page("", 99)}  # fmt: skip
         if begun is not None:  # this one may be there or not, but not broken
             name, index = begun

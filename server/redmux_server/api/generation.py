@@ -13,7 +13,8 @@ from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Event, Failed, Finished, FinishReason, Request, Token
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
-from redmux_server.registry import AdapterRegistry, Published
+from redmux_server.published import Published
+from redmux_server.registry import AdapterRegistry
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +38,43 @@ class Delta:
     finish: Finish | None = None
 
 
+class EventInbox:
+    """The events of one request on their way from the engine to their one reader.
+
+    Belongs to the event loop. A reader is woken once, however many events a step brings.
+    """
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        """Adds an event; the request's sink."""
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> list[Event]:
+        """Returns everything that came since the last call, waiting for a first event."""
+        if not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        return events
+
+
 class Generation:
     """One accepted request, read by one consumer through `deltas`."""
 
     def __init__(
         self,
         request: Request,
-        events: asyncio.Queue[Event],
+        events: EventInbox,
         engine: Engine,
         codec: TextCodec,
         stops: Sequence[str],
     ) -> None:
-        """`events` is what the request's sink fills."""
+        """`events` is where the request's sink puts them."""
         self._request = request
         self._events = events
         self._engine = engine
@@ -65,12 +91,10 @@ class Generation:
             finish = None
             while finish is None:
                 delta = Delta()
-                event = await self._events.get()
-                while True:
+                for event in await self._events.take():
                     finish = self._take(event, delta)
-                    if finish is not None or self._events.empty():
+                    if finish is not None:
                         break
-                    event = self._events.get_nowait()
                 delta.finish = finish
                 if delta.text or delta.token_ids or finish is not None:
                     yield delta
@@ -145,12 +169,13 @@ class GenerationService:
         self, spec: GenerationSpec, tenant: str
     ) -> tuple[Generation, Published | None]:
         published = self._registry.resolve(spec.adapter) if spec.adapter else None
-        adapter = published.adapter if published else None
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
         self._validator.prompt(spec.prompt)
-        prompt_ids = await self._encode(spec.prompt, adapter.prompt_format if adapter else None)
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        config = published.summary.config if published else None
+        prompt_ids = await self._encode(spec.prompt, config.prompt_format if config else None)
+        adapter = await self._registry.fetch(published) if published else None
+        events = EventInbox()
         request = Request(
             prompt_ids=prompt_ids,
             max_tokens=self._validator.max_tokens(spec.max_tokens, len(prompt_ids)),
@@ -160,7 +185,7 @@ class GenerationService:
             tenant=tenant or (published.name if published else ""),
             adapter=adapter,
             logprobs=spec.logprobs,
-            sink=events.put_nowait,
+            sink=events.put,
         )
         self._engine.submit(request)
         return Generation(request, events, self._engine, self._codec, spec.stop), published

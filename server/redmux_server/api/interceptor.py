@@ -7,7 +7,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import grpc
 
@@ -98,9 +98,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Any) -> None:
             try:
                 self._admit(request, context)
-                async with contextlib.aclosing(method(request, context)) as replies:
+                async with (
+                    _Stall(self._stall_s) as stall,
+                    contextlib.aclosing(method(request, context)) as replies,
+                ):
                     async for reply in replies:
-                        await self._write(context, reply)
+                        stall.begin()
+                        await context.write(reply)
+                        stall.end()
             except Exception as err:
                 await _abort(context, err)
 
@@ -111,13 +116,49 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if isinstance(request, _Malformed):
             raise InvalidArgumentError("the request is no valid protobuf message of this method")
 
-    async def _write(self, context: Any, reply: Any) -> None:
+
+class _Stall:
+    """Ends a stream whose reader takes nothing for `limit_s` seconds.
+
+    One timer for the whole stream: a timeout around every write costs more than the write's share
+    of the event loop.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self._timeout = asyncio.timeout(None)
+        self._since_s: float | None = None  # when the write that is under way began
+
+    def begin(self) -> None:
+        """Says that a write begins."""
+        self._since_s = self._loop.time()
+
+    def end(self) -> None:
+        """Says that it is done."""
+        self._since_s = None
+
+    async def __aenter__(self) -> Self:
+        await self._timeout.__aenter__()
+        self._timer = self._loop.call_later(self._limit_s, self._check)
+        return self
+
+    async def __aexit__(self, *exception: Any) -> None:
+        self._timer.cancel()
         try:
-            await asyncio.wait_for(context.write(reply), self._stall_s)
+            await self._timeout.__aexit__(*exception)
         except TimeoutError:
             raise ResourceExhaustedError(
-                f"the client did not read for {self._stall_s:g} s"
+                f"the client did not read for {self._limit_s:g} s"
             ) from None
+
+    def _check(self) -> None:
+        now_s = self._loop.time()
+        due_s = (now_s if self._since_s is None else self._since_s) + self._limit_s
+        if due_s <= now_s:
+            self._timeout.reschedule(now_s)
+        else:
+            self._timer = self._loop.call_at(due_s, self._check)
 
 
 def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

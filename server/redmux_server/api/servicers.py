@@ -15,7 +15,8 @@ from redmux_server.api.generation import Delta, Finish, GenerationService
 from redmux_server.api.interceptor import ApiKeys
 from redmux_server.api.validation import Chat, GenerationSpec, Prompt
 from redmux_server.engine.request import FinishReason
-from redmux_server.registry import AdapterRegistry, Published
+from redmux_server.published import Published
+from redmux_server.registry import AdapterRegistry
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000
@@ -35,19 +36,22 @@ class InferenceServicer(InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb.GenerateRequest, context: Any
     ) -> AsyncIterator[inference_pb.GenerateResponse]:
-        """Streams deltas, one message for all tokens that are ready."""
+        """Streams deltas, one message for all tokens that are ready.
+
+        It is the same message object every time, so read it before asking for the next.
+        """
         spec = _spec(request.generation)
         generation, published = await self._service.submit(spec, self._keys.tenant(context))
-        applied = _applied(published)
+        message = inference_pb.GenerateResponse(adapter=_applied(published))
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
-                yield inference_pb.GenerateResponse(
-                    text=delta.text,
-                    token_ids=delta.token_ids,
-                    logprobs=delta.logprobs,
-                    adapter=applied,
-                    finish=None if delta.finish is None else _finish(delta.finish),
-                )
+                message.text = delta.text
+                message.token_ids[:] = delta.token_ids
+                if spec.logprobs:
+                    message.logprobs[:] = delta.logprobs
+                if delta.finish is not None:
+                    message.finish.CopyFrom(_finish(delta.finish))
+                yield message
 
     async def Complete(
         self, request: inference_pb.CompleteRequest, context: Any
@@ -168,7 +172,7 @@ def _prompt(message: inference_pb.Generation) -> Prompt:
 def _applied(published: Published | None) -> inference_pb.AppliedAdapter:
     if published is None:
         return inference_pb.AppliedAdapter()
-    return inference_pb.AppliedAdapter(name=published.name, digest=published.adapter.digest)
+    return inference_pb.AppliedAdapter(name=published.name, digest=published.digest)
 
 
 def _finish(finish: Finish) -> inference_pb.Finish:
@@ -184,15 +188,15 @@ def _finish(finish: Finish) -> inference_pb.Finish:
 
 
 def _adapter(published: Published) -> adapter_pb.Adapter:
-    adapter = published.adapter
+    summary = published.summary
     message = adapter_pb.Adapter(
         name=published.name,
-        digest=adapter.digest,
-        base_fingerprint=adapter.base_fingerprint,
-        num_sites=len(adapter.edits),
-        num_parameters=adapter.num_parameters,
-        size_bytes=adapter.nbytes,
-        description=adapter.metadata.description,
+        digest=summary.digest,
+        base_fingerprint=summary.config.base_fingerprint,
+        num_sites=summary.num_sites,
+        num_parameters=summary.num_parameters,
+        size_bytes=summary.nbytes,
+        description=summary.config.metadata.description,
     )
     message.created_at.FromDatetime(published.created_at)
     return message

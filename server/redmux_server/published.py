@@ -1,0 +1,75 @@
+"""Published: an adapter under its name, whose vectors are read when somebody needs them."""
+
+import contextlib
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+from redmux.errors import DataLossError, InvalidAdapterError
+from redmux_adapters import Adapter, Limits, Summary
+from redmux_adapters.files import parse_edits, read_file
+
+logger = logging.getLogger(__name__)
+
+
+class Published:
+    """One version of a name. Whoever holds it can read exactly this version, whatever comes next.
+
+    The vectors are a file of the registry, or the bytes they came in. Before the file of a version
+    is replaced or removed, `detach` takes its bytes into memory, where they stay for as long as
+    somebody holds this object. What is read is checked against the digest that was published.
+    """
+
+    __slots__ = ("_data", "_limits", "_path", "created_at", "name", "summary")
+
+    def __init__(self, name: str, summary: Summary, source: Path | bytes, limits: Limits) -> None:
+        """`source` is the file of the vectors or the bytes of one."""
+        self.name = name
+        self.summary = summary
+        self.created_at = datetime.now(UTC)
+        self._path = str(source) if isinstance(source, Path) else None
+        self._data = source if isinstance(source, bytes) else None
+        self._limits = limits
+
+    @property
+    def digest(self) -> str:
+        """Digest of the adapter."""
+        return self.summary.digest
+
+    def read(self) -> Adapter:
+        """Returns the adapter; blocks on the disk, from any thread.
+
+        Raises DataLossError if the file was damaged or removed since it was published.
+        """
+        if self._data is None:
+            assert self._path is not None
+            try:
+                return self._parse(read_file(Path(self._path), self._limits.file_bytes))
+            except InvalidAdapterError as err:
+                # Detached while it was read? Then the file belongs to another version by now.
+                if self._data is None:
+                    logger.error("adapter file %s was damaged: %s", self._path, err)
+                    raise DataLossError(
+                        f"the file of adapter {self.name!r} is no longer what was published as "
+                        f"{self.digest}; put the adapter again"
+                    ) from None
+        return self._parse(self._data)
+
+    def detach(self) -> None:
+        """Takes the bytes of the file into memory; call it before the file changes."""
+        if self._data is None and self._path is not None:
+            # A file that cannot be read is lost with or without what comes next.
+            with contextlib.suppress(InvalidAdapterError):
+                self._data = read_file(Path(self._path), self._limits.file_bytes)
+
+    def _parse(self, data: bytes) -> Adapter:
+        config = self.summary.config
+        adapter = Adapter(
+            config.base_fingerprint,
+            parse_edits(data, limits=self._limits),
+            config.prompt_format,
+            config.metadata,
+        )
+        if adapter.digest != self.digest:
+            raise InvalidAdapterError(f"it holds {adapter.digest}")
+        return adapter
