@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "machine": machine(),
         "prompt_tokens": args.prompt_tokens,
         "output_tokens": args.output_tokens,
-        "reference": next(p.name for p in peers if isinstance(p, RedmuxPeer)),
+        "reference": next((p.name for p in peers if isinstance(p, RedmuxPeer)), peers[0].name),
         "peers": {},
         "waves": [],
     }
@@ -101,14 +101,11 @@ def make_peers(args: argparse.Namespace) -> list[Peer]:
     # The fixed prompt of the agreement check and its answer have to fit, too.
     limits = Limits(most, max(256, args.prompt_tokens + args.output_tokens), most)
     args.logs.mkdir(parents=True, exist_ok=True)
-    peers = [
+    return [
         KINDS[config[name]["kind"]](name, config[name], models, limits, args.logs)
         for name in config
         if name in names
     ]
-    if not any(isinstance(peer, RedmuxPeer) for peer in peers):
-        raise SystemExit("a peer of kind redmux must be among them: ratios are to it")
-    return peers
 
 
 def start(peer: Peer, args: argparse.Namespace) -> tuple[dict[str, Any], Answers]:

@@ -46,7 +46,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             if workload not in facts["workloads"]:
                 continue
             cells = [
-                cell(found[name, workload, *column], found[reference, workload, *column])
+                cell(found[name, workload, *column], found.get((reference, workload, *column)))
                 for column in columns
             ]
             memory = max(w["memory_mb"] for w in report["waves"] if w["peer"] == name)
@@ -59,10 +59,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cell(own: Mapping[int, float], reference: Mapping[int, float]) -> str:
-    """Returns "median (lowest to highest), ratio"."""
+def cell(own: Mapping[int, float], reference: Mapping[int, float] | None) -> str:
+    """Returns "median (lowest to highest), ratio", the last where the reference ran, too."""
     values = own.values()
-    return (
-        f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f}), "
-        f"{ratio(own, reference):.2f}"
-    )
+    text = f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    return f"{text}, {ratio(own, reference):.2f}" if reference else text
