@@ -6,7 +6,7 @@ from typing import Any
 from peer import Peer, PeerError
 
 # "The capital of France is" in SmolLM2's tokens.
-PROMPT = (504, 3575, 282, 4649, 314)
+PROMPT = [504, 3575, 282, 4649, 314]
 TOKENS = 24
 ADAPTERS = 3
 
@@ -19,7 +19,7 @@ def fixed_answers(peer: Peer) -> Answers:
     answers = {"base": peer.wave([PROMPT], TOKENS, [None]).token_ids}
     if "adapters" in peer.workloads:
         count = min(ADAPTERS, peer.limits.adapters)
-        answers["adapters"] = peer.wave([PROMPT] * count, TOKENS, range(count)).token_ids
+        answers["adapters"] = peer.wave([PROMPT] * count, TOKENS, list(range(count))).token_ids
         rows = answers["base"] + answers["adapters"]
         if len(set(map(tuple, rows))) < len(rows):
             raise PeerError(f"{peer.name}: two of base and {count} adapters give the same tokens")

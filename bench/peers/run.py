@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
 import time
 import tomllib
@@ -41,6 +42,8 @@ IDLE_S = 2.0
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     peers = make_peers(args)
+    # An engine left behind would stay stopped, and hold its memory, for ever.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
