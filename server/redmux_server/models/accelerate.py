@@ -1,5 +1,7 @@
 """Swap the linear modules of a loaded model for faster ones of the same mathematics."""
 
+import ctypes
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,11 @@ def pack_linears(model: nn.Module) -> int:
 
 
 def unmap(model: nn.Module) -> None:
-    """Copies what is left of a model, so that nothing holds on to the file it was mapped from."""
+    """Lets go of the file that a model was mapped from, copying what is left of it."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
+    # What packing has freed goes back to the system, where the C library offers that: it keeps
+    # a sixth of what the server holds otherwise.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
