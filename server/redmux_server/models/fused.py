@@ -13,7 +13,7 @@ from redmux_server.models.attention import LayerRule, attention_modules
 from redmux_server.models.editing import SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
 from redmux_server.models.packed_linear import PackedLinear
-from redmux_server.models.paged_attention import NOTHING, Array, PagedAttention, Rotation
+from redmux_server.models.paged_attention import NOTHING, Array, PagedAttention, Rotation, StepIndex
 from redmux_server.models.row_kernels import add_norm, edit, gate, norm
 
 # Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
@@ -70,6 +70,8 @@ class FusedDecoder:
         edits: StepRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
+        index = self._cache.index
+        assert index is not None, "the cache's step is not entered"
         x: Tensor = self._embed(ids)
         cos, sin = self._rotary(x[None], positions[None])
         cos, sin = cos.numpy().reshape(-1), sin.numpy().reshape(-1)
@@ -84,7 +86,7 @@ class FusedDecoder:
         norm(x.numpy(), first.weight, first.eps, h.numpy())
         for i, layer in enumerate(self.layers):
             edited = layer.starts if edits is not None else _UNEDITED
-            attended = layer.attend(h, cos, sin, self._cache, rows, row_of, edited)
+            attended = layer.attend(h, cos, sin, index, rows, row_of, edited)
             if i == len(self.layers) - 1 and len(last) < len(ids):
                 # Only rows that are sampled go on; the others have left their keys and values.
                 x, attended, row_of = x[last], attended[last], row_of[last.numpy()]
@@ -141,7 +143,7 @@ class _Layer:
         self.starts = tuple(-1 if columns is None else columns.start for columns in found)
 
     def attend(
-        self, h: Tensor, cos: Array, sin: Array, cache: NumbaKVCache,
+        self, h: Tensor, cos: Array, sin: Array, index: StepIndex,
         rows: Array, row_of: Array, starts: Sequence[int],
     ) -> Tensor:  # fmt: skip
         """Returns the attention output [tokens, heads * head_dim] of normed h [tokens, hidden]."""
@@ -154,7 +156,7 @@ class _Layer:
         out = torch.empty(len(qkv), self._query)
         rotation = Rotation(cos, sin, self._q_weight, self._k_weight, self._eps)
         self._paged.attend_packed(
-            qkv, out.numpy(), rotation, cache.index(self._paged.num_kv_heads),
+            qkv, out.numpy(), rotation, index,
             self._rule.scale, self._rule.window,
         )  # fmt: skip
         return out

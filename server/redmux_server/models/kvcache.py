@@ -71,12 +71,9 @@ class KVCache:
 class NumbaKVCache(KVCache):
     """Cache and attention for fp32 on the CPU, exact in any batch: see `paged_attention`."""
 
-    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, num_threads: int = 1) -> None:
+    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int) -> None:
         super().__init__(num_blocks)
-        self._num_threads = num_threads
-        self._index: dict[
-            int, StepIndex
-        ] = {}  # by number of KV heads, of which most models have one
+        self.index: StepIndex | None = None
         self.paged = [
             PagedAttention(s.num_heads, s.num_kv_heads, s.head_dim, num_blocks) for s in shapes
         ]
@@ -85,19 +82,12 @@ class NumbaKVCache(KVCache):
     @contextmanager
     def step(self, segments: Sequence[Segment]) -> Iterator[None]:
         """Builds the index that all layers of this step share."""
-        self._index = {
-            heads: step_index(segments, heads, self._num_threads)
-            for heads in {layer.num_kv_heads for layer in self.paged}
-        }
+        self.index = step_index(segments)
         try:
             with super().step(segments):
                 yield
         finally:
-            self._index = {}
-
-    def index(self, num_kv_heads: int) -> StepIndex:
-        """Returns the index of the step that is entered, for layers with this many KV heads."""
-        return self._index[num_kv_heads]
+            self.index = None
 
     def poison(self, blocks: Sequence[int], value: float) -> None:
         """See KVCache.poison."""
@@ -106,8 +96,8 @@ class NumbaKVCache(KVCache):
             layer.values[list(blocks)] = value
 
 
-def step_index(segments: Sequence[Segment], num_kv_heads: int, num_threads: int) -> StepIndex:
-    """Returns where the tokens of these segments go, and even shares of the work for threads."""
+def step_index(segments: Sequence[Segment]) -> StepIndex:
+    """Returns where the tokens of these segments go and what they attend to."""
     count = np.array([s.count for s in segments])
     first = np.array([s.position for s in segments])
     table = np.zeros((len(segments), max(len(s.blocks) for s in segments)), np.int32)
@@ -122,10 +112,7 @@ def step_index(segments: Sequence[Segment], num_kv_heads: int, num_threads: int)
     owner, begin = request[starts], position[starts]
     rows = np.minimum(TILE, (first + count)[owner] - begin)
     tiles = np.stack((owner, token[starts], rows, begin)).astype(np.int32)
-    # A tile reads its keys once and multiplies them with each of its rows.
-    cost = np.cumsum(np.repeat((begin + BLOCK) * (1 + rows), num_kv_heads))
-    shares = np.searchsorted(cost, cost[-1] * np.arange(num_threads) / num_threads)
-    return StepIndex(places, table, tiles, np.append(shares, len(cost)).astype(np.int32))
+    return StepIndex(places, table, tiles)
 
 
 class _NumbaLayer:
@@ -138,8 +125,8 @@ class _NumbaLayer:
     ) -> Tensor:
         q, k, v = (x[0].transpose(0, 1).contiguous().numpy() for x in (query, key, value))
         out = torch.empty(q.shape)
-        index = self._cache.index(self._paged.num_kv_heads)
-        self._paged.attend(q, k, v, out.numpy(), index, scale, window, softcap)
+        assert self._cache.index is not None, "attention is called outside of a step"
+        self._paged.attend(q, k, v, out.numpy(), self._cache.index, scale, window, softcap)
         return out[None]
 
 

@@ -194,7 +194,7 @@ def _make_cache(
     if choices.dtype != torch.float32:
         cache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
         return cache, "attention: torch over gathered blocks (not fp32)"
-    cache = NumbaKVCache(shapes, num_blocks, choices.num_threads)
+    cache = NumbaKVCache(shapes, num_blocks)
     return cache, "attention: exact-length paged kernel"
 
 

@@ -13,10 +13,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.vector import FASTMATH, PANEL, exp, product
+from redmux_server.models.vector import FASTMATH, PANEL, exp, product, take
 
 BLOCK = 32  # tokens in a cache block, a multiple of PANEL
 TILE = 4  # query tokens that share one pass over the keys
@@ -32,7 +33,6 @@ class StepIndex:
     places: Array  # [2, tokens]: block and offset where a token's key and value are written
     table: Array  # [requests, blocks]: cache blocks of each request
     tiles: Array  # [4, tiles]: request, first token, tokens, position of the first token
-    shares: Array  # [workers + 1]: each worker's tiles x KV heads, from shares[w] to shares[w + 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,25 +219,28 @@ def _attend_tile(
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _store_share(first, last, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
-    """Writes the keys and values of tokens first..last, every KV head."""
+def _store_some(counter, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
+    """Writes keys and values token by token until all are taken."""
     scratch = np.empty(layout[2], np.float32)
-    for token in range(first, last):
+    token = take(counter)
+    while token < places.shape[1]:
         for head in range(layout[1]):
             _store(
                 k, v, keys, values, places, token, head, layout, k_weight, eps, cos, sin, scratch
             )
+        token = take(counter)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _attend_share(
-    first, last, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
+def _attend_some(
+    counter, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
     places, table, tiles, scale, window, softcap,
 ):  # fmt: skip
-    """Attends for tiles x KV heads first..last; `stores` their keys and values before."""
+    """Attends, a tile and KV head at a time, until all are taken; `stores` their keys before."""
     scratch = np.empty(layout[2], np.float32)
-    for j in range(first, last):
-        n, head = j // layout[1], j % layout[1]
+    item = take(counter)
+    while item < tiles.shape[1] * layout[1]:
+        n, head = item // layout[1], item % layout[1]
         row0 = tiles[1, n]
         if stores:
             _store(k, v, keys, values, places, row0, head, layout, k_weight, eps, cos, sin, scratch)
@@ -245,26 +248,25 @@ def _attend_share(
             q, keys, values, out, cos, sin, q_weight, eps, table[tiles[0, n]],
             row0, tiles[2, n], tiles[3, n], head, layout, scale, window, softcap,
         )  # fmt: skip
+        item = take(counter)
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _attend(
-    q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
-    places, table, tiles, shares, scale, window, softcap,
+    num_threads, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
+    places, table, tiles, scale, window, softcap,
 ):  # fmt: skip
-    num_tokens, num_shares = places.shape[1], shares.shape[0] - 1
     # One token per request: whoever attends to a key has written it, so one pass is enough.
-    stores = num_tokens == table.shape[0]
+    stores = places.shape[1] == table.shape[0]
     if not stores:
-        for w in prange(num_shares):
-            _store_share(
-                num_tokens * w // num_shares, num_tokens * (w + 1) // num_shares,
-                k, v, keys, values, places, layout, k_weight, eps, cos, sin,
-            )  # fmt: skip
-    for w in prange(num_shares):
-        _attend_share(
-            shares[w], shares[w + 1], stores, q, k, v, keys, values, out, cos, sin, q_weight,
-            k_weight, eps, layout, places, table, tiles, scale, window, softcap,
+        tokens = np.zeros(1, np.int64)
+        for _ in prange(num_threads):
+            _store_some(tokens, k, v, keys, values, places, layout, k_weight, eps, cos, sin)
+    counter = np.zeros(1, np.int64)
+    for _ in prange(num_threads):
+        _attend_some(
+            counter, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps,
+            layout, places, table, tiles, scale, window, softcap,
         )  # fmt: skip
 
 
@@ -313,8 +315,8 @@ class PagedAttention:
         step: StepIndex, scale: float, window: int, softcap: float,
     ) -> None:  # fmt: skip
         _attend(
-            *qkv, *self._flat, out.reshape(-1), rotation.cos, rotation.sin,
+            numba.get_num_threads(), *qkv, *self._flat, out.reshape(-1), rotation.cos, rotation.sin,
             rotation.q_weight, rotation.k_weight, rotation.eps, layout,
-            step.places, step.table, step.tiles, step.shares,
+            step.places, step.table, step.tiles,
             np.float32(scale), np.int64(window), np.float32(softcap),
         )  # fmt: skip

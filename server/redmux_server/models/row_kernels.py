@@ -10,11 +10,12 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.vector import FASTMATH, LANES, exp
+from redmux_server.models.vector import FASTMATH, LANES, exp, take
 
 Array = np.ndarray[Any, Any]
 # Waking the other threads costs more than this many values take.
 _SERIAL_VALUES = 24_000
+_ROWS = 8  # that a thread takes at a time
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -84,33 +85,43 @@ def _edit(first, last, y, at, dim, rows, row_of, start):
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _norm_shared(shares, x, weight, eps, out):
-    n = x.shape[0]
-    for w in prange(shares):
-        _norm(n * w // shares, n * (w + 1) // shares, x, weight, eps, out)
+def _norm_shared(num_threads, x, weight, eps, out):
+    n, counter = x.shape[0], np.zeros(1, np.int64)
+    for _ in prange(num_threads):
+        first = take(counter) * _ROWS
+        while first < n:
+            _norm(first, min(n, first + _ROWS), x, weight, eps, out)
+            first = take(counter) * _ROWS
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _add_norm_shared(shares, x, y, rows, row_of, start, weight, eps, out):
-    n = x.shape[0]
-    for w in prange(shares):
-        _add_norm(
-            n * w // shares, n * (w + 1) // shares, x, y, rows, row_of, start, weight, eps, out
-        )
+def _add_norm_shared(num_threads, x, y, rows, row_of, start, weight, eps, out):
+    n, counter = x.shape[0], np.zeros(1, np.int64)
+    for _ in prange(num_threads):
+        first = take(counter) * _ROWS
+        while first < n:
+            _add_norm(first, min(n, first + _ROWS), x, y, rows, row_of, start, weight, eps, out)
+            first = take(counter) * _ROWS
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _gate_shared(shares, gate_up, out):
-    n = out.shape[0]
-    for w in prange(shares):
-        _gate(n * w // shares, n * (w + 1) // shares, gate_up, out)
+def _gate_shared(num_threads, gate_up, out):
+    n, counter = out.shape[0], np.zeros(1, np.int64)
+    for _ in prange(num_threads):
+        first = take(counter) * _ROWS
+        while first < n:
+            _gate(first, min(n, first + _ROWS), gate_up, out)
+            first = take(counter) * _ROWS
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _edit_shared(shares, y, at, dim, rows, row_of, start):
-    n = y.shape[0]
-    for w in prange(shares):
-        _edit(n * w // shares, n * (w + 1) // shares, y, at, dim, rows, row_of, start)
+def _edit_shared(num_threads, y, at, dim, rows, row_of, start):
+    n, counter = y.shape[0], np.zeros(1, np.int64)
+    for _ in prange(num_threads):
+        first = take(counter) * _ROWS
+        while first < n:
+            _edit(first, min(n, first + _ROWS), y, at, dim, rows, row_of, start)
+            first = take(counter) * _ROWS
 
 
 def norm(x: Array, weight: Array, eps: np.float32, out: Array) -> None:

@@ -25,6 +25,21 @@ _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 
 
+@intrinsic
+def take(typing, counter):
+    """Returns counter[0] of an int64 array and adds 1 to it, as one step among threads.
+
+    Threads that take their items one by one end together, even where another process holds one
+    of their cores for a while; equal shares would wait for the slowest.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
 @njit(fastmath=FASTMATH, inline="always")
 def exp(x):
     """exp(x) for x <= 0, relative error 2e-7 (Cephes expf), in a form that vectorises."""
