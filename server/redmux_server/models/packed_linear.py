@@ -8,7 +8,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor, nn
 
-from redmux_server.models.vector import FASTMATH, PANEL, ROWS, product, take
+from redmux_server.models.vector import FASTMATH, PANEL, ROWS, claim, counters_of, product
 
 # Rows of a panel that are multiplied with every row before the next ones: they stay in the L2.
 _DEPTH = 2048
@@ -47,25 +47,25 @@ def _multiply_panel(x, row0, rows, panels, p, bias, out, scratch):
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _multiply_some(counter, x, panels, bias, out):
+def _multiply_some(counters, thread, x, panels, bias, out):
     """Multiplies panels with tall parts of x, one after the other, until all are taken."""
     num_panels = -(-out.shape[1] // PANEL)
     num_rows = x.shape[0]
     num_items = num_panels * -(-num_rows // _TALL)
     scratch = np.empty(_TALL * PANEL, np.float32)
-    item = take(counter)
+    item = claim(counters, thread, num_items)
     while item < num_items:
         row0 = item // num_panels * _TALL
         rows = min(_TALL, num_rows - row0)
         _multiply_panel(x, row0, rows, panels, item % num_panels, bias, out, scratch)
-        item = take(counter)
+        item = claim(counters, thread, num_items)
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _multiply(num_threads, x, panels, bias, out):
-    counter = np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        _multiply_some(counter, x, panels, bias, out)
+    counters = counters_of(num_threads)
+    for thread in prange(num_threads):
+        _multiply_some(counters, thread, x, panels, bias, out)
 
 
 class PackedLinear(nn.Module):

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.vector import FASTMATH, PANEL, exp, product, take
+from redmux_server.models.vector import FASTMATH, PANEL, claim, counters_of, exp, product
 
 BLOCK = 32  # tokens in a cache block, a multiple of PANEL
 TILE = 4  # query tokens that share one pass over the keys
@@ -219,27 +219,29 @@ def _attend_tile(
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _store_some(counter, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
+def _store_some(counters, thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
     """Writes keys and values token by token until all are taken."""
     scratch = np.empty(layout[2], np.float32)
-    token = take(counter)
-    while token < places.shape[1]:
+    num_tokens = places.shape[1]
+    token = claim(counters, thread, num_tokens)
+    while token < num_tokens:
         for head in range(layout[1]):
             _store(
                 k, v, keys, values, places, token, head, layout, k_weight, eps, cos, sin, scratch
             )
-        token = take(counter)
+        token = claim(counters, thread, num_tokens)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _attend_some(
-    counter, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
+    counters, thread, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
     places, table, tiles, scale, window, softcap,
 ):  # fmt: skip
     """Attends, a tile and KV head at a time, until all are taken; `stores` their keys before."""
     scratch = np.empty(layout[2], np.float32)
-    item = take(counter)
-    while item < tiles.shape[1] * layout[1]:
+    num_items = tiles.shape[1] * layout[1]
+    item = claim(counters, thread, num_items)
+    while item < num_items:
         n, head = item // layout[1], item % layout[1]
         row0 = tiles[1, n]
         if stores:
@@ -248,7 +250,7 @@ def _attend_some(
             q, keys, values, out, cos, sin, q_weight, eps, table[tiles[0, n]],
             row0, tiles[2, n], tiles[3, n], head, layout, scale, window, softcap,
         )  # fmt: skip
-        item = take(counter)
+        item = claim(counters, thread, num_items)
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
@@ -259,13 +261,13 @@ def _attend(
     # One token per request: whoever attends to a key has written it, so one pass is enough.
     stores = places.shape[1] == table.shape[0]
     if not stores:
-        tokens = np.zeros(1, np.int64)
-        for _ in prange(num_threads):
-            _store_some(tokens, k, v, keys, values, places, layout, k_weight, eps, cos, sin)
-    counter = np.zeros(1, np.int64)
-    for _ in prange(num_threads):
+        tokens = counters_of(num_threads)
+        for thread in prange(num_threads):
+            _store_some(tokens, thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin)
+    counters = counters_of(num_threads)
+    for thread in prange(num_threads):
         _attend_some(
-            counter, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps,
+            counters, thread, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps,
             layout, places, table, tiles, scale, window, softcap,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.vector import FASTMATH, LANES, exp, take
+from redmux_server.models.vector import FASTMATH, LANES, claim, counters_of, exp
 
 Array = np.ndarray[Any, Any]
 # Waking the other threads costs more than this many values take.
@@ -86,42 +86,42 @@ def _edit(first, last, y, at, dim, rows, row_of, start):
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _norm_shared(num_threads, x, weight, eps, out):
-    n, counter = x.shape[0], np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        first = take(counter) * _ROWS
+    n, counters = x.shape[0], counters_of(num_threads)
+    for thread in prange(num_threads):
+        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
         while first < n:
             _norm(first, min(n, first + _ROWS), x, weight, eps, out)
-            first = take(counter) * _ROWS
+            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _add_norm_shared(num_threads, x, y, rows, row_of, start, weight, eps, out):
-    n, counter = x.shape[0], np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        first = take(counter) * _ROWS
+    n, counters = x.shape[0], counters_of(num_threads)
+    for thread in prange(num_threads):
+        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
         while first < n:
             _add_norm(first, min(n, first + _ROWS), x, y, rows, row_of, start, weight, eps, out)
-            first = take(counter) * _ROWS
+            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _gate_shared(num_threads, gate_up, out):
-    n, counter = out.shape[0], np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        first = take(counter) * _ROWS
+    n, counters = out.shape[0], counters_of(num_threads)
+    for thread in prange(num_threads):
+        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
         while first < n:
             _gate(first, min(n, first + _ROWS), gate_up, out)
-            first = take(counter) * _ROWS
+            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _edit_shared(num_threads, y, at, dim, rows, row_of, start):
-    n, counter = y.shape[0], np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        first = take(counter) * _ROWS
+    n, counters = y.shape[0], counters_of(num_threads)
+    for thread in prange(num_threads):
+        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
         while first < n:
             _edit(first, min(n, first + _ROWS), y, at, dim, rows, row_of, start)
-            first = take(counter) * _ROWS
+            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
 
 
 def norm(x: Array, weight: Array, eps: np.float32, out: Array) -> None:

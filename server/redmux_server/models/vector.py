@@ -26,18 +26,42 @@ _LN2_LOW = np.float32(-2.12194440e-4)
 
 
 @intrinsic
-def take(typing, counter):
-    """Returns counter[0] of an int64 array and adds 1 to it, as one step among threads.
-
-    Threads that take their items one by one end together, even where another process holds one
-    of their cores for a while; equal shares would wait for the slowest.
-    """
+def _fetch_add(typing, counters, index):
+    """Returns counters[index] of an int64 array and adds 1 to it, as one step among threads."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         data = context.make_array(sig.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, ir.IntType(64)(1), "monotonic")
+        address = builder.gep(data, [args[1]])
+        return builder.atomic_rmw("add", address, ir.IntType(64)(1), "monotonic")
 
-    return types.int64(counter), codegen
+    return types.int64(counters, types.int64), codegen
+
+
+_APART = 16  # counters lie on cache lines of their own
+
+
+@njit(nogil=True, cache=True)
+def counters_of(num_threads):
+    """Returns the state of `claim` for one pass of this many threads over some items."""
+    return np.zeros(num_threads * _APART, np.int64)
+
+
+@njit(nogil=True, cache=True)
+def claim(counters, thread, num_items):
+    """Returns an item from 0 to num_items that no thread has got yet, or num_items for none left.
+
+    Each thread walks an equal share, which is read as one stream, and then helps the others: all
+    end together even where another process holds one of their cores for a while.
+    """
+    num_threads = counters.size // _APART
+    for k in range(num_threads):
+        share = (thread + k) % num_threads
+        first, stop = num_items * share // num_threads, num_items * (share + 1) // num_threads
+        if first + counters[share * _APART] < stop:
+            item = first + _fetch_add(counters, share * _APART)
+            if item < stop:
+                return item
+    return num_items
 
 
 @njit(fastmath=FASTMATH, inline="always")
