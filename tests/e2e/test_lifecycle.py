@@ -149,8 +149,8 @@ async def test_adapters_of_an_earlier_run_are_read_when_first_asked_for(
         assert "adapter 'b'" in str(got[1])
 
 
-async def test_values_in_freed_blocks_and_rows_reach_nobody(base, server, client, put):
-    """Whatever a request leaves behind is overwritten with NaN the moment it is freed."""
+async def test_values_in_freed_blocks_reach_nobody(base, server, client, put):
+    """Free blocks hold NaN, and so does every block that is handed out, shared before or not."""
     prompts = ["a", "some words", "x" * 40]
     adapters = [base.adapter(seed) for seed in range(3)]
     for i, adapter in enumerate(adapters):
@@ -164,16 +164,19 @@ async def test_values_in_freed_blocks_and_rows_reach_nobody(base, server, client
 
     clean = [await ask(*w) for w in work]
     pool, cache = server.engine._scheduler._blocks, server.model.runner.cache
-    cache.poison(range(cache.num_blocks), float("nan"))
-    release = pool.release
+    cache.poison(pool._free, float("nan"))
+    release, take = pool.release, pool._take
 
-    def poisoning(blocks):
-        blocks = list(blocks)
-        if blocks:
-            cache.poison(blocks, float("nan"))
+    def poison_after(blocks):
         release(blocks)
+        cache.poison(pool._free, float("nan"))
 
-    pool.release = poisoning
+    def poison_taken():
+        block = take()
+        cache.poison([block], float("nan"))
+        return block
+
+    pool.release, pool._take = poison_after, poison_taken
     for _ in range(3):
         assert await asyncio.gather(*(ask(*w) for w in work)) == clean
 
