@@ -8,8 +8,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -104,7 +105,8 @@ class Peer:
         if not names:
             return {}
         code = "import sys, importlib.metadata as m; print(*map(m.version, sys.argv[1:]))"
-        output = subprocess.check_output([self.options["python"], "-c", code, *names], text=True)
+        python = self.options.get("python", sys.executable)
+        output = subprocess.check_output([python, "-c", code, *names], text=True)
         return dict(zip(names, output.split(), strict=True))
 
     def check_alive(self) -> None:
@@ -141,9 +143,12 @@ class Peer:
         self._process.wait()
         self._process = None
 
-    def memory_bytes(self) -> int:
-        """Returns the proportional set size of all its processes."""
-        return sum(pss_bytes(pid) for pid in self.pids())
+    def memory_mb(self) -> int:
+        """Returns the resident memory of all its processes in MB.
+
+        Libraries that several processes of one engine share count once for each of them.
+        """
+        return round(sum(rss_bytes(pid) for pid in self.pids()) / 1e6)
 
     def cpu_seconds(self) -> float:
         """Returns the processor time that its living processes have used."""
@@ -230,27 +235,31 @@ def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
             continue
 
 
-def pss_bytes(pid: int) -> int:
+def rss_bytes(pid: int) -> int:
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int, *, with_ended_children: bool = False) -> float:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
-    user, system = int(fields[11]), int(fields[12])
-    return (user + system) / os.sysconf("SC_CLK_TCK")
-
-
-def machine_busy_seconds() -> float:
-    """Returns the time that all cores together have spent computing."""
-    user, nice, system, _, _, irq, softirq, steal = (
-        int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    )
-    ticks = user + nice + system + irq + softirq + steal
+    ticks = sum(map(int, fields[11 : 15 if with_ended_children else 13]))
     return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def all_cpu_seconds(pids: Iterable[int]) -> float:
+    """Returns what these processes and their ended children have used.
+
+    Summed over every process this is the machine's, and unlike the counters of /proc/stat it is
+    no sample per clock tick, which misses threads that sleep and wake often.
+    """
+    return sum(cpu_seconds(pid, with_ended_children=True) for pid in pids)
+
+
+def every_pid() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]

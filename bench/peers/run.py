@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from check import Answers, agreement, fixed_answers
-from peer import Limits, Peer, PeerError, cpu_seconds, machine_busy_seconds
+from peer import Limits, Peer, PeerError, all_cpu_seconds, every_pid
 from peer_llama import LlamaPeer
 from peer_openvino import OpenVinoPeer
 from peer_peft import PeftPeer
@@ -41,6 +41,8 @@ IDLE_S = 2.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    if args.json:
+        args.json.touch()  # fails before anything is measured
     peers = make_peers(args)
     # An engine left behind would stay stopped, and hold its memory, for ever.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -133,7 +135,7 @@ def start(peer: Peer, args: argparse.Namespace) -> tuple[dict[str, Any], Answers
         "versions": peer.versions(),
         "start_s": round(start_s, 2),
         "idle_cores": round(idle_cores, 3),
-        "memory_mb_after_start": round(peer.memory_bytes() / 1e6),
+        "memory_mb_after_start": peer.memory_mb(),
     }
     peer.pause()
     say(f"{peer.name}: ready after {start_s:.1f} s, {facts['memory_mb_after_start']} MB, "
@@ -147,7 +149,7 @@ def turn(peer: Peer, number: int, args: argparse.Namespace) -> Iterator[dict[str
     wave(peer, "base", 1, 0, args, output_tokens=4, label="wake")
     for workload, concurrency, distinct in plan(peer.workloads, args):
         record = wave(peer, workload, concurrency, distinct, args, args.output_tokens, number)
-        yield record | {"round": number, "memory_mb": round(peer.memory_bytes() / 1e6)}
+        yield record | {"round": number, "memory_mb": peer.memory_mb()}
     peer.pause()
 
 
@@ -179,9 +181,9 @@ def wave(
                for _ in range(concurrency)]  # fmt: skip
     adapters = [i % distinct if workload == "adapters" else None for i in range(concurrency)]
     own = [os.getpid(), *peer.pids()]
-    busy, ours = machine_busy_seconds(), sum(map(cpu_seconds, own))
+    foreign_before = all_cpu_seconds(every_pid()) - all_cpu_seconds(own)
     answer = peer.wave(prompts, output_tokens, adapters)
-    busy, ours = machine_busy_seconds() - busy, sum(map(cpu_seconds, own)) - ours
+    foreign_s = all_cpu_seconds(every_pid()) - all_cpu_seconds(own) - foreign_before
     lengths = [len(ids) for ids in answer.token_ids]
     if lengths != [output_tokens] * concurrency:
         raise PeerError(f"{peer.name} gave {lengths} tokens, {output_tokens} each were asked for")
@@ -192,8 +194,8 @@ def wave(
         "distinct": distinct,
         "seconds": round(answer.seconds, 4),
         "tokens_per_s": round(concurrency * output_tokens / answer.seconds, 2),
-        # Other processes' share of the machine: near 0 where the figure can be trusted.
-        "foreign_cores": round(max(0.0, busy - ours) / answer.seconds, 3),
+        # Taken by other processes meanwhile: near 0 where the figure can be trusted.
+        "foreign_cores": round(foreign_s / answer.seconds, 3),
     }
 
 
