@@ -1,5 +1,7 @@
 """Swap modules of a loaded model for faster ones of the same mathematics."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -42,12 +44,14 @@ def can_pack() -> bool:
     return has_onednn and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Replaces every nn.Linear and Conv1D by a PackedLinear, in place; returns how many.
+def pack_linears(
+    model: nn.Module, make_linear: Callable[[Tensor, Tensor | None], nn.Module] = PackedLinear
+) -> int:
+    """Replaces every nn.Linear and Conv1D by what `make_linear` makes of its weight and bias.
 
-    Module paths, and so sites and hooks, stay as they are. Original weights are released, except
-    where an embedding shares them; what is left is copied, so that nothing holds on to the file
-    that all of it was mapped from.
+    Works in place and returns how many. Module paths, and so sites and hooks, stay as they are.
+    Original weights are released, except where an embedding shares them; what is left is copied,
+    so that nothing holds on to the file that all of it was mapped from.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -59,7 +63,7 @@ def pack_linears(model: nn.Module) -> int:
             tensors = {key: parameter.data for key, parameter in child.named_parameters()}
             # Conv1D keeps its weight as [in_features, out_features].
             weight = tensors["weight"].t() if type(child) is Conv1D else tensors["weight"]
-            setattr(parent, name, PackedLinear(weight, tensors.get("bias")))
+            setattr(parent, name, make_linear(weight, tensors.get("bias")))
             count += 1
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
