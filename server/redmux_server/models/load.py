@@ -19,8 +19,9 @@ from redmux_server.models.attention import attach, discover
 from redmux_server.models.editing import Editing
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.quantized import int8_linears
 from redmux_server.models.runner import CausalRunner
-from redmux_server.models.selfcheck import MIN_CACHE_TOKENS, SelfCheck, reference
+from redmux_server.models.selfcheck import INT8_TOLERANCE, MIN_CACHE_TOKENS, SelfCheck, reference
 from redmux_server.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,16 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     max_context, num_tokens = _context_and_cache(config, model, shapes)
     cache, attention_reason = _make_cache(shapes, num_tokens // BLOCK, choices)
     attach(model, cache)
-    reasons = [*choices.reasons, attention_reason, _accelerate(model, choices)]
-
+    reasons = [*choices.reasons, attention_reason]
     with contextlib.closing(SelfCheck(model, cache, sites, choices.num_threads)) as check:
-        check.compare(expected)
+        if config.quantization == "int8":
+            check.compare(expected)  # rounded weights would hide what else is wrong
+            reasons.append(_quantize(model))
+            error = check.compare(expected, INT8_TOLERANCE)
+            reasons.append(f"int8 logits differ from fp32 by {error:.1%} of the largest at most")
+        else:
+            reasons.append(_accelerate(model, choices))
+            check.compare(expected)
         bit_identical = check.is_bit_identical(expected.prompts)
     reasons.append(
         "bit-identical in any batch: yes, checked at start"
@@ -129,6 +136,11 @@ def _make_cache(
         cache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
         return cache, "attention: torch over gathered blocks (head size is no multiple of 4)"
     return NumbaKVCache(shapes, num_blocks), "attention: exact-length paged kernel"
+
+
+def _quantize(model: Any) -> str:
+    make_linear, reason = int8_linears()
+    return f"linears: {pack_linears(model, make_linear)} with {reason}"
 
 
 def _accelerate(model: Any, choices: Choices) -> str:

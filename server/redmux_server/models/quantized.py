@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from redmux.errors import FailedPreconditionError
 
 _WEIGHT_LEVELS = 127
-# Without VNNI a CPU adds two products in 16 bits that saturate: 2 * 127 * 127 still fits, and
-# 2 * 254 * 127 does not. So activations get 63 levels to either side there.
-_ACTIVATION_LEVELS = (127, 63)
+# Steps of an activation to either side of zero. Without VNNI a CPU adds two products in 16 bits
+# that saturate: with 63 steps and their offset 2 * 126 * 127 still fits, with 127 it does not.
+_FINE, _COARSE = 127, 63
 # Longest row whose sum of products fits in 32 bits, at 254 for an activation with its offset.
-MAX_IN_FEATURES = (2**31 - 1) // (2 * _ACTIVATION_LEVELS[0] * _WEIGHT_LEVELS)
+MAX_IN_FEATURES = (2**31 - 1) // (2 * _FINE * _WEIGHT_LEVELS)
 _SMALLEST_STEP = 1e-30  # far below what any sum of products can show; keeps zeros from 0 / 0
 
 
@@ -25,6 +25,9 @@ class Int8Linear(nn.Module):
     dynamic quantisation takes one for the whole tensor, where one tenant's outlier ruins its
     neighbours. Rows are rounded to whole steps here, and products of whole numbers sum exactly
     in any order, so a row has the same bits whatever its neighbours, their number, the threads.
+
+    63 levels alone would cost a language model much of its quality, so there the rest of every
+    activation is rounded in its turn and multiplied as a second row: slower, and finer than 127.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, levels: int) -> None:
@@ -47,10 +50,19 @@ class Int8Linear(nn.Module):
         """Takes [..., in_features], returns [..., out_features]; a row not finite stays so."""
         rows = x.reshape(-1, self.in_features)
         step = rows.abs().amax(1, keepdim=True).div_(self._levels).clamp_min_(_SMALLEST_STEP)
-        y = _product((rows / step).round_(), self.packed, self._levels).mul_(step)
+        y = self._multiply(rows / step).mul_(step)
         if self.bias is not None:
             y.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, steps: Tensor) -> Tensor:
+        """Takes activations [n, in_features] in steps of their row."""
+        if self._levels == _FINE:
+            return _product(steps.round_(), self.packed, self._levels)
+        whole = steps.round()
+        rest = steps.sub_(whole).mul_(2 * self._levels).round_()
+        y = _product(torch.cat([whole, rest]), self.packed, self._levels)
+        return torch.add(*y.chunk(2), alpha=1 / (2 * self._levels))
 
 
 def _pack(weight: Tensor) -> torch.ScriptObject:
@@ -89,7 +101,7 @@ def exact_levels() -> int:
         raise FailedPreconditionError(
             "quantization is int8, but this build of torch has no FBGEMM; use quantization none"
         )
-    for levels in _ACTIVATION_LEVELS:
+    for levels in (_FINE, _COARSE):
         if _is_exact(levels):
             return levels
     raise FailedPreconditionError(
@@ -113,5 +125,9 @@ def int8_linears() -> tuple[Callable[[Tensor, Tensor | None], Int8Linear], str]:
     Raises what `exact_levels` raises.
     """
     levels = exact_levels()
-    why = "8 bits" if levels == 127 else "7 bits: this CPU has no exact products of more"
-    return partial(Int8Linear, levels=levels), f"int8 weights, activations of {why}"
+    why = (
+        "activations of 8 bits"
+        if levels == _FINE
+        else "activations of 2 x 7 bits (this CPU has no exact products of 8)"
+    )
+    return partial(Int8Linear, levels=levels), f"int8 weights, {why}"
