@@ -22,7 +22,8 @@ class Choices:
 def choose(config: ServerConfig) -> Choices:
     """Returns the choices for this machine.
 
-    Raises FailedPreconditionError if the configuration asks for a device that is not there.
+    Raises FailedPreconditionError if the configuration asks for a device that is not there or
+    for a quantization that device and dtype have not.
     """
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
@@ -41,6 +42,12 @@ def choose(config: ServerConfig) -> Choices:
     else:
         dtype, why = torch.bfloat16, "auto: the native precision of current GPUs"
     reasons.append(f"dtype {str(dtype).removeprefix('torch.')} ({why})")
+
+    if config.quantization == "int8" and (name, dtype) != ("cpu", torch.float32):
+        raise FailedPreconditionError(
+            f"quantization is int8, which needs device cpu and dtype float32, not {name} and "
+            f"{str(dtype).removeprefix('torch.')}; use quantization none here"
+        )
 
     cores = len(os.sched_getaffinity(0))
     threads = config.threads or cores

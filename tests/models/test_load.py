@@ -6,13 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from redmux.errors import InvalidArgumentError
+from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.models import load
+from redmux_server.models.attention import attention_modules
 from redmux_server.models.kvcache import LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.quantized import Int8Linear, can_quantize
 
+needs_int8 = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no FBGEMM")
 SHAPES = [LayerShape(4, 2, 32)] * 3  # 2 * 3 * 2 * 32 values = 1536 bytes a token in fp32
 
 
@@ -121,6 +124,49 @@ def test_a_model_is_loaded_checked_and_free_of_hooks(tiny_folder, base):
     assert loaded.bit_identical
     assert any("checked at start" in reason for reason in loaded.reasons)
     assert not any(m._forward_hooks for m in loaded.linears)
+
+
+@pytest.fixture
+def int8(tiny_folder):
+    """Loads the tiny model with int8 weights."""
+    threads = torch.get_num_threads()
+    config = ServerConfig(model=str(tiny_folder), kv_cache_tokens=1024, quantization="int8")
+    yield lambda: load.load_causal(config, choices())
+    torch.set_num_threads(threads)
+
+
+@needs_int8
+def test_int8_weights_leave_the_fingerprint_and_the_sites_as_they_are(int8, base):
+    loaded = int8()
+    assert loaded.fingerprint == base.fingerprint
+    assert set(base.ffn) <= set(loaded.sites)
+    assert {type(linear) for linear in loaded.linears} == {Int8Linear}
+    assert loaded.bit_identical
+
+
+@needs_int8
+def test_int8_does_not_hide_a_wrong_attention(int8, monkeypatch):
+    """A scale that is off by a fiftieth differs by less than the rounding of weights may."""
+
+    def attach(model, cache):
+        load_attach(model, cache)
+        for module in attention_modules(model):
+            module.scaling *= 1.02
+
+    load_attach = load.attach
+    monkeypatch.setattr(load, "why_not_fusable", lambda model: "not now")
+    monkeypatch.setattr(load, "attach", attach)
+    with pytest.raises(FailedPreconditionError, match="differs from the plain model by"):
+        int8()
+
+
+@needs_int8
+def test_int8_weights_that_are_wrong_are_refused(int8, monkeypatch):
+    make_linear, reason = load.int8_linears()
+    wrong = (lambda weight, bias: make_linear(weight.flip(0), bias)), reason
+    monkeypatch.setattr(load, "int8_linears", lambda: wrong)
+    with pytest.raises(FailedPreconditionError, match="differs from the plain model by"):
+        int8()
 
 
 def test_a_single_short_request_at_a_time_still_leaves_room_for_the_check(tiny_folder):

@@ -43,7 +43,9 @@ def test_the_file_can_be_named_by_the_environment_and_the_flag_wins(write, tmp_p
 @pytest.mark.parametrize("field", dataclasses.fields(ServerConfig), ids=lambda f: f.name)
 def test_every_field_can_be_set_in_each_of_the_three_places(field, write):
     extra = {"tls_cert": {"tls_key": "k"}, "tls_key": {"tls_cert": "c"}}.get(field.name, {})
-    choices = {"device": "cpu", "dtype": "float32", "log_level": "debug"}
+    choices = {
+        "device": "cpu", "dtype": "float32", "quantization": "int8", "log_level": "debug",
+    }  # fmt: skip
     if isinstance(field.default, tuple):
         value, text, toml = ("a",), "a", '["a"]'
     elif isinstance(field.default, str):
@@ -159,8 +161,8 @@ def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
         {"max_context": -1}, {"kv_cache_tokens": -1}, {"bank_bytes": -1}, {"drain_s": -0.5},
         {"host_cache_bytes": -1},
         {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
-        {"dtype": "int8"}, {"log_level": "loud"}, {"max_running": 9, "max_batch_tokens": 8},
-        {"tls_cert": "c"}, {"tls_key": "k"},
+        {"dtype": "int8"}, {"quantization": "int4"}, {"log_level": "loud"},
+        {"max_running": 9, "max_batch_tokens": 8}, {"tls_cert": "c"}, {"tls_key": "k"},
     ],
     ids=str,
 )  # fmt: skip

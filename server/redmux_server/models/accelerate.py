@@ -1,11 +1,14 @@
 """Swap the linear modules of a loaded model for faster ones of the same mathematics."""
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from redmux_server.models.packed_linear import PackedLinear
+
+MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
 
 
 def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -27,11 +30,11 @@ def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), torch.cat(filled)
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Replaces every nn.Linear and Conv1D by a PackedLinear, in place; returns how many.
+def pack_linears(model: nn.Module, make_linear: MakeLinear = PackedLinear) -> int:
+    """Replaces every nn.Linear and Conv1D by what `make_linear` makes of its weight and bias.
 
-    Module paths, and so sites and hooks, stay as they are. Original weights are released, except
-    where an embedding shares them.
+    Works in place and returns how many. Module paths, and so sites and hooks, stay as they are.
+    Original weights are released, except where an embedding shares them.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -40,7 +43,7 @@ def pack_linears(model: nn.Module) -> int:
         for name, child in parent.named_children():
             if type(child) not in (nn.Linear, Conv1D):
                 continue
-            setattr(parent, name, PackedLinear(*joined(child)))
+            setattr(parent, name, make_linear(*joined(child)))
             count += 1
     unmap(model)
     return count

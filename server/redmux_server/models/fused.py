@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from redmux_server.models.accelerate import joined
+from redmux_server.models.accelerate import MakeLinear, joined
 from redmux_server.models.attention import LayerRule, attention_modules
 from redmux_server.models.editing import SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
@@ -40,19 +40,25 @@ class FusedDecoder:
     Every row is computed as if alone.
     """
 
-    def __init__(self, model: Any, rules: Sequence[LayerRule], cache: NumbaKVCache) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rules: Sequence[LayerRule],
+        cache: NumbaKVCache,
+        make_linear: MakeLinear = PackedLinear,
+    ) -> None:
         """`model` must be fusable and stays as it is; weights are copied where they are fused."""
         self._cache = cache
         self._embed = model.get_input_embeddings()
         self._rotary = model.model.rotary_emb
         self.layers = [
-            _Layer(module, attention.layer_idx, rule, paged)
+            _Layer(module, attention.layer_idx, rule, paged, make_linear)
             for module, attention, rule, paged in zip(
                 model.model.layers, attention_modules(model), rules, cache.paged, strict=True
             )
         ]
         self._norms = [*(layer.norm for layer in self.layers), _Norm(model.model.norm)]
-        self.head = PackedLinear(*joined(model.lm_head))
+        self.head = make_linear(*joined(model.lm_head))
         self._layout: Mapping[str, SiteColumns] = {}
 
     @property
@@ -118,17 +124,24 @@ _UNEDITED = (-1,) * len(_SITES)
 
 
 class _Layer:
-    def __init__(self, module: Any, index: int, rule: LayerRule, paged: PagedAttention) -> None:
+    def __init__(
+        self,
+        module: Any,
+        index: int,
+        rule: LayerRule,
+        paged: PagedAttention,
+        make_linear: MakeLinear,
+    ) -> None:
         attention, mlp = module.self_attn, module.mlp
         self._path = f"model.layers.{index}"
         self._rule = rule
         self._paged = paged
         self.norm = _Norm(module.input_layernorm)
         self._post_norm = _Norm(module.post_attention_layernorm)
-        self.qkv = PackedLinear(*joined(attention.q_proj, attention.k_proj, attention.v_proj))
-        self.o = PackedLinear(*joined(attention.o_proj))
-        self.gate_up = PackedLinear(*joined(mlp.gate_proj, mlp.up_proj))
-        self.down = PackedLinear(*joined(mlp.down_proj))
+        self.qkv = make_linear(*joined(attention.q_proj, attention.k_proj, attention.v_proj))
+        self.o = make_linear(*joined(attention.o_proj))
+        self.gate_up = make_linear(*joined(mlp.gate_proj, mlp.up_proj))
+        self.down = make_linear(*joined(mlp.down_proj))
         self._query = paged.num_heads * paged.head_dim
         self._key = paged.num_kv_heads * paged.head_dim
         self._q_weight, self._k_weight, self._eps = NOTHING, NOTHING, np.float32(0)

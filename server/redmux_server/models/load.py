@@ -23,13 +23,21 @@ from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.quantized import Int8Linear, int8_linears
 from redmux_server.models.runner import CausalRunner, Decoder, TransformersDecoder
-from redmux_server.models.selfcheck import Reference, SelfCheck, min_cache_tokens, reference
+from redmux_server.models.selfcheck import (
+    INT8_TOLERANCE,
+    Reference,
+    SelfCheck,
+    min_cache_tokens,
+    reference,
+)
 from redmux_server.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE_BYTES = 2 << 30
+_LINEARS = PackedLinear | Int8Linear | nn.Linear | Conv1D
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +123,9 @@ def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[s
     shapes, rules = discover(model)
     max_context, num_tokens = _context_and_cache(config, model, shapes)
     cache, attention_reason = _make_cache(shapes, num_tokens // BLOCK, choices)
-    checked = _fuse(model, rules, cache, sites, expected, choices) or _keep(
-        model, cache, sites, expected, choices
+    quantization = config.quantization
+    checked = _fuse(model, rules, cache, sites, expected, choices, quantization) or _keep(
+        model, cache, sites, expected, choices, quantization
     )
     bank = AdapterBank(
         sites,
@@ -210,51 +219,71 @@ class _Checked:
 
 def _fuse(
     model: Any, rules: Sequence[LayerRule], cache: KVCache, sites: Mapping[str, int],
-    expected: Reference, choices: Choices,
+    expected: Reference, choices: Choices, quantization: str,
 ) -> _Checked | None:  # fmt: skip
     """Returns the model as a FusedDecoder, its own layers released, or None where that fails."""
     if not isinstance(cache, NumbaKVCache) or why_not_fusable(model):
         return None
     decoder = FusedDecoder(model, rules, cache)
+    products = "packed products"
     try:
-        bit_identical = _check(decoder, cache, sites, expected, choices)
+        error, bit_identical = _check(decoder, cache, sites, expected, choices)
     except FailedPreconditionError as err:
         logger.warning("not fused: %s", err)
         return None
+    if quantization == "int8":  # only now: rounded weights would hide what else is wrong
+        make_linear, products = int8_linears()
+        decoder = FusedDecoder(model, rules, cache, make_linear)
+        error, bit_identical = _check(decoder, cache, sites, expected, choices, INT8_TOLERANCE)
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
     unmap(model)
-    reason = f"layers: fused into {len(decoder.linears)} packed products"
+    reason = f"layers: fused into {len(decoder.linears)} {products}, {_off_by(error)}"
     return _Checked(decoder, decoder.linears, bit_identical, reason)
 
 
 def _keep(
-    model: Any, cache: KVCache, sites: Mapping[str, int], expected: Reference, choices: Choices
-) -> _Checked:
+    model: Any, cache: KVCache, sites: Mapping[str, int], expected: Reference, choices: Choices,
+    quantization: str,
+) -> _Checked:  # fmt: skip
     """Returns the model as transformers runs it; raises FailedPreconditionError if it cannot be."""
     attach(model, cache)
+    decoder = TransformersDecoder(model)
+    tolerance = None
     if choices.dtype != torch.float32:
         reason = "linears: torch's own (not fp32)"
+    elif quantization == "int8":
+        _check(decoder, cache, sites, expected, choices)
+        make_linear, products = int8_linears()
+        reason, tolerance = (
+            f"linears: {pack_linears(model, make_linear)} {products}",
+            INT8_TOLERANCE,
+        )
     else:
         reason = f"linears: {pack_linears(model)} packed"
-    decoder = TransformersDecoder(model)
-    bit_identical = _check(decoder, cache, sites, expected, choices)
-    return _Checked(decoder, _linears(model), bit_identical, reason)
+    error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
+    return _Checked(decoder, _linears(model), bit_identical, f"{reason}, {_off_by(error)}")
+
+
+def _off_by(error: float) -> str:
+    return f"logits within {error:.1e} of the plain model's largest"
 
 
 def _linears(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, PackedLinear | nn.Linear | Conv1D)]
+    return [m for m in model.modules() if isinstance(m, _LINEARS)]
 
 
 def _check(
     decoder: Decoder, cache: KVCache, sites: Mapping[str, int], expected: Reference,
-    choices: Choices,
-) -> bool:  # fmt: skip
-    """Returns whether the decoder is bit-identical; raises FailedPreconditionError if wrong."""
+    choices: Choices, tolerance: float | None = None,
+) -> tuple[float, bool]:  # fmt: skip
+    """Returns the decoder's largest error and whether it is bit-identical in any batch.
+
+    Raises FailedPreconditionError if the error is too large.
+    """
 
     def make(bank: AdapterBank) -> CausalRunner:
         return CausalRunner(decoder, cache, bank, choices.device, choices.num_threads)
 
     with contextlib.closing(SelfCheck(make, sites, choices.device, choices.dtype)) as check:
-        check.compare(expected)
-        return check.is_bit_identical(expected.prompts)
+        return check.compare(expected, tolerance), check.is_bit_identical(expected.prompts)

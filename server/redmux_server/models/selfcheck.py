@@ -33,6 +33,7 @@ def min_cache_tokens(block_size: int) -> int:
 MIN_CACHE_TOKENS = min_cache_tokens(BLOCK)
 # Largest difference to plain attention, relative to the largest logit.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+INT8_TOLERANCE = 0.3  # several times what sound models show; a wrong one is off by about 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,15 @@ class SelfCheck:
         """Makes the model forget the check's adapters."""
         self._runner.forget_sites()
 
-    def compare(self, expected: Reference) -> None:
-        """Raises FailedPreconditionError unless packed steps equal plain attention.
+    def compare(self, expected: Reference, tolerance: float | None = None) -> float:
+        """Returns the largest difference of packed steps to plain attention.
 
-        One step of all prompts, then one that decodes a token for each of them.
+        One step of all prompts, then one that decodes a token for each of them. It is relative to
+        the largest logit. Raises FailedPreconditionError unless it is below `tolerance`, by
+        default that of equal weights in the model's dtype.
         """
+        tolerance = tolerance or _TOLERANCE[self._dtype]
+        largest = 0.0
         requests = [self._request(p, None) for p in expected.prompts]
         got = [*self._step([(r, len(r.prompt_ids)) for r in requests])]
         for request in requests:
@@ -104,11 +109,14 @@ class SelfCheck:
         self._release(requests)
         for row, want in zip(got, [*expected.logits, *expected.next_logits], strict=True):
             error = float((row - want).abs().max() / want.abs().max())
-            if not error < _TOLERANCE[self._dtype]:
+            largest = max(largest, error)
+            if not error < tolerance:
                 raise FailedPreconditionError(
                     f"the packed engine differs from the plain model by {error:.1e} relative to "
-                    f"the largest logit: this architecture cannot be served"
+                    f"the largest logit (allowed: {tolerance:g}): this architecture cannot be "
+                    f"served"
                 )
+        return largest
 
     def is_bit_identical(self, prompts: Sequence[list[int]]) -> bool:
         """Whether logits have the same bits alone and mixed, whatever the chunks and neighbours."""
