@@ -22,7 +22,8 @@ class LlamaPeer(HttpPeer):
             self.options["server"], "-m", str(self.models / self.options["model"]),
             "--host", "127.0.0.1", "--port", str(self.port), "-t", threads, "-tb", threads,
             "-np", str(slots), "-c", str(slots * self.limits.context),
-            "-b", "2048", "-ub", "512", *self.options.get("arguments", []),
+            # Prompts never repeat: saving each finished one for later only costs.
+            "-b", "2048", "-ub", "512", "--cache-ram", "0", *self.options.get("arguments", []),
         ]  # fmt: skip
         self._has_adapters = "adapters" in self.workloads
         if self._has_adapters:

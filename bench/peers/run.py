@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         for peer in peers:
             peer.stop()
-    print(markdown(report))
+    if report["waves"]:
+        print(markdown(report))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,7 +83,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", type=Path, help="TOML file, see peers.example.toml")
     parser.add_argument("--peers", default="", help="names from the file; default: all")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0 only checks the answers")
     parser.add_argument("--concurrency", type=numbers, default=[1, 8, 32])
     parser.add_argument(
         "--distinct", type=numbers, default=[],
