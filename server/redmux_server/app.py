@@ -5,6 +5,7 @@ import logging
 import signal
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,13 @@ class Server:
         Raises InvalidArgumentError or FailedPreconditionError with what has to change.
         """
         choices = choose(config)
-        model = await asyncio.to_thread(load_causal, config, choices)
+        # The thread ends with the loading: compute threads that wait for its next call would count
+        # as competitors of the engine's, which OpenMP then puts to sleep after every product.
+        with ThreadPoolExecutor(1, "loader") as loader:
+            loading = asyncio.get_running_loop().run_in_executor(
+                loader, load_causal, config, choices
+            )
+            model = await loading
         folder = Path(config.adapter_dir) if config.adapter_dir else None
         registry = AdapterRegistry(model.fingerprint, model.sites, folder, config.host_cache_bytes)
         for name, path in _adapter_paths(config.adapters):

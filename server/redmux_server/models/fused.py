@@ -60,6 +60,7 @@ class FusedDecoder:
         self._norms = [*(layer.norm for layer in self.layers), _Norm(model.model.norm)]
         self.head = make_linear(*joined(model.lm_head))
         self._layout: Mapping[str, SiteColumns] = {}
+        self.computes_in_torch = not all(isinstance(x, PackedLinear) for x in self.linears)
 
     @property
     def linears(self) -> list[nn.Module]:

@@ -16,6 +16,8 @@ from redmux_server.models.kvcache import KVCache, Segment
 class Decoder(Protocol):
     """A causal language model over the packed tokens of one step, whose segments are entered."""
 
+    computes_in_torch: bool  # whether its products are torch's, and need torch's threads
+
     def __call__(
         self, ids: Tensor, positions: Tensor, last: Tensor,
         edits: StepRows | None, layout: Mapping[str, SiteColumns],
@@ -32,6 +34,8 @@ class Decoder(Protocol):
 
 class TransformersDecoder:
     """The model as transformers runs it, with a hook at each edited site."""
+
+    computes_in_torch = True
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -75,7 +79,9 @@ class CausalRunner:
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
-        torch.set_num_threads(self._num_threads)
+        # Where torch has nothing large to do, threads of its own would only wait for work, busily,
+        # on the cores that the kernels' threads need.
+        torch.set_num_threads(self._num_threads if self._decoder.computes_in_torch else 1)
         numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
 
     def forget_sites(self) -> None:
