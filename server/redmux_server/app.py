@@ -108,6 +108,7 @@ class Server:
         await self.engine.stop()
         await self._grpc.stop(1.0)
         self.service.close()
+        await asyncio.to_thread(self.registry.save_index)
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
         self._metrics_thread.join()

@@ -2,14 +2,24 @@
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from redmux.errors import DataLossError, InvalidAdapterError
 from redmux_adapters import Adapter, Limits, Summary
 from redmux_adapters.files import parse_edits, read_file
+from redmux_server.folder_index import Stamp
 
 logger = logging.getLogger(__name__)
+
+
+class Rules(NamedTuple):
+    """What every file of one base has to keep to."""
+
+    expected_sites: Mapping[str, int]
+    limits: Limits
 
 
 class Published:
@@ -20,16 +30,24 @@ class Published:
     somebody holds this object. What is read is checked against the digest that was published.
     """
 
-    __slots__ = ("_data", "_limits", "_path", "created_at", "name", "summary")
+    __slots__ = ("_data", "_path", "_rules", "created_at", "name", "stamp", "summary")
 
-    def __init__(self, name: str, summary: Summary, source: Path | bytes, limits: Limits) -> None:
-        """`source` is the file of the vectors or the bytes of one."""
+    def __init__(
+        self,
+        name: str,
+        summary: Summary,
+        source: Path | bytes,
+        rules: Rules,
+        stamp: Stamp | None = None,
+    ) -> None:
+        """`source` is the file of the vectors, with its stamp if that is known, or their bytes."""
         self.name = name
         self.summary = summary
+        self.stamp = stamp
         self.created_at = datetime.now(UTC)
         self._path = str(source) if isinstance(source, Path) else None
         self._data = source if isinstance(source, bytes) else None
-        self._limits = limits
+        self._rules = rules
 
     @property
     def digest(self) -> str:
@@ -44,7 +62,7 @@ class Published:
         if self._data is None:
             assert self._path is not None
             try:
-                return self._parse(read_file(Path(self._path), self._limits.file_bytes))
+                return self._parse(read_file(Path(self._path), self._rules.limits.file_bytes))
             except InvalidAdapterError as err:
                 # Detached while it was read? Then the file belongs to another version by now.
                 if self._data is None:
@@ -60,13 +78,13 @@ class Published:
         if self._data is None and self._path is not None:
             # A file that cannot be read is lost with or without what comes next.
             with contextlib.suppress(InvalidAdapterError):
-                self._data = read_file(Path(self._path), self._limits.file_bytes)
+                self._data = read_file(Path(self._path), self._rules.limits.file_bytes)
 
     def _parse(self, data: bytes) -> Adapter:
         config = self.summary.config
         adapter = Adapter(
             config.base_fingerprint,
-            parse_edits(data, limits=self._limits),
+            parse_edits(data, expected_sites=self._rules.expected_sites, limits=self._rules.limits),
             config.prompt_format,
             config.metadata,
         )

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +22,9 @@ from redmux.errors import (
 )
 from redmux_adapters import Adapter, Limits, Summary, check_base, parse_adapter, summarize, to_bytes
 from redmux_adapters.files import read_file, read_parts, summary_of
+from redmux_server.folder_index import Entry, Stamp, read_index, write_index
 from redmux_server.host_cache import HostCache
-from redmux_server.published import Published
+from redmux_server.published import Published, Rules
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})?")
 _SUFFIX = ".safetensors"
 _HEADER_BYTES = 512 << 10
 _NEIGHBOURS = 64
+_MANY = 64  # files; reading fewer takes milliseconds
+_SETTLED_NS = 2_000_000_000
 _READERS = 4  # enough to read one file while another is hashed
 
 
@@ -63,12 +67,12 @@ class AdapterRegistry:
     ) -> None:
         """`cache_bytes` bounds the adapters that are kept ready beside those in use."""
         self._base_fingerprint = base_fingerprint
-        self._sites = sites
         self._folder = folder
         self._by_name: dict[str, Published] = {}
         self._by_digest: dict[str, dict[str, Published]] = {}  # digest -> name -> version
         self._names: list[str] = []  # sorted
         self._cache = HostCache(cache_bytes)
+        self._indexed: set[tuple[str, Stamp]] = set()  # files that the folder's index has
         self._writing = asyncio.Lock()
         # Every editable module in fp32, and room for the header.
         self.max_file_bytes = 8 * sum(sites.values()) + _HEADER_BYTES
@@ -76,6 +80,7 @@ class AdapterRegistry:
             file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
             num_tensors=2 * len(sites),
         )  # fmt: skip
+        self._rules = Rules(sites, self._limits)
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -165,7 +170,7 @@ class AdapterRegistry:
         """
         check_name(name)
         data, config_json = read_parts(path, self._limits)
-        published = Published(name, self._summarize(data, config_json), data, self._limits)
+        published = Published(name, self._summarize(data, config_json), data, self._rules)
         self._add(published)
         logger.info("adapter %s is %s", name, published.digest)
         return published
@@ -173,8 +178,8 @@ class AdapterRegistry:
     def load_folder(self) -> list[Path]:
         """Publishes what earlier runs kept; returns the files that cannot be used, which stay.
 
-        Every file is read and checked, and its vectors are dropped again. Names from here win over
-        those loaded before: they were put later.
+        Every file that changed since an earlier run indexed it is read and checked, and its vectors
+        are dropped again. Names from here win over those loaded before: they were put later.
         """
         assert self._folder is not None
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -182,37 +187,64 @@ class AdapterRegistry:
             if leftover.is_file():
                 leftover.unlink()
         paths = sorted(self._folder.glob(f"**/*{_SUFFIX}"))
+        index = read_index(self._folder, self._base_fingerprint)
+        self._indexed = {(name, entry.stamp) for name, entry in index.items()}
         with ThreadPoolExecutor(_READERS) as readers:
-            found = list(readers.map(self._open, paths))
+            found = list(readers.map(lambda path: self._open(path, index), paths))
         for published in found:
             if published is not None:
                 self._add(published)
         logger.info("%d of %d adapter files in %s are usable", len(found) - found.count(None),
                     len(found), self._folder)  # fmt: skip
+        self.save_index()
         return [path for path, published in zip(paths, found, strict=True) if published is None]
 
-    def _open(self, path: Path) -> Published | None:
+    def _open(self, path: Path, index: Mapping[str, Entry]) -> Published | None:
         """Checks a file of the folder; returns None, with the reason in the log, if it is bad."""
         assert self._folder is not None
         name = path.relative_to(self._folder).as_posix().removesuffix(_SUFFIX)
+        read_at_ns, stamp = time.time_ns(), Stamp.of(path)
+        known = index.get(name)
         try:
             check_name(name)
+            if known is not None and known.stamp == stamp:
+                check_base(known.summary.config, self._base_fingerprint)
+                return Published(name, known.summary, path, self._rules, stamp)
             summary = self._summarize(read_file(path, self._limits.file_bytes), None)
         except RedmuxError as err:
             logger.error("adapter file %s cannot be used: %s", path, err)
             return None
-        return Published(name, summary, path, self._limits)
+        # One more write right now might leave the stamp as it is: clocks of files are coarse.
+        is_settled = stamp is not None and stamp.changed_ns < read_at_ns - _SETTLED_NS
+        return Published(name, summary, path, self._rules, stamp if is_settled else None)
+
+    def save_index(self) -> None:
+        """Lets the next start skip the files of today; blocks on the disk for a moment.
+
+        Does nothing where hardly any file would be skipped that is not skipped already.
+        """
+        if self._folder is None:
+            return
+        entries = {
+            name: Entry(published.stamp, published.summary)
+            for name, published in self._by_name.items()
+            if published.stamp is not None
+        }
+        fresh = {(name, entry.stamp) for name, entry in entries.items()}
+        if len(fresh - self._indexed) >= _MANY:
+            write_index(self._folder, self._base_fingerprint, entries)
+            self._indexed = fresh
 
     def _parse(self, safetensors: bytes, config_json: str) -> Adapter:
         adapter = parse_adapter(
-            safetensors, config_json, expected_sites=self._sites, limits=self._limits
+            safetensors, config_json, expected_sites=self._rules.expected_sites, limits=self._limits
         )
         check_base(adapter, self._base_fingerprint)
         return adapter
 
     def _summarize(self, safetensors: bytes, config_json: str | None) -> Summary:
         summary = summarize(
-            safetensors, config_json, expected_sites=self._sites, limits=self._limits
+            safetensors, config_json, expected_sites=self._rules.expected_sites, limits=self._limits
         )
         check_base(summary.config, self._base_fingerprint)
         return summary
@@ -221,13 +253,13 @@ class AdapterRegistry:
         self, name: str, adapter: Adapter, safetensors: bytes, held: Published | None
     ) -> Published:
         """Makes an adapter durable, if there is a folder, in place of the version `held`."""
-        source: Path | bytes = safetensors
-        if self._folder is not None:
-            if held is not None:
-                held.detach()
-            _write(self._folder, name, to_bytes(adapter))
-            source = _path(self._folder, name)
-        return Published(name, summary_of(adapter), source, self._limits)
+        if self._folder is None:
+            return Published(name, summary_of(adapter), safetensors, self._rules)
+        if held is not None:
+            held.detach()
+        _write(self._folder, name, to_bytes(adapter))
+        path = _path(self._folder, name)
+        return Published(name, summary_of(adapter), path, self._rules, Stamp.of(path))
 
     def _keep(self, held: Published, adapter: Adapter) -> None:
         """Writes the file of a version that was loaded from elsewhere or is damaged by now."""
@@ -238,6 +270,7 @@ class AdapterRegistry:
             if _path(self._folder, held.name).is_file():
                 return
         _write(self._folder, held.name, to_bytes(adapter))
+        held.stamp = None  # that of another file
 
     def _add(self, published: Published) -> None:
         held = self._by_name.get(published.name)
