@@ -66,6 +66,14 @@ class TableRows:
     edit: RowEdit
 
 
+@dataclass(frozen=True, slots=True)
+class OwnedRows:
+    """The adapters of one step by reference: request i owns row `owners[i]` of the bank's table."""
+
+    table: Tensor  # [rows, width]
+    owners: Sequence[int]
+
+
 class Editing:
     """Edits h' = scale * h + bias at the output of every site that some adapter uses.
 

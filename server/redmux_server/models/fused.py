@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from redmux_server.models.accelerate import MakeLinear, joined
 from redmux_server.models.attention import LayerRule, attention_modules
-from redmux_server.models.editing import SiteColumns, StepRows
+from redmux_server.models.editing import OwnedRows, SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
 from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import NOTHING, Array, PagedAttention, Rotation, StepIndex
@@ -39,6 +39,8 @@ class FusedDecoder:
     the edit of an FFN or attention output happens inside that kernel, so that it costs two reads.
     Every row is computed as if alone.
     """
+
+    reads_table = True
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class FusedDecoder:
 
     def __call__(
         self, ids: Tensor, positions: Tensor, last: Tensor,
-        edits: StepRows | None, layout: Mapping[str, SiteColumns],
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
         index = self._cache.index
@@ -84,9 +86,10 @@ class FusedDecoder:
         cos, sin = cos.numpy().reshape(-1), sin.numpy().reshape(-1)
         rows, row_of = _NO_ROWS, np.zeros(len(ids), np.int32)
         if edits is not None:
-            rows = edits.rows.numpy()
+            assert isinstance(edits, OwnedRows), "kernels read the bank's own table"
+            rows = edits.table.numpy()
             counts = [s.count for s in self._cache.segments]
-            row_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+            row_of = np.repeat(np.array(edits.owners, np.int32), counts)
             self._place(layout)
         h = torch.empty_like(x)
         first = self._norms[0]

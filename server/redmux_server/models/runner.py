@@ -9,7 +9,7 @@ from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.request import Work
-from redmux_server.models.editing import Editing, SiteColumns, StepRows
+from redmux_server.models.editing import Editing, OwnedRows, SiteColumns, StepRows
 from redmux_server.models.kvcache import KVCache, Segment
 
 
@@ -17,10 +17,11 @@ class Decoder(Protocol):
     """A causal language model over the packed tokens of one step, whose segments are entered."""
 
     computes_in_torch: bool  # whether its products are torch's, and need torch's threads
+    reads_table: bool  # whether it takes OwnedRows, the bank's own table, instead of StepRows
 
     def __call__(
         self, ids: Tensor, positions: Tensor, last: Tensor,
-        edits: StepRows | None, layout: Mapping[str, SiteColumns],
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """Takes ids and positions [tokens]; returns logits [len(last), vocab] of these rows.
 
@@ -36,6 +37,7 @@ class TransformersDecoder:
     """The model as transformers runs it, with a hook at each edited site."""
 
     computes_in_torch = True
+    reads_table = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -47,9 +49,10 @@ class TransformersDecoder:
 
     def __call__(
         self, ids: Tensor, positions: Tensor, last: Tensor,
-        edits: StepRows | None, layout: Mapping[str, SiteColumns],
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
+        assert not isinstance(edits, OwnedRows), "hooks take gathered rows"
         if edits is not None:
             self.editing.install(layout)
         with self.editing.step(edits):
@@ -114,10 +117,14 @@ class CausalRunner:
             logits = self._decoder(tokens, places, kept, edits, self._bank.layout)
         return logits[: len(last)]
 
-    def _rows(self, work: Sequence[Work], segments: Sequence[Segment]) -> StepRows | None:
+    def _rows(
+        self, work: Sequence[Work], segments: Sequence[Segment]
+    ) -> StepRows | OwnedRows | None:
         slots = [IDENTITY if item.request.slot is None else item.request.slot for item in work]
         if not any(slots):
             return None
+        if self._decoder.reads_table:
+            return OwnedRows(self._bank.table, self._bank.table_rows(slots))
         # A one-token prefill is edited like a decode: the arithmetic is the same.
         num_decodes = next((i for i, s in enumerate(segments) if s.count > 1), len(segments))
         prefills = [
