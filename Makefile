@@ -32,7 +32,7 @@ test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 	$(BIN)/pytest -m slow $(ARGS)
 
 lint: .venv/dev proto-check  ## check format, lint, types and the wire contract
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint

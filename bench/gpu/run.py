@@ -23,8 +23,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("redmux") is None:  # run from a checkout that is not installed
     sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
 
+import beside  # noqa: E402
 import checks  # noqa: E402
-import peers  # noqa: E402
 import timings  # noqa: E402
 import torch  # noqa: E402
 
@@ -165,13 +165,13 @@ def run_timings(report: Report, device: torch.device, shapes: Sequence[str], smo
             )
         report.part(
             f"time: PEFT, {shape}",
-            lambda shape=shape: peers.peft_lora(shape, device, dtype, smoke=smoke),
+            lambda shape=shape: beside.peft_lora(shape, device, dtype, smoke=smoke),
         )
     if not smoke:
         for shape in shapes:
             report.part(
                 f"time: vLLM, {shape}",
-                lambda shape=shape: peers.vllm_base(shape, device, dtype),
+                lambda shape=shape: beside.vllm_base(shape, device, dtype),
             )
 
 
