@@ -83,7 +83,7 @@ class Room(NamedTuple):
     narrow_h: Array
     narrow_attended: Array
     narrow_gated: Array
-    steps: Array  # [tokens], of narrow rows
+    steps: Array  # [tokens, parts], of narrow rows
     x: Array  # Step.x, narrow_attended, its steps and Step.row_of of the rows that go to the head
     picked: Array
     picked_steps: Array
@@ -91,13 +91,13 @@ class Room(NamedTuple):
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _attend(counters, thread, step, model, linears, room, layer, totals):
+def _attend(counters, thread, step, model, linears, room, layer, sums):
     """From narrow_h to narrow_attended."""
     n = len(step.x)
     qkv = room.qkv[:n]
     multiply_some(
         counters[0], thread, room.narrow_h[:n], room.steps, linears,
-        layer * LINEARS_PER_LAYER, qkv, totals,
+        layer * LINEARS_PER_LAYER, qkv, sums,
     )  # fmt: skip
     starts = step.starts[layer, _QKV]
     if starts.max() >= 0:
@@ -116,24 +116,24 @@ def _attend(counters, thread, step, model, linears, room, layer, totals):
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _feed(
-    counters, thread, step, x, attended, attended_steps, row_of, model, linears, room, layer, totals
+    counters, thread, step, x, attended, attended_steps, row_of, model, linears, room, layer, sums
 ):
     """From narrow attended to narrow_h of the next layer; x is the residual."""
     n, i = len(x), layer * LINEARS_PER_LAYER
     h, y, narrow_h, steps = room.h[:n], room.y[:n], room.narrow_h[:n], room.steps
-    multiply_some(counters[0], thread, attended, attended_steps, linears, i + 1, y, totals)
+    multiply_some(counters[0], thread, attended, attended_steps, linears, i + 1, y, sums)
     starts = step.starts[layer]
     add_norm_some(
         counters[1], thread, x, y, step.rows, row_of, starts[_O],
         model.norms[2 * layer + 1], model.eps, h, narrow_h, steps,
     )  # fmt: skip
     gate_up, gated, narrow_gated = room.gate_up[:n], room.gated[:n], room.narrow_gated[:n]
-    multiply_some(counters[2], thread, narrow_h, steps, linears, i + 2, gate_up, totals)
+    multiply_some(counters[2], thread, narrow_h, steps, linears, i + 2, gate_up, sums)
     gate_some(
         counters[3], thread, gate_up, step.rows, row_of, starts[_GATE_UP], gated, narrow_gated,
         steps,
     )  # fmt: skip
-    multiply_some(counters[4], thread, narrow_gated, steps, linears, i + 3, y, totals)
+    multiply_some(counters[4], thread, narrow_gated, steps, linears, i + 3, y, sums)
     add_norm_some(
         counters[5], thread, x, y, step.rows, row_of, starts[_DOWN],
         model.norms[2 * layer + 2], model.eps, h, narrow_h, steps,
@@ -142,7 +142,7 @@ def _feed(
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _walk(counters, thread, step, model, linears, room):
-    totals = np.empty(TALL * PANEL, linears.totals.dtype)
+    sums = np.empty(TALL * PANEL, np.float32)
     n, num_layers = len(step.x), len(model.scales)
     x, attended, steps, row_of = step.x, room.narrow_attended[:n], room.steps, step.row_of
     norm_some(
@@ -151,7 +151,7 @@ def _walk(counters, thread, step, model, linears, room):
     )  # fmt: skip
     for layer in range(num_layers):
         first = 2 + layer * _PHASES_PER_LAYER
-        _attend(counters[first : first + 5], thread, step, model, linears, room, layer, totals)
+        _attend(counters[first : first + 5], thread, step, model, linears, room, layer, sums)
         if layer == num_layers - 1 and len(step.last) < n:
             # Only rows that are sampled go on; the others have left their keys and values.
             m = len(step.last)
@@ -163,11 +163,11 @@ def _walk(counters, thread, step, model, linears, room):
             steps = room.picked_steps
         _feed(
             counters[first + 5 : first + _PHASES_PER_LAYER], thread, step, x, attended, steps,
-            row_of, model, linears, room, layer, totals,
+            row_of, model, linears, room, layer, sums,
         )  # fmt: skip
     multiply_some(
         counters[len(counters) - 1], thread, room.narrow_h[: len(x)], room.steps, linears,
-        num_layers * LINEARS_PER_LAYER, step.logits, totals,
+        num_layers * LINEARS_PER_LAYER, step.logits, sums,
     )  # fmt: skip
 
 

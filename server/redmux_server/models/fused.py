@@ -14,7 +14,7 @@ from redmux_server.models.attention import LayerRule
 from redmux_server.models.decoder_pass import SITES, Array, Model, Room, Step, run
 from redmux_server.models.editing import OwnedRows, SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
-from redmux_server.models.packed_linear import PackedLinear, Packing
+from redmux_server.models.packed_linear import PackedLinear, Packing, num_parts
 
 # Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
 # down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
@@ -126,10 +126,11 @@ class FusedDecoder:
 
         h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
         narrow_attended = narrow(attended)
+        steps = rows(num_parts(max(hidden, inner, attended.shape[1])))
         return Room(
             h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
-            narrow(h), narrow_attended, narrow(gated), np.zeros(num_tokens, np.float32),
-            rows(hidden), np.zeros_like(narrow_attended), np.zeros(num_tokens, np.float32),
+            narrow(h), narrow_attended, narrow(gated), steps,
+            rows(hidden), np.zeros_like(narrow_attended), np.zeros_like(steps),
             np.zeros(num_tokens, np.int32),
         )  # fmt: skip
 

@@ -10,7 +10,8 @@ from numba.extending import overload
 from redmux_server.models.vector import FASTMATH
 
 LEVELS = 127  # steps of an 8-bit value to either side of zero
-_OFFSET = 128  # of an activation where products take it unsigned
+PART = 64  # inputs that share a step: an outlier spoils no others; multiple of every group
+OFFSET = 128  # of an activation where products take it unsigned
 _SMALLEST_STEP = np.float32(1e-30)  # far below what any sum can show; keeps zeros from 0 / 0
 
 
@@ -27,51 +28,53 @@ def _step_of(x):
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _to_uint8(x, out):
-    step = _step_of(x)
-    inverse = np.float32(1.0) / step
-    for d in range(x.size):
-        out[d] = np.uint8(np.int32(np.rint(x[d] * inverse)) + np.int32(_OFFSET))
-    return step
+def _to_uint8(x, out, steps):
+    for p in range(-(-x.size // PART)):
+        part, target = x[p * PART : (p + 1) * PART], out[p * PART : (p + 1) * PART]
+        steps[p] = _step_of(part)
+        inverse = np.float32(1.0) / steps[p]
+        for d in range(part.size):
+            target[d] = np.uint8(np.int32(np.rint(part[d] * inverse)) + np.int32(OFFSET))
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _to_int16(x, out):
-    step = _step_of(x)
-    inverse = np.float32(1.0) / step
-    for d in range(x.size):
-        out[d] = np.int16(np.int32(np.rint(x[d] * inverse)))
-    return step
+def _to_int16(x, out, steps):
+    for p in range(-(-x.size // PART)):
+        part, target = x[p * PART : (p + 1) * PART], out[p * PART : (p + 1) * PART]
+        steps[p] = _step_of(part)
+        inverse = np.float32(1.0) / steps[p]
+        for d in range(part.size):
+            target[d] = np.int16(np.int32(np.rint(part[d] * inverse)))
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _to_bf16(x, out):
+def _to_bf16(x, out, steps):
     bits = x.view(np.uint32)
     for d in range(x.size):
         u = bits[d]
         even = u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))
         is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
         out[d] = np.uint16(0x7FC0) if is_nan else np.uint16(even >> np.uint32(16))
-    return np.float32(1.0)
 
 
-def narrow_row(x, out):  # type: ignore[no-untyped-def]
-    """Writes x [dim], fp32, into out [dim or more] rounded to its type; returns the row's step.
+def narrow_row(x, out, steps):  # type: ignore[no-untyped-def]
+    """Writes x [dim], fp32, into out [dim or more], rounded to its type.
 
-    The step is 1 where values are no multiples of one. fp32 is not written: it is x itself.
+    `steps` [parts or more] gets the step of every PART values where they are multiples of one.
+    fp32 is not written: it is x itself.
     """
     raise NotImplementedError("this is for compiled code")
 
 
 @overload(narrow_row)
-def _narrow_row(x, out):  # type: ignore[no-untyped-def]
+def _narrow_row(x, out, steps):  # type: ignore[no-untyped-def]
     if out.dtype is types.uint8:
-        return lambda x, out: _to_uint8(x, out)
+        return lambda x, out, steps: _to_uint8(x, out, steps)
     if out.dtype is types.int16:
-        return lambda x, out: _to_int16(x, out)
+        return lambda x, out, steps: _to_int16(x, out, steps)
     if out.dtype is types.uint16:
-        return lambda x, out: _to_bf16(x, out)
-    return lambda x, out: np.float32(1.0)
+        return lambda x, out, steps: _to_bf16(x, out, steps)
+    return lambda x, out, steps: None
 
 
 def is_narrowed(out):  # type: ignore[no-untyped-def]
@@ -84,15 +87,3 @@ def _is_narrowed(out):  # type: ignore[no-untyped-def]
     if out.dtype is types.float32:
         return lambda out: False
     return lambda out: True
-
-
-def sum_offset(out):  # type: ignore[no-untyped-def]
-    """Returns what each activation is larger than its number of steps."""
-    raise NotImplementedError("this is for compiled code")
-
-
-@overload(sum_offset)
-def _sum_offset(out):  # type: ignore[no-untyped-def]
-    if out.dtype is types.uint8:
-        return lambda out: np.int32(_OFFSET)
-    return lambda out: np.int32(0)

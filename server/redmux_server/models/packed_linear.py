@@ -6,14 +6,24 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import njit, prange, types
 from numba.extending import overload
 from torch import Tensor, nn
 
 from redmux.errors import FailedPreconditionError
-from redmux_server.models.narrow import LEVELS, narrow_row, sum_offset
+from redmux_server.models.narrow import LEVELS, OFFSET, PART, narrow_row
 from redmux_server.models.phases import claim, counters_of, finish
-from redmux_server.models.vector import FASTMATH, HAS_AVX2, HAS_BF16, HAS_VNNI, PANEL, ROWS, product
+from redmux_server.models.vector import (
+    FASTMATH,
+    HAS_AVX2,
+    HAS_BF16,
+    HAS_VNNI,
+    PANEL,
+    ROWS,
+    product,
+    step_product,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -21,8 +31,6 @@ Array = np.ndarray[Any, Any]
 _DEPTH = 2048
 # Rows of x that a thread takes on at a time.
 TALL = 16 * ROWS
-# Longest row whose sum of 8-bit products fits in 32 bits, with the offset of activations.
-MAX_INT8_FEATURES = (2**31 - 1) // (2 * LEVELS * LEVELS)
 _SMALLEST_STEP = 1e-30
 
 
@@ -38,8 +46,8 @@ class Packed(NamedTuple):
     has_bias: Array  # bool
     bias: Array  # fp32
     steps: Array  # fp32, the step of each output's weights; empty where they have none
-    sums: Array  # int32, the sum of each output's weights in steps; empty likewise
-    totals: Array  # empty, of the type that sums have in a product
+    firsts: Array  # int32, what the sum of a part starts from, [parts, PANEL] for each panel
+    firsts_at: Array  # int64 [layers], where those of a layer start
     group: int  # inputs side by side in a lane
 
 
@@ -47,19 +55,18 @@ class _Layout(NamedTuple):
     activation: type  # what `narrow_row` rounds to
     lane: type
     group: int
-    total: type
 
 
 def _layout(precision: str) -> _Layout:
     """Raises FailedPreconditionError for a precision that this CPU has no products of."""
     if precision == "fp32":
-        return _Layout(np.float32, np.float32, 1, np.float32)
+        return _Layout(np.float32, np.float32, 1)
     if precision == "int8" and HAS_VNNI:
-        return _Layout(np.uint8, np.int32, 4, np.int32)
+        return _Layout(np.uint8, np.int32, 4)
     if precision == "int8" and HAS_AVX2:
-        return _Layout(np.int16, np.int16, 2, np.int32)
+        return _Layout(np.int16, np.int16, 2)
     if precision == "bf16" and HAS_BF16:
-        return _Layout(np.uint16, np.uint32, 2, np.float32)
+        return _Layout(np.uint16, np.uint32, 2)
     needed = {"int8": "AVX2", "bf16": "AVX-512 BF16"}[precision]
     raise FailedPreconditionError(
         f"products of {precision} need a CPU with {needed}, which this one has not"
@@ -75,23 +82,17 @@ class Packing:
     a decode step it runs at the speed of memory, where oneDNN's packed product takes up to twice
     as long.
 
-    int8 weights have one step for each output channel and activations one for each row, where
-    dynamic quantisation usually takes one for a whole tensor and one tenant's outlier ruins its
-    neighbours.
+    int8 weights have one step for each output channel and activations one for every PART of a row,
+    where dynamic quantisation usually takes one for a whole tensor and one tenant's outlier ruins
+    its neighbours.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], precision: str = "fp32") -> None:
         """`shapes` are (out_features, in_features).
 
-        Raises FailedPreconditionError where this CPU has no such products, or a row is too long.
+        Raises FailedPreconditionError where this CPU has no such products.
         """
         layout = _layout(precision)
-        longest = max(in_features for _, in_features in shapes)
-        if precision == "int8" and longest > MAX_INT8_FEATURES:
-            raise FailedPreconditionError(
-                f"a linear layer has {longest} inputs, int8 can sum {MAX_INT8_FEATURES} "
-                f"at most; use quantization none"
-            )
         self.shapes = shapes
         self.precision = precision
         self.activation = layout.activation
@@ -100,6 +101,7 @@ class Packing:
         ]
         widths = [_round_up(out, PANEL) for out, _ in shapes]
         is_rounded = precision == "int8"
+        firsts = [w * num_parts(depth) for w, (_, depth) in zip(widths, shapes, strict=True)]
         self.packed = Packed(
             panels=np.zeros(sum(lanes), layout.lane),
             starts=np.cumsum([0, *lanes])[:-1],
@@ -107,8 +109,8 @@ class Packing:
             has_bias=np.zeros(len(shapes), np.bool_),
             bias=np.zeros(sum(widths), np.float32),
             steps=np.zeros(sum(widths) * is_rounded, np.float32),
-            sums=np.zeros(sum(widths) * is_rounded, np.int32),
-            totals=np.zeros(0, layout.total),
+            firsts=np.zeros(sum(firsts) * is_rounded, np.int32),
+            firsts_at=np.cumsum([0, *firsts])[:-1],
             group=layout.group,
         )
 
@@ -131,7 +133,6 @@ class Packing:
             steps = (values.abs().amax(1) / LEVELS).clamp_min(_SMALLEST_STEP)
             values = (values / steps[:, None]).round_().to(torch.int8)
             packed.steps[some] = steps.numpy()
-            packed.sums[some] = values.sum(1, dtype=torch.int32).numpy()
         elif self.precision == "bf16":
             values = values.to(torch.bfloat16)
         padded = values.new_zeros(num_panels * PANEL, depth)
@@ -140,6 +141,11 @@ class Packing:
         panels = panels.transpose(1, 2).contiguous()
         if self.precision == "bf16":
             panels = panels.view(torch.int16)
+        elif self.activation is np.uint8:
+            parts = F.pad(padded.int(), (0, -depth % PART)).view(num_panels, PANEL, -1, PART)
+            firsts = -OFFSET * parts.sum(3, dtype=torch.int32).transpose(1, 2).flatten().numpy()
+            at = int(packed.firsts_at[i])
+            packed.firsts[at : at + firsts.size] = firsts
         start = int(packed.starts[i])
         flat = panels.numpy().reshape(-1).view(packed.panels.dtype)
         packed.panels[start : start + flat.size] = flat
@@ -149,67 +155,77 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _store_whole(totals, row0, rows, packed, column, columns, x, steps, out, at):
-    """Writes totals of whole numbers, in steps of a row and of a column, into out."""
-    offset = sum_offset(x)
-    for r in range(rows):
-        step = steps[row0 + r]
-        for c in range(columns):
-            whole = totals[r * PANEL + c] - offset * packed.sums[column + c]
-            out[row0 + r, at + c] = np.float32(whole) * (step * packed.steps[column + c])
+def num_parts(in_features: int) -> int:
+    """Returns how many steps a row of activations has at most."""
+    return -(-in_features // PART)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _store_as_they_are(totals, row0, rows, packed, column, columns, x, steps, out, at):
-    for r in range(rows):
-        for c in range(columns):
-            out[row0 + r, at + c] = totals[r * PANEL + c]
-
-
-def _store(totals, row0, rows, packed, column, columns, x, steps, out, at):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("this is for compiled code")
-
-
-@overload(_store)
-def _store_of(totals, row0, rows, packed, column, columns, x, steps, out, at):  # type: ignore[no-untyped-def]
-    chosen = _store_whole if totals.dtype is types.int32 else _store_as_they_are
-
-    def store(totals, row0, rows, packed, column, columns, x, steps, out, at):  # type: ignore[no-untyped-def]
-        chosen(totals, row0, rows, packed, column, columns, x, steps, out, at)
-
-    return store
-
-
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _multiply_panel(x, steps, row0, rows, packed, i, p, out, totals):
-    """Fills out[row0 : row0 + rows] for the columns of panel p of layer i."""
-    depth, width = x.shape[1], out.shape[1]
-    flat_x = x.reshape(-1)
+def _sum_floats(x, steps, row0, rows, packed, i, p, sums):
+    depth = x.shape[1]
     groups = depth // packed.group
-    at = p * PANEL
-    columns = min(PANEL, width - at)
     for k in range(0, groups, _DEPTH):
         n = min(_DEPTH, groups - k)
         product(
-            rows, PANEL, flat_x, row0 * depth + k * packed.group, depth,
+            rows, PANEL, x.reshape(-1), row0 * depth + k * packed.group, depth,
             packed.panels, packed.starts[i] + (p * groups + k) * PANEL, PANEL, n * packed.group,
-            totals, 0, PANEL, k, 0,
+            sums, 0, PANEL, k, 0,
         )  # fmt: skip
-    column = packed.columns[i] + at
-    _store(totals, row0, rows, packed, column, columns, x, steps, out, at)
-    if packed.has_bias[i]:
-        for r in range(row0, row0 + rows):
-            for c in range(columns):
-                out[r, at + c] += packed.bias[column + c]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def multiply_some(counters, thread, x, steps, packed, i, out, totals):
+def _sum_integers(x, steps, row0, rows, packed, i, p, sums):
+    depth, stride = x.shape[1], steps.shape[1]
+    step_product(
+        rows, x.reshape(-1), row0 * depth, depth,
+        packed.panels, packed.starts[i] + p * (depth // packed.group) * PANEL, depth, PART,
+        packed.firsts, packed.firsts_at[i] + p * -(-depth // PART) * PANEL,
+        steps.reshape(-1), row0 * stride, stride, sums, 0,
+    )  # fmt: skip
+
+
+def _sum(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+    """sums[:rows] = x[row0 : row0 + rows] @ panel p of layer i."""
+    raise NotImplementedError("this is for compiled code")
+
+
+@overload(_sum)
+def _sum_of(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+    chosen = _sum_floats if x.dtype in (types.float32, types.uint16) else _sum_integers
+
+    def call(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+        chosen(x, steps, row0, rows, packed, i, p, sums)
+
+    return call
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _multiply_panel(x, steps, row0, rows, packed, i, p, out, sums):
+    """Fills out[row0 : row0 + rows] for the columns of panel p of layer i."""
+    _sum(x, steps, row0, rows, packed, i, p, sums)
+    at = p * PANEL
+    columns = min(PANEL, out.shape[1] - at)
+    first = packed.columns[i] + at
+    if packed.steps.size > 0:
+        for r in range(rows):
+            for c in range(columns):
+                out[row0 + r, at + c] = sums[r * PANEL + c] * packed.steps[first + c]
+    else:
+        for r in range(rows):
+            for c in range(columns):
+                out[row0 + r, at + c] = sums[r * PANEL + c]
+    if packed.has_bias[i]:
+        for r in range(row0, row0 + rows):
+            for c in range(columns):
+                out[r, at + c] += packed.bias[first + c]
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def multiply_some(counters, thread, x, steps, packed, i, out, sums):
     """Shares out = x @ weight.T + bias of layer i among threads; returns when all is done.
 
-    x is [rows, padded in_features] of what `narrow_row` gave, with `steps` [rows]; out is
-    [rows, out_features]; `totals` is room for TALL * PANEL sums.
+    x is [rows, padded in_features] of what `narrow_row` gave, with `steps` [rows, any]; out is
+    [rows, out_features]; `sums` is room for TALL * PANEL values of fp32.
     """
     num_rows = x.shape[0]
     num_panels = -(-out.shape[1] // PANEL)
@@ -219,7 +235,7 @@ def multiply_some(counters, thread, x, steps, packed, i, out, totals):
     while item < num_items:
         row0 = item // num_panels * TALL
         rows = min(TALL, num_rows - row0)
-        _multiply_panel(x, steps, row0, rows, packed, i, item % num_panels, out, totals)
+        _multiply_panel(x, steps, row0, rows, packed, i, item % num_panels, out, sums)
         num_done += 1
         item = claim(counters, thread, num_items)
     finish(counters, num_done, num_items)
@@ -229,10 +245,10 @@ def multiply_some(counters, thread, x, steps, packed, i, out, totals):
 def _multiply(num_threads, x, narrow, steps, packed, i, out):
     counters = counters_of(1, num_threads)
     for r in range(len(x)):
-        steps[r] = narrow_row(x[r], narrow[r])
+        narrow_row(x[r], narrow[r], steps[r])
     for thread in prange(num_threads):
-        totals = np.empty(TALL * PANEL, packed.totals.dtype)
-        multiply_some(counters[0], thread, narrow, steps, packed, i, out, totals)
+        sums = np.empty(TALL * PANEL, np.float32)
+        multiply_some(counters[0], thread, narrow, steps, packed, i, out, sums)
 
 
 class PackedLinear(nn.Module):
@@ -253,7 +269,7 @@ class PackedLinear(nn.Module):
         if self._activation is not np.float32:
             narrow = np.zeros((len(rows), self._depth), self._activation)
         out = torch.empty(len(rows), self.out_features)
-        steps = np.empty(len(rows), np.float32)
+        steps = np.empty((len(rows), num_parts(self.in_features)), np.float32)
         _multiply(
             numba.get_num_threads(), rows, narrow, steps, self._packed, self._i, out.numpy()
         )

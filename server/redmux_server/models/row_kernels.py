@@ -67,7 +67,7 @@ def norm_some(counters, thread, x, weight, eps, out, narrow, steps):
     while item < num_items:
         for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
             _norm_row(x[t], weight, eps, out[t], lanes)
-            steps[t] = narrow_row(out[t], narrow[t])
+            narrow_row(out[t], narrow[t], steps[t])
         num_done += 1
         item = claim(counters, thread, num_items)
     finish(counters, num_done, num_items)
@@ -94,7 +94,7 @@ def add_norm_some(
             for d in range(xt.size):
                 xt[d] += yt[d]
             _norm_row(xt, weight, eps, out[t], lanes)
-            steps[t] = narrow_row(out[t], narrow[t])
+            narrow_row(out[t], narrow[t], steps[t])
         num_done += 1
         item = claim(counters, thread, num_items)
     finish(counters, num_done, num_items)
@@ -117,7 +117,7 @@ def gate_some(counters, thread, gate_up, rows, row_of, starts, out, narrow, step
             if starts[1] >= 0:
                 _edit_row(row[width:], rows[row_of[t]], starts[1])
             _gate_row(row, out[t])
-            steps[t] = narrow_row(out[t], narrow[t])
+            narrow_row(out[t], narrow[t], steps[t])
         num_done += 1
         item = claim(counters, thread, num_items)
     finish(counters, num_done, num_items)
@@ -153,7 +153,7 @@ def narrow_some(counters, thread, x, narrow, steps):
         item = claim(counters, thread, num_items)
         while item < num_items:
             for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
-                steps[t] = narrow_row(x[t], narrow[t])
+                narrow_row(x[t], narrow[t], steps[t])
             num_done += 1
             item = claim(counters, thread, num_items)
         finish(counters, num_done, num_items)

@@ -112,13 +112,15 @@ def _int16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     return builder.add(totals, _by_registers(builder, 8, call, word, widened))
 
 
-# By the type of `a`: fp32; unsigned 8-bit by signed 8-bit; 16-bit by 8-bit integers, for CPUs
-# whose products of 8 bits saturate; bf16, as the bits of its numbers.
-_ARITHMETIC = {
+# By the type of `a`: fp32; bf16, as the bits of its numbers; unsigned 8-bit by signed 8-bit;
+# 16-bit by 8-bit integers, for CPUs whose products of 8 bits saturate.
+_FLOATS = {
     types.float32: _Arithmetic("fp32", 1, _FLOAT, _FLOAT, _fp32),
+    types.uint16: _Arithmetic("bf16", 2, _INT32, _FLOAT, _bf16),
+}
+_INTEGERS = {
     types.uint8: _Arithmetic("int8", 4, _INT32, _INT32, _int8),
     types.int16: _Arithmetic("int16", 2, _INT16, _INT32, _int16),
-    types.uint16: _Arithmetic("bf16", 2, _INT32, _FLOAT, _bf16),
 }
 
 
@@ -128,30 +130,16 @@ def _kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Functio
     n and strides count groups. A function of its own that is never inlined: its callers would take
     seconds to compile.
     """
-    name = f"redmux_{arithmetic.name}_{rows}x{PANEL}"
-    if name in module.globals:
-        return module.globals[name]
     word = arithmetic.total if arithmetic.group == 1 else _INT32
-    vector = ir.VectorType(arithmetic.total, PANEL)
-    lanes = ir.VectorType(arithmetic.lane, PANEL)
     pointers = [x.as_pointer() for x in (word, arithmetic.lane, arithmetic.total)]
     arguments = [pointers[0], _INDEX, pointers[1], _INDEX, _INDEX, pointers[2], *[_INDEX] * 3]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
+    function, builder = _function(module, f"redmux_{arithmetic.name}_{rows}x{PANEL}", arguments)
+    if builder is None:
+        return function
     a, a_stride, b, b_stride, n, out, out_stride, add, ahead = function.args
-    builder = ir.IRBuilder(function.append_basic_block())
-    bytes_ = _INT8.as_pointer()
-    prefetch = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), bytes_, *[_INT32] * 3)
-    width = arithmetic.lane.width // 8 if arithmetic.lane is not _FLOAT else 4
-
-    def row(data: Any, stride: Any, r: Any) -> Any:
-        return builder.gep(data, [builder.mul(stride, r)])
-
+    vector = ir.VectorType(arithmetic.total, PANEL)
     sums = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
-    targets = [
-        builder.bitcast(row(out, out_stride, _INDEX(r)), vector.as_pointer()) for r in range(rows)
-    ]
+    targets = _rows(builder, out, out_stride, rows, vector)
     with builder.if_else(builder.icmp_signed("!=", add, _INDEX(0))) as (then, otherwise):
         with then:
             for total, target in zip(sums, targets, strict=True):
@@ -159,23 +147,98 @@ def _kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Functio
         with otherwise:
             for total in sums:
                 builder.store(vector([0] * PANEL), total)
-    with cgutils.for_range(builder, n) as loop:
-        line = row(b, b_stride, loop.index)
-        panel = builder.load(builder.bitcast(line, lanes.as_pointer()), align=width)
-        coming = builder.bitcast(builder.gep(line, [ahead]), bytes_)
-        for start in range(0, PANEL * width, _LINE_BYTES):
-            address = builder.gep(coming, [_INDEX(start)])
-            builder.call(prefetch, [address, *(_INT32(x) for x in (0, 3, 1))])
-        for r, total in enumerate(sums):
-            one = builder.load(builder.gep(row(a, a_stride, _INDEX(r)), [loop.index]), align=1)
-            everywhere = _broadcast(builder, one)
-            builder.store(
-                arithmetic.multiply_add(builder, builder.load(total), everywhere, panel), total
-            )
+    _accumulate(builder, arithmetic, sums, a, a_stride, b, b_stride, n, ahead)
     for total, target in zip(sums, targets, strict=True):
         builder.store(builder.load(total), target, align=4)
     builder.ret_void()
     return function
+
+
+def _step_kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Function:
+    """Returns out[:rows, :PANEL] = sums over parts of steps * (first + a @ b), out in fp32.
+
+    n is the number of groups, `size` that in a part; `first` is [parts, PANEL]; `steps` [rows,
+    parts].
+    """
+    int32, fp32 = _INT32.as_pointer(), _FLOAT.as_pointer()
+    lane = arithmetic.lane.as_pointer()
+    arguments = [int32, _INDEX, lane, _INDEX, _INDEX, int32, fp32, _INDEX, fp32]
+    function, builder = _function(module, f"redmux_{arithmetic.name}_{rows}x{PANEL}", arguments)
+    if builder is None:
+        return function
+    a, a_stride, b, n, size, first, steps, steps_stride, out = function.args
+    whole, real = ir.VectorType(_INT32, PANEL), ir.VectorType(_FLOAT, PANEL)
+    sums = [cgutils.alloca_once(builder, whole) for _ in range(rows)]
+    targets = _rows(builder, out, _INDEX(PANEL), rows, real)
+    for target in targets:
+        builder.store(real([0] * PANEL), target, align=4)
+    fma = _declare(builder, f"llvm.fma.v{PANEL}f32", *[real] * 4)
+    parts = builder.sdiv(builder.add(n, builder.sub(size, _INDEX(1))), size)
+    with cgutils.for_range(builder, parts) as loop:
+        begin = builder.mul(loop.index, size)
+        left = builder.sub(n, begin)
+        count = builder.select(builder.icmp_signed("<", left, size), left, size)
+        start = builder.bitcast(_at(builder, first, _INDEX(PANEL), loop.index), whole.as_pointer())
+        for total in sums:
+            builder.store(builder.load(start, align=4), total)
+        _accumulate(
+            builder, arithmetic, sums, builder.gep(a, [begin]), a_stride,
+            _at(builder, b, _INDEX(PANEL), begin), _INDEX(PANEL), count, _INDEX(0),
+        )  # fmt: skip
+        for r, (total, target) in enumerate(zip(sums, targets, strict=True)):
+            step = builder.load(
+                builder.gep(_at(builder, steps, steps_stride, _INDEX(r)), [loop.index])
+            )
+            value = builder.sitofp(builder.load(total), real)
+            so_far = builder.load(target, align=4)
+            added = builder.call(fma, [value, _broadcast(builder, step), so_far])
+            builder.store(added, target, align=4)
+    builder.ret_void()
+    return function
+
+
+def _function(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[Any, Any]:
+    """Returns (function, builder in its first block, or None if it is there already)."""
+    if name in module.globals:
+        return module.globals[name], None
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    return function, ir.IRBuilder(function.append_basic_block())
+
+
+def _at(builder: Any, data: Any, stride: Any, index: Any) -> Any:
+    return builder.gep(data, [builder.mul(stride, index)])
+
+
+def _rows(builder: Any, data: Any, stride: Any, count: int, vector: ir.VectorType) -> list[Any]:
+    pointer = vector.as_pointer()
+    return [
+        builder.bitcast(_at(builder, data, stride, _INDEX(r)), pointer) for r in range(count)
+    ]
+
+
+def _accumulate(
+    builder: Any, arithmetic: _Arithmetic, sums: list[Any], a: Any, a_stride: Any,
+    b: Any, b_stride: Any, n: Any, ahead: Any,
+) -> None:  # fmt: skip
+    """Adds the products of n groups to `sums`, and fetches what lies `ahead` of them."""
+    lanes = ir.VectorType(arithmetic.lane, PANEL)
+    width = 4 if arithmetic.lane is _FLOAT else arithmetic.lane.width // 8
+    pointer = _INT8.as_pointer()
+    prefetch = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *[_INT32] * 3)
+    with cgutils.for_range(builder, n) as loop:
+        line = _at(builder, b, b_stride, loop.index)
+        panel = builder.load(builder.bitcast(line, lanes.as_pointer()), align=width)
+        coming = builder.bitcast(builder.gep(line, [ahead]), pointer)
+        for start in range(0, PANEL * width, _LINE_BYTES):
+            address = builder.gep(coming, [_INDEX(start)])
+            builder.call(prefetch, [address, *(_INT32(x) for x in (0, 3, 1))])
+        for r, total in enumerate(sums):
+            row = _at(builder, a, a_stride, _INDEX(r))
+            word = _broadcast(builder, builder.load(builder.gep(row, [loop.index]), align=1))
+            before = builder.load(total)
+            builder.store(arithmetic.multiply_add(builder, before, word, panel), total)
 
 
 def _broadcast(builder: Any, value: Any) -> Any:
@@ -185,45 +248,81 @@ def _broadcast(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, undefined, everywhere)
 
 
+def _data(context: Any, builder: Any, sig: Any, args: Any, i: int, element: ir.Type, at: Any) -> Any:
+    """Returns where element `at`, counted in `element`s, of the array in argument i is."""
+    data = context.make_array(sig.args[i])(context, builder, args[i]).data
+    return builder.gep(builder.bitcast(data, element.as_pointer()), [at])
+
+
+def _call_for(builder: Any, count: Any, kernel: Callable[[int], Any], arguments: list[Any]) -> None:
+    """Calls kernel(1), kernel(2) ... or kernel(ROWS), whichever `count` says."""
+    end = builder.append_basic_block("end")
+    choice = builder.switch(count, end)
+    for rows in range(1, ROWS + 1):
+        block = builder.append_basic_block()
+        choice.add_case(_INDEX(rows), block)
+        with builder.goto_block(block):
+            builder.call(kernel(rows), arguments)
+            builder.branch(end)
+    builder.position_at_end(end)
+
+
+def _integers(context: Any, builder: Any, sig: Any, args: Any, *indices: int) -> list[Any]:
+    return [context.cast(builder, args[i], sig.args[i], types.int64) for i in indices]
+
+
 @intrinsic
 def _panel_product(
     typing, rows, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
 ):
     """out[:rows, :PANEL] (+)= a[:rows, :n] @ b[:n, :PANEL] for 1 to ROWS rows; see `product`."""
-    arithmetic = _ARITHMETIC[a.dtype]
+    arithmetic = _FLOATS[a.dtype]
+    word = _FLOAT if arithmetic.group == 1 else _INT32
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        ints = {
-            i: context.cast(builder, args[i], sig.args[i], types.int64)
-            for i in (0, 2, 3, 5, 6, 7, 9, 10, 11, 12)
-        }
-        pointers = {}
-        for i, element in ((1, None), (4, arithmetic.lane), (8, None)):
-            data = context.make_array(sig.args[i])(context, builder, args[i]).data
-            if element is not None:
-                data = builder.bitcast(data, element.as_pointer())
-            pointers[i] = builder.gep(data, [ints[i + 1]])
-        if arithmetic.group > 1:
-            pointers[1] = builder.bitcast(pointers[1], _INT32.as_pointer())
-        groups = {i: builder.sdiv(ints[i], _INDEX(arithmetic.group)) for i in (3, 7)}
-        arguments = [
-            pointers[1], groups[3], pointers[4], ints[6], groups[7], pointers[8],
-            ints[10], ints[11], ints[12],
-        ]  # fmt: skip
-        end = builder.append_basic_block("end")
-        choice = builder.switch(ints[0], end)
-        for count in range(1, ROWS + 1):
-            block = builder.append_basic_block()
-            choice.add_case(_INDEX(count), block)
-            with builder.goto_block(block):
-                builder.call(_kernel(builder.module, arithmetic, count), arguments)
-                builder.branch(end)
-        builder.position_at_end(end)
+        count, *ints = _integers(context, builder, sig, args, 0, 2, 3, 5, 6, 7, 9, 10, 11, 12)
+        group = _INDEX(arithmetic.group)
+        ints[0], ints[1], ints[4] = (builder.sdiv(ints[i], group) for i in (0, 1, 4))
+        x = _data(context, builder, sig, args, 1, word, ints[0])
+        panel = _data(context, builder, sig, args, 4, arithmetic.lane, ints[2])
+        sums = _data(context, builder, sig, args, 8, _FLOAT, ints[5])
+        arguments = [x, ints[1], panel, ints[3], ints[4], sums, ints[6], ints[7], ints[8]]
+        _call_for(builder, count, lambda r: _kernel(builder.module, arithmetic, r), arguments)
         return context.get_dummy_value()
 
     signature = types.void(
         rows, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
     )
+    return signature, codegen
+
+
+@intrinsic
+def _panel_step_product(
+    typing, rows, a, a_at, a_stride, b, b_at, n, size, first, first_at, steps, steps_at,
+    steps_stride, out, out_at,
+):  # fmt: skip
+    """As `step_product`, for 1 to ROWS rows."""
+    arithmetic = _INTEGERS[a.dtype]
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        count, *ints = _integers(
+            context, builder, sig, args, 0, 2, 3, 5, 6, 7, 9, 11, 12, 14
+        )
+        group = _INDEX(arithmetic.group)
+        at, stride, n_groups, size_groups = (builder.sdiv(ints[i], group) for i in (0, 1, 3, 4))
+        x = _data(context, builder, sig, args, 1, _INT32, at)
+        panel = _data(context, builder, sig, args, 4, arithmetic.lane, ints[2])
+        begin = _data(context, builder, sig, args, 8, _INT32, ints[5])
+        widths = _data(context, builder, sig, args, 10, _FLOAT, ints[6])
+        sums = _data(context, builder, sig, args, 13, _FLOAT, ints[8])
+        arguments = [x, stride, panel, n_groups, size_groups, begin, widths, ints[7], sums]
+        _call_for(builder, count, lambda r: _step_kernel(builder.module, arithmetic, r), arguments)
+        return context.get_dummy_value()
+
+    signature = types.void(
+        rows, a, a_at, a_stride, b, b_at, n, size, first, first_at, steps, steps_at,
+        steps_stride, out, out_at,
+    )  # fmt: skip
     return signature, codegen
 
 
@@ -237,10 +336,9 @@ def product(
     between rows; `columns` is a multiple of PANEL. `ahead` is the distance from b to what the next
     product will take as b, which is fetched meanwhile; 0 for nothing.
 
-    With a and b of fp32 each element is one chain of fused multiply-adds in the order of n. Other
-    types of a stand for other arithmetic, see `_ARITHMETIC`: there n and a_stride are multiples of
-    its group, b holds a group of inputs side by side for each column, and b's index, stride and
-    `ahead` count such groups. Integers of whole numbers sum exactly.
+    With a and b of fp32 each element is one chain of fused multiply-adds in the order of n. With a
+    of uint16, the bits of bf16, n and a_stride are even and b holds two inputs side by side for
+    each column; b's index, stride and `ahead` count such pairs.
     """
     r = 0
     while r < rows:
@@ -252,4 +350,27 @@ def product(
                 count, a, a_at + r * a_stride, a_stride, b, b_at + c, b_stride, n,
                 out, out_at + r * out_stride + c, out_stride, add, ahead,
             )  # fmt: skip
+        r += count
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def step_product(
+    rows, a, a_at, a_stride, b, b_at, n, size, first, first_at, steps, steps_at, steps_stride,
+    out, out_at,
+):  # fmt: skip
+    """out[:rows, :PANEL] = sum over p of steps[:rows, p] * (first[p] + a_p @ b_p), in fp32.
+
+    a_p are `size` inputs of a, whole numbers, and b_p their weights of 8 bits; the last part may be
+    shorter. uint8 inputs lie by four, int16 ones by two for each column of b, whose index counts
+    such groups; n, size and a_stride are multiples. `first` is [parts, PANEL], out [rows, PANEL].
+    The sum of a part is exact in any order.
+    """
+    r = 0
+    while r < rows:
+        left = rows - r
+        count = -(-left // -(-left // ROWS))
+        _panel_step_product(
+            count, a, a_at + r * a_stride, a_stride, b, b_at, n, size, first, first_at,
+            steps, steps_at + r * steps_stride, steps_stride, out, out_at + r * PANEL,
+        )  # fmt: skip
         r += count
