@@ -23,6 +23,7 @@ from redmux_server.models.vector import (
     ROWS,
     product,
     step_product,
+    store_panel,
 )
 
 Array = np.ndarray[Any, Any]
@@ -43,9 +44,9 @@ class Packed(NamedTuple):
     panels: Array
     starts: Array  # int64, in lanes: groups of inputs of one output
     columns: Array  # int64
-    has_bias: Array  # bool
+    widths: Array  # int64, outputs of each layer
     bias: Array  # fp32
-    steps: Array  # fp32, the step of each output's weights; empty where they have none
+    scale: Array  # fp32: the step of each output's weights, 1 where they have none
     firsts: Array  # int32, what the sum of a part starts from, [parts, PANEL] for each panel
     firsts_at: Array  # int64 [layers], where those of a layer start
     group: int  # inputs side by side in a lane
@@ -106,9 +107,9 @@ class Packing:
             panels=np.zeros(sum(lanes), layout.lane),
             starts=np.cumsum([0, *lanes])[:-1],
             columns=np.cumsum([0, *widths])[:-1],
-            has_bias=np.zeros(len(shapes), np.bool_),
+            widths=np.array([out for out, _ in shapes], np.int64),
             bias=np.zeros(sum(widths), np.float32),
-            steps=np.zeros(sum(widths) * is_rounded, np.float32),
+            scale=np.ones(sum(widths), np.float32),
             firsts=np.zeros(sum(firsts) * is_rounded, np.int32),
             firsts_at=np.cumsum([0, *firsts])[:-1],
             group=layout.group,
@@ -126,13 +127,12 @@ class Packing:
         column = int(packed.columns[i])
         some = slice(column, column + out_features)
         if bias is not None:
-            packed.has_bias[i] = True
             packed.bias[some] = bias.float().numpy()
         values = weight.float()
         if self.precision == "int8":
             steps = (values.abs().amax(1) / LEVELS).clamp_min(_SMALLEST_STEP)
             values = (values / steps[:, None]).round_().to(torch.int8)
-            packed.steps[some] = steps.numpy()
+            packed.scale[some] = steps.numpy()
         elif self.precision == "bf16":
             values = values.to(torch.bfloat16)
         padded = values.new_zeros(num_panels * PANEL, depth)
@@ -204,20 +204,15 @@ def _multiply_panel(x, steps, row0, rows, packed, i, p, out, sums):
     """Fills out[row0 : row0 + rows] for the columns of panel p of layer i."""
     _sum(x, steps, row0, rows, packed, i, p, sums)
     at = p * PANEL
-    columns = min(PANEL, out.shape[1] - at)
-    first = packed.columns[i] + at
-    if packed.steps.size > 0:
-        for r in range(rows):
-            for c in range(columns):
-                out[row0 + r, at + c] = sums[r * PANEL + c] * packed.steps[first + c]
+    first, width = packed.columns[i] + at, out.shape[1]
+    if packed.widths[i] - at >= PANEL:
+        flat = out.reshape(-1)
+        store_panel(rows, sums, packed.scale, packed.bias, first, flat, row0 * width + at, width)
     else:
+        store_panel(rows, sums, packed.scale, packed.bias, first, sums, 0, PANEL)
         for r in range(rows):
-            for c in range(columns):
+            for c in range(packed.widths[i] - at):
                 out[row0 + r, at + c] = sums[r * PANEL + c]
-    if packed.has_bias[i]:
-        for r in range(row0, row0 + rows):
-            for c in range(columns):
-                out[r, at + c] += packed.bias[first + c]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -225,10 +220,10 @@ def multiply_some(counters, thread, x, steps, packed, i, out, sums):
     """Shares out = x @ weight.T + bias of layer i among threads; returns when all is done.
 
     x is [rows, padded in_features] of what `narrow_row` gave, with `steps` [rows, any]; out is
-    [rows, out_features]; `sums` is room for TALL * PANEL values of fp32.
+    [rows, out_features or more]; `sums` is room for TALL * PANEL values of fp32.
     """
     num_rows = x.shape[0]
-    num_panels = -(-out.shape[1] // PANEL)
+    num_panels = -(-packed.widths[i] // PANEL)
     num_items = num_panels * -(-num_rows // TALL)
     num_done = 0
     item = claim(counters, thread, num_items)

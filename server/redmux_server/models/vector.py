@@ -326,6 +326,33 @@ def _panel_step_product(
     return signature, codegen
 
 
+@intrinsic
+def store_panel(typing, rows, sums, scale, bias, column, out, out_at, out_stride):
+    """out[:rows, :PANEL] = scale * sums + bias for sums [rows, PANEL], all fp32 and contiguous.
+
+    Scale and bias are taken from index `column` on; `out_at` is the flat index of out's [0, 0].
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        count, first, at, stride = _integers(context, builder, sig, args, 0, 4, 6, 7)
+        vector = ir.VectorType(_FLOAT, PANEL)
+
+        def lanes(i: int, index: Any) -> Any:
+            address = _data(context, builder, sig, args, i, _FLOAT, index)
+            return builder.bitcast(address, vector.as_pointer())
+
+        fma = _declare(builder, f"llvm.fma.v{PANEL}f32", *[vector] * 4)
+        factor = builder.load(lanes(2, first), align=4)
+        added = builder.load(lanes(3, first), align=4)
+        with cgutils.for_range(builder, count) as loop:
+            total = builder.load(lanes(1, builder.mul(loop.index, _INDEX(PANEL))), align=4)
+            target = lanes(5, builder.add(at, builder.mul(loop.index, stride)))
+            builder.store(builder.call(fma, [total, factor, added]), target, align=4)
+        return context.get_dummy_value()
+
+    return types.void(rows, sums, scale, bias, column, out, out_at, out_stride), codegen
+
+
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def product(
     rows, columns, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
@@ -340,11 +367,11 @@ def product(
     of uint16, the bits of bf16, n and a_stride are even and b holds two inputs side by side for
     each column; b's index, stride and `ahead` count such pairs.
     """
+    # Even tiles: 9 rows are 5 and 4, where 8 and 1 would pass over b for a single row.
+    num_tiles = (rows + ROWS - 1) // ROWS
     r = 0
-    while r < rows:
-        left = rows - r
-        # Even groups: 9 rows are 5 and 4, where 8 and 1 would pass over b for a single row.
-        count = -(-left // -(-left // ROWS))
+    for tile in range(num_tiles):
+        count = (rows - r) // (num_tiles - tile)
         for c in range(0, columns, PANEL):
             _panel_product(
                 count, a, a_at + r * a_stride, a_stride, b, b_at + c, b_stride, n,
@@ -365,10 +392,10 @@ def step_product(
     such groups; n, size and a_stride are multiples. `first` is [parts, PANEL], out [rows, PANEL].
     The sum of a part is exact in any order.
     """
+    num_tiles = (rows + ROWS - 1) // ROWS
     r = 0
-    while r < rows:
-        left = rows - r
-        count = -(-left // -(-left // ROWS))
+    for tile in range(num_tiles):
+        count = (rows - r) // (num_tiles - tile)
         _panel_step_product(
             count, a, a_at + r * a_stride, a_stride, b, b_at, n, size, first, first_at,
             steps, steps_at + r * steps_stride, steps_stride, out, out_at + r * PANEL,
