@@ -33,7 +33,8 @@ class LinearFloor:
     """The matrix products of a loaded model, run one after the other on inputs of their own.
 
     Nothing is computed between them, not even a row rounded, and each reads a weight that the
-    caches have lost since its last turn, as in a step. The head, which a step computes only for rows that sample, is apart.
+    caches have lost since its last turn, as in a step. The head, which a step computes only for
+    rows that sample, is apart.
     """
 
     def __init__(self, model: BaseModel) -> None:
