@@ -70,7 +70,7 @@ class Served:
     def adapter(self, site_set, seed):
         ends = tuple(f".{end}" for end in self.family.site_set(site_set))
         sites = {path: dim for path, dim in self.base.ffn.items() if path.endswith(ends)}
-        assert len(sites) == 2 * len(ends)
+        assert {end for end in ends if any(path.endswith(end) for path in sites)} == set(ends)
         return dataclasses.replace(self.base, ffn=sites).adapter(seed)
 
     def expected(self, prompt, adapter):
