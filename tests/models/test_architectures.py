@@ -8,6 +8,7 @@ of every other one; the slow suite takes all combinations, and more families.
 import dataclasses
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def test_the_pairing_has_every_pair():
     for a, b in itertools.combinations(range(4), 2):
         pairs = {(case[a], case[b]) for case in pairing()}
         assert pairs == set(itertools.product(dimensions[a], dimensions[b]))
+
+
+def test_the_documented_families_are_those_of_the_tests():
+    text = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
+    rows = [line.split("|") for line in text.partition("\n## Refused")[0].splitlines()]
+    names = [re.findall(r"`(\w+)`", row[i]) for row in rows if len(row) == 4 for i in (1, 2)]
+    assert sorted(itertools.chain(*names[::2])) == sorted(FAMILIES)
+    assert sorted(itertools.chain(*names[1::2])) == sorted(MORE_FAMILIES)
 
 
 class Served:
