@@ -84,6 +84,11 @@ class Logits:
         return rows
 
 
+def difference(row, want):
+    """The largest difference of two rows of logits, relative to the largest logit."""
+    return float((row - want).abs().max() / want.abs().max())
+
+
 async def check_served(config, names, num_layers, start_server, tmp_path, monkeypatch):
     """Base model and adapters, alone and mixed: bits, logits and tokens."""
     folder = save_tiny_model(tmp_path, config, gain=1)
@@ -114,15 +119,13 @@ async def check_served(config, names, num_layers, start_server, tmp_path, monkey
             for token_id in one.token_ids:
                 want = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
                 row = alone_rows[digests[name], tuple(ids)]
-                assert float((row - want).abs().max() / want.abs().max()) < TOLERANCE
+                assert difference(row, want) < TOLERANCE
                 assert int(want.argmax()) == token_id
                 ids.append(token_id)
         assert one == other
-    # The edits are large: no answer of an adapter is near that of the base model.
-    (base_row, *others) = (
-        alone_rows[d, tuple(tokenizer("x")["input_ids"])] for d in digests.values()
-    )
-    assert all(not torch.allclose(row, base_row, atol=0.05) for row in others)
+    # An adapter that was not applied would be seen: it changes far more than the tolerance.
+    base_row, *rows = (alone_rows[d, tuple(tokenizer("x")["input_ids"])] for d in digests.values())
+    assert all(difference(row, base_row) > 50 * TOLERANCE for row in rows)
 
 
 async def test_red_and_red_pp_of_gpt2_medium_cut_to_two_layers(start_server, tmp_path, monkeypatch):
