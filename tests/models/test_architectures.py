@@ -72,7 +72,8 @@ class Served:
         model, tokenizer = load_base(str(folder))
         self.base = Base(folder, model, tokenizer, fingerprint(model), editable_sites(model))
         self.family = family
-        server = ServerConfig(model=str(folder), kv_cache_tokens=512, max_context=128)
+        # One thread: models as small as these only wait for a second one.
+        server = ServerConfig(model=str(folder), kv_cache_tokens=512, max_context=128, threads=1)
         self.loaded = load_causal(server, choose(server))
         self._expected = {}
 
@@ -175,7 +176,7 @@ def test_a_family_that_cannot_be_served_rightly_is_refused_with_the_reason(name,
 
     options, reason = REFUSED[name]
     folder = save_tiny_model(tmp_path, AutoConfig.for_model(name, **options))
-    server = ServerConfig(model=str(folder), kv_cache_tokens=512)
+    server = ServerConfig(model=str(folder), kv_cache_tokens=512, threads=1)
     with pytest.raises(FailedPreconditionError, match=re.escape(reason)):
         load_causal(server, choose(server))
 
