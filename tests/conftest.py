@@ -14,8 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
 
-def save_tiny_model(folder: Path, config, seed: int = 0) -> Path:
-    """A random model of a real architecture with a byte-level tokenizer, as a model folder."""
+def save_tiny_model(folder: Path, config, seed: int = 0, gain: float = 4) -> Path:
+    """A random model of a real architecture with a byte-level tokenizer, as a model folder.
+
+    Weights are `gain` times what the architecture starts training with: logits of small models
+    are then far from uniform.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -35,7 +39,7 @@ def save_tiny_model(folder: Path, config, seed: int = 0) -> Path:
             if parameter.dim() == 1:  # norms of their own, so that the fingerprint is, too
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
-                parameter.mul_(4)  # far from uniform logits
+                parameter.mul_(gain)
     model.save_pretrained(folder)
     return folder
 

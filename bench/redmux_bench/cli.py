@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_load(commands, load)
     _add_floor(commands, [_server(), _common()])
     _add_engine(commands, load)
+    _add_nlg(commands, [_common()])
     return parser
 
 
@@ -123,6 +124,20 @@ def _add_engine(commands: _Commands, parents: list[argparse.ArgumentParser]) -> 
     parser.set_defaults(module="engine")
     _add(parser, "--concurrency", positive, 32, "requests per wave, all at once")
     _add_rounds(parser, 5)
+
+
+def _add_nlg(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "nlg", parents=parents, help="score generated texts as the E2E NLG challenge does"
+    )
+    parser.set_defaults(module="nlg")
+    parser.add_argument(
+        "--hypotheses", required=True, metavar="FILE", help="the generated texts, one a line"
+    )
+    parser.add_argument(
+        "--references", required=True, metavar="FILE",
+        help="the references of each text, one a line, an empty line between two texts",
+    )  # fmt: skip
 
 
 def _common() -> argparse.ArgumentParser:

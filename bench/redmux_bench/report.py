@@ -27,11 +27,15 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
         print("  ".join((first.ljust(widths[0]), *cells)).rstrip())
 
 
-def write_json(options: argparse.Namespace, model: str, results: Mapping[str, object]) -> None:
+def write_json(
+    options: argparse.Namespace, model: str | None, results: Mapping[str, object]
+) -> None:
     """Writes the results, how they were got and on what, if --json names a file."""
     if options.json is None:
         return
-    content = {**results, "model": model, "command": options.command_line, "machine": machine()}
+    subject = {} if model is None else {"model": model}
+    how = {"command": options.command_line, "machine": machine()}
+    content = {**results, **subject, **how}
     text = json.dumps(content, indent=1, default=_to_json)
     Path(options.json).write_text(text + "\n", encoding="utf-8")
 

@@ -2,16 +2,15 @@ import os
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from official import official
 
 from redmux.errors import InvalidAdapterError
 from redmux_adapters.convert import convert_delta_vector
 from redmux_adapters.convert.worker import check_archive, read_vectors
 
-OFFICIAL = Path(__file__).parents[2].parent / "shared" / "official_red"
 SCALE, BIAS = ".delta_vector.activation_scaling", ".delta_vector.activation_bias"
 BASE = "gpt2-4x1-0"
 
@@ -26,13 +25,6 @@ def sparse_checks_as_before():
 def write(path, content, **options):
     torch.save(content, path, **options)
     return str(path)
-
-
-def official(name):
-    path = OFFICIAL / name / "delta_vector.pth"
-    if not path.is_file():
-        pytest.skip(f"needs the authors' file {name}/delta_vector.pth beside the repository")
-    return path
 
 
 # Name, parameters, and the millions that the paper gives (arXiv 2402.15179), where it does.

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.models import load
 from redmux_server.models.arithmetic import HAS_AVX2
-from redmux_server.models.attention import attention_modules
+from redmux_server.models.attention import LayerRule, attention_modules
+from redmux_server.models.context_limit import context_limit
 from redmux_server.models.kvcache import LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.packed_linear import Packing
 from redmux_server.models.paged_attention import BLOCK
@@ -22,7 +24,7 @@ SHAPES = [LayerShape(4, 2, 32)] * 3  # 2 * 3 * 2 * 32 values = 1536 bytes a toke
 
 def model(positions=256, dtype=torch.float32):
     return SimpleNamespace(
-        config=SimpleNamespace(max_position_embeddings=positions),
+        config=PreTrainedConfig(max_position_embeddings=positions),
         dtype=dtype,
         device=torch.device("cpu"),
     )
@@ -40,7 +42,9 @@ def memory(monkeypatch):
 
 
 def sizes(base=None, **options):
-    return load._context_and_cache(ServerConfig(**options), base or model(), SHAPES)
+    base = base or model()
+    limit = context_limit(base.config, [])
+    return load._context_and_cache(ServerConfig(**options), base, SHAPES, limit)
 
 
 def test_the_context_is_the_models_by_default():
@@ -52,8 +56,56 @@ def test_the_context_can_be_shorter_than_the_models():
 
 
 def test_a_context_longer_than_the_models_is_refused():
-    with pytest.raises(InvalidArgumentError, match=r"max_context is 257, .* end at 256"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"max_context is 257, but can be 256 at most: .* positions end"
+    ):
         sizes(max_context=257)
+
+
+PHI3 = {
+    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "original_max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0,
+    "pad_token_id": 0,
+    "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+}  # fmt: skip
+
+
+def test_longrope_ends_the_context_where_it_would_change_the_positions_of_others(tmp_path):
+    """One position past it rescales all positions of the step, whosever they are."""
+    from conftest import save_tiny_model
+    from transformers import Phi3Config
+
+    folder = str(save_tiny_model(tmp_path, Phi3Config(**PHI3)))
+    loaded = load.load_causal(ServerConfig(model=folder), choices())
+    assert loaded.max_context == 128
+    assert "context: 128 tokens, longrope changes all positions beyond it" in loaded.reasons
+    with pytest.raises(InvalidArgumentError, match="129, but can be 128 at most: longrope"):
+        load.load_causal(ServerConfig(model=folder, max_context=129), choices())
+
+
+@pytest.mark.parametrize(
+    ("options", "rules", "limit"),
+    [
+        ({"attention_chunk_size": 64}, [LayerRule(1.0, 0, 0.0)], 64),
+        ({"sliding_window": 64}, [LayerRule(1.0, 0, 0.0)], 64),
+        ({"sliding_window": 64}, [LayerRule(1.0, 0, 0.0), LayerRule(1.0, 64, 0.0)], 256),
+        ({"sliding_window": None}, [LayerRule(1.0, 0, 0.0)], 256),
+        (
+            {"rope_parameters": {"full_attention": {
+                "rope_type": "longrope", "original_max_position_embeddings": 64}}},
+            [], 64,
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 64}},
+            [], 256,
+        ),
+    ],
+)  # fmt: skip
+def test_the_context_ends_before_attention_that_the_engine_does_not_have(options, rules, limit):
+    config = SimpleNamespace(max_position_embeddings=256, **options)
+    config.get_text_config = lambda: config
+    assert context_limit(config, rules).num_tokens == limit
 
 
 @pytest.mark.parametrize("positions", [None, 0])

@@ -45,12 +45,14 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[LayerShape, LayerRule]] = []
+        self.value_dim = 0
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float
     ) -> Tensor:
         shape = LayerShape(query.shape[1], key.shape[1], query.shape[3])
         self.calls.append((shape, LayerRule(scale, window, softcap)))
+        self.value_dim = value.shape[3]
         out = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )
@@ -102,6 +104,13 @@ def discover(model: Any) -> tuple[list[LayerShape], list[LayerRule]]:
         )
     if any(getattr(module, "sinks", None) is not None for module in modules):
         raise FailedPreconditionError(f"architecture {kind!r} uses attention sinks")
+    for recorder in recorders:
+        (shape, _), *_ = recorder.calls
+        if shape.head_dim != recorder.value_dim:
+            raise FailedPreconditionError(
+                f"architecture {kind!r} cannot be served: a head of its keys has {shape.head_dim} "
+                f"dimensions, one of its values {recorder.value_dim}; the cache takes equal ones"
+            )
     shapes, rules = zip(*(recorder.calls[0] for recorder in recorders), strict=True)
     return list(shapes), list(rules)
 

@@ -18,6 +18,7 @@ from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.accelerate import pack_linears, unmap
 from redmux_server.models.attention import LayerRule, attach, discover
+from redmux_server.models.context_limit import ContextLimit, context_limit
 from redmux_server.models.device_runtime import DeviceRuntime
 from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
@@ -121,7 +122,8 @@ class _Parts:
 def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]) -> _Parts:
     expected = reference(model)
     shapes, rules = discover(model)
-    max_context, num_tokens = _context_and_cache(config, model, shapes)
+    limit = context_limit(model.config, rules)
+    max_context, num_tokens = _context_and_cache(config, model, shapes, limit)
     cache, attention_reason = _make_cache(shapes, num_tokens // BLOCK, choices)
     quantization = config.quantization
     checked = _fuse(model, rules, cache, sites, expected, choices, quantization) or _keep(
@@ -135,7 +137,7 @@ def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[s
         min_slots=config.max_running + 1,
     )
     runner = CausalRunner(checked.decoder, cache, bank, choices.device, choices.num_threads)
-    reasons = (attention_reason, checked.reason)
+    reasons = (_context_reason(max_context, limit), attention_reason, checked.reason)
     return _Parts(
         runner, bank, checked.linears, _kv_bytes_per_token(shapes, choices.dtype), max_context,
         checked.bit_identical, reasons,
@@ -146,10 +148,11 @@ def _on_device(
     config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]
 ) -> _Parts:
     expected = reference(model)
-    shapes, _ = discover(model)
+    shapes, rules = discover(model)
+    limit = context_limit(model.config, rules)
     runtime = DeviceRuntime.choose(shapes, choices.device, choices.dtype, choices.num_threads)
     max_context, num_tokens = _context_and_cache(
-        config, model, shapes, runtime.attention.block_size
+        config, model, shapes, limit, runtime.attention.block_size
     )
     cache = runtime.make_cache(shapes, num_tokens)
     attach(model, cache)
@@ -160,19 +163,19 @@ def _on_device(
     return _Parts(
         engine.runner, engine.bank, _linears(model),
         _kv_bytes_per_token(shapes, choices.dtype), max_context, engine.bit_identical,
-        engine.reasons,
+        (_context_reason(max_context, limit), *engine.reasons),
     )  # fmt: skip
 
 
 def _context_and_cache(
-    config: ServerConfig, model: Any, shapes: Sequence[LayerShape], block_size: int = BLOCK
-) -> tuple[int, int]:
+    config: ServerConfig, model: Any, shapes: Sequence[LayerShape], limit: ContextLimit,
+    block_size: int = BLOCK,
+) -> tuple[int, int]:  # fmt: skip
     """Returns (most tokens of a request, tokens in the cache, a multiple of `block_size`)."""
-    model_limit = int(getattr(model.config, "max_position_embeddings", 0) or 1 << 20)
-    context = config.max_context or model_limit
-    if context > model_limit:
+    context = config.max_context or limit.num_tokens
+    if context > limit.num_tokens:
         raise InvalidArgumentError(
-            f"max_context is {context}, but the model's positions end at {model_limit}"
+            f"max_context is {context}, but can be {limit.num_tokens} at most: {limit.reason}"
         )
     per_token = _kv_bytes_per_token(shapes, model.dtype)
     tokens = config.kv_cache_tokens
@@ -184,6 +187,11 @@ def _context_and_cache(
         tokens = max(min(num_bytes // per_token, whole_requests), min_cache_tokens(block_size))
     tokens = -(-tokens // block_size) * block_size
     return min(context, tokens), tokens
+
+
+def _context_reason(max_context: int, limit: ContextLimit) -> str:
+    why = limit.reason if max_context == limit.num_tokens else "set, or all that the cache holds"
+    return f"context: {max_context} tokens, {why}"
 
 
 def _kv_bytes_per_token(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:

@@ -1,0 +1,32 @@
+"""`redmux bench nlg`: scores of generated texts against references, as the E2E NLG challenge."""
+
+import argparse
+import importlib.metadata
+from dataclasses import asdict
+
+from redmux_bench import report
+from redmux_bench.nlg_files import read_hypotheses, read_references
+from redmux_bench.nlg_scores import score
+
+
+def run(options: argparse.Namespace) -> int:
+    """Scores --hypotheses against --references and prints one figure for each metric."""
+    hypotheses = read_hypotheses(options.hypotheses)
+    references = read_references(options.references, len(hypotheses))
+    scores = score(hypotheses, references)
+    num_references = sum(map(len, references))
+    print(f"{len(hypotheses)} texts, {num_references} references")
+    report.print_table(
+        ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr"),
+        [[f"{value:.2f}" for value in (
+            scores.bleu, scores.nist, scores.meteor, scores.rouge_l, scores.cider,
+        )]],
+    )  # fmt: skip
+    results = {
+        "num_texts": len(hypotheses),
+        "num_references": num_references,
+        "scores": asdict(scores),
+        "scorers": {name: importlib.metadata.version(name) for name in ("sacrebleu", "nltk")},
+    }
+    report.write_json(options, None, results)
+    return 0
