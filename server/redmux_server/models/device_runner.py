@@ -101,6 +101,19 @@ class DeviceRunner(CausalRunner):
         self.cache.attention.plan(tensors.paged)
         return self._compute(tensors)[: len(step.last)]
 
+    @torch.inference_mode()
+    def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
+        """See CausalRunner.hidden; always launched eagerly."""
+        self.prepare()
+        step = self._tensors(self._host_step(work))
+        self.cache.attention.plan(step.paged)
+        rows = TableRows(self._bank.table, step.rows, self._edit)
+        with self.cache.use(step.paged), self._editing.step(rows):
+            states: Tensor = self.model.base_model(
+                input_ids=step.ids[None], position_ids=step.positions[None], use_cache=False
+            ).last_hidden_state[0]
+        return torch.split(states, [item.count for item in work])
+
     def _replay(self, decode: GraphedDecode, requests: list[Request]) -> Tensor:
         # A request's blocks are its own from admission to its end: the table is made anew only
         # when the composition of the batch changes.

@@ -79,6 +79,14 @@ class FusedDecoder:
         edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
+        logits: Tensor = self.head(self.hidden(ids, positions, last, edits, layout))
+        return logits
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """See `Decoder`."""
         index = self._cache.index
         assert index is not None, "the cache's step is not entered"
         x: Tensor = self._embed(ids)
@@ -102,8 +110,7 @@ class FusedDecoder:
                 x, attended, row_of = x[last], attended[last], row_of[last.numpy()]
                 h = torch.empty_like(x)
             layer.feed(x, attended, h, rows, row_of, edited, self._norms[i + 1])
-        logits: Tensor = self.head(h)
-        return logits
+        return h
 
     def _place(self, layout: Mapping[str, SiteColumns]) -> None:
         """Looks up where each layer's sites lie in the rows, when they changed."""
