@@ -18,7 +18,10 @@ _SMALL = {
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> model type, options
     "bert": ("bert", _SMALL),
     # MiniLM is a BERT of another shape: more layers, more and smaller heads.
-    "minilm": ("bert", _SMALL | {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 12}),
+    "minilm": (
+        "bert",
+        _SMALL | {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 12},
+    ),
     "roberta": ("roberta", _SMALL | {"type_vocab_size": 1, "pad_token_id": 1}),
     "mpnet": ("mpnet", _SMALL | {"pad_token_id": 1}),
     "distilbert": ("distilbert", {

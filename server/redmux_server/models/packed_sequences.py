@@ -62,7 +62,11 @@ def attach_packed(model: Any, max_context: int) -> PackedSequences:
         ids = torch.tensor([[0, 1]], device=model.device)
         model(input_ids=ids, position_ids=ids)
     if attention.num_calls != num_layers:
-        raise _unsupported(model, f"{attention.num_calls} of its {num_layers} layers did")
+        raise _unsupported(
+            model,
+            f"{attention.num_calls} of its {num_layers} layers ran their attention through "
+            f"transformers' attention interface",
+        )
     return attention
 
 
@@ -81,17 +85,18 @@ def _attach_interface(model: Any, attention: PackedSequences) -> None:
 
 def _dispatch(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-    *, scaling: float | None = None, **_: object,
+    *, scaling: float | None = None, sliding_window: int | None = None, **_: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function that transformers calls."""
+    if sliding_window or module.is_causal:  # the start-up check is too short to notice a window
+        raise _unsupported(module, "some layer does not attend to all tokens of the input")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return module.redmux_attention(query, key, value, scale), None
 
 
-def _unsupported(model: Any, why: str) -> FailedPreconditionError:
+def _unsupported(module: Any, why: str) -> FailedPreconditionError:
     return FailedPreconditionError(
-        f"encoder architecture {model.config.model_type!r} cannot be served: it does not run its "
-        f"attention through transformers' attention interface ({why})"
+        f"encoder architecture {module.config.model_type!r} cannot be served: {why}"
     )
 
 
