@@ -92,7 +92,10 @@ class Server:
             loading = asyncio.get_running_loop().run_in_executor(loader, _load, config, choices)
             model = await loading
         folder = Path(config.adapter_dir) if config.adapter_dir else None
-        registry = AdapterRegistry(model.fingerprint, model.sites, folder, config.host_cache_bytes)
+        registry = AdapterRegistry(
+            model.fingerprint, model.sites, folder, config.host_cache_bytes,
+            head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
+        )  # fmt: skip
         for name, path in _adapter_paths(config.adapters):
             registry.load(path, name)
         if folder is not None:

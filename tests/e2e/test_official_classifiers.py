@@ -15,7 +15,7 @@ PAIRS = [("Who wrote it?", "It was written in 1841."), ("Where?", "In Rome, as f
 
 
 def read_adapter(name, fingerprint):
-    vectors = torch.load(official(name), weights_only=True)
+    vectors = torch.load(official(name), map_location="cpu", weights_only=True)
     sites = {key.partition(".delta_vector.")[0] for key in vectors}
     edits = {
         site: Edit(
@@ -24,7 +24,7 @@ def read_adapter(name, fingerprint):
         )
         for site in sites
     }
-    tensors = torch.load(official(name, "classifier.pth"), weights_only=True)
+    tensors = torch.load(official(name, "classifier.pth"), map_location="cpu", weights_only=True)
     config = HeadConfig("roberta", ["yes", "no"], "single_label_classification")
     return Adapter(fingerprint, edits, head=Head(config, dict(tensors)))
 
