@@ -1,6 +1,8 @@
-"""What Classify and Embed refuse, fail and give up, on a tiny encoder."""
+"""Classify and Embed on a tiny encoder: what they take, refuse and give up."""
 
 import asyncio
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +110,18 @@ async def test_a_deadline_ends_a_request(encoder, client, server):
         await client.embed(["x" * 100] * 8, timeout_s=1e-4)
     while server.engine.num_open:
         await asyncio.sleep(0.01)
+
+
+async def test_the_python_of_the_document_runs(encoder, server, client, put, capsys):
+    adapter = encoder.adapter(1, "mean", labels=["human", "number"])
+    await put("questions", adapter)
+    text = (Path(__file__).parents[2] / "docs" / "encoders.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    await asyncio.to_thread(exec, code.replace("localhost:50051", f"127.0.0.1:{server.port}"), {})
+    *labels, applied, cosine = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] in ("human", "number") for line in labels] == [True, True]
+    assert applied.startswith(f"questions {adapter.digest} ")
+    assert -1.001 < float(cosine) < 1.001
 
 
 async def test_token_ids_are_computed_as_they_stand(encoder, client):
