@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -93,23 +94,52 @@ async def test_impossible_inputs_are_refused_before_anything_is_queued(client, s
         assert server.engine.num_open == 0
 
 
-async def test_a_caller_that_goes_away_leaves_nothing_behind(encoder, client, server):
-    calls = [asyncio.create_task(client.embed(["x" * 100] * 8)) for _ in range(3)]
-    await asyncio.sleep(0)
-    for call in calls:
-        call.cancel()
-    await asyncio.gather(*calls, return_exceptions=True)
-    while server.engine.num_open:
+@pytest.fixture
+def held(server, monkeypatch):
+    """Holds the first step of the engine until it is set; counts the steps that began."""
+    hidden, go_on = type(server.model.runner).hidden, threading.Event()
+    go_on.num_steps = 0
+
+    def hold(runner, work):
+        go_on.num_steps += 1
+        assert go_on.wait(60)
+        return hidden(runner, work)
+
+    monkeypatch.setattr(type(server.model.runner), "hidden", hold)
+    yield go_on
+    go_on.set()
+
+
+async def until(condition):
+    while not condition():
         await asyncio.sleep(0.01)
+
+
+async def test_a_caller_that_goes_away_is_not_computed_for(client, server, held):
+    """A step takes one of the eight inputs."""
+    call = asyncio.create_task(client.embed(["x" * 100] * 8))
+    await until(lambda: held.num_steps)
+    call.cancel()
+    await until(call.done)
+    await until(lambda: server.engine.num_open == 8 and all_ended(server))
+    held.set()
+    await until(lambda: server.engine.num_open == 0)
+    assert held.num_steps == 1
     assert server.model.bank.num_uses == 0
     assert len((await client.embed(["x"])).vectors) == 1
 
 
-async def test_a_deadline_ends_a_request(encoder, client, server):
+def all_ended(server):
+    return all(request.early_end is not None for request in server.engine._open)
+
+
+async def test_a_deadline_ends_a_request(client, server, held):
     with pytest.raises(redmux.DeadlineExceededError):
-        await client.embed(["x" * 100] * 8, timeout_s=1e-4)
-    while server.engine.num_open:
-        await asyncio.sleep(0.01)
+        await client.embed(["x" * 100] * 8, timeout_s=0.5)
+    await until(lambda: all_ended(server))
+    held.set()
+    await until(lambda: server.engine.num_open == 0)
+    assert held.num_steps <= 1
 
 
 async def test_the_python_of_the_document_runs(encoder, server, client, put, capsys):
