@@ -102,10 +102,9 @@ class ReadingService:
         normalize: bool,
         tenant: str,
     ) -> Embeddings:
-        """Returns the vector of each input; `adapter` "" is the base model, `pooling` None the
-        model's own.
+        """Returns the vector of each input.
 
-        Raises a RedmuxError for whatever cannot be served; nothing is queued then.
+        `adapter` "" is the base model, `pooling` None what is usual for the kind of model. Raises a RedmuxError for whatever cannot be served; nothing is queued then.
         """
         try:
             published = self._registry.resolve(adapter) if adapter else None

@@ -280,7 +280,7 @@ class Engine:
             [torch.cat([*item.request.states, states[item]]) for item in ends],
         )
         for item, part in states.items():  # nothing can fail any more
-            item.request.states.append(part)
+            item.request.states = [] if item.samples else [*item.request.states, part]
         return dict(zip(ends, read, strict=True))
 
     def _append(self, request: Request, result: Token | Read | NonFinite) -> None:
