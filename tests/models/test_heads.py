@@ -9,7 +9,7 @@ from torch import nn
 from redmux_adapters import Head, HeadConfig
 from redmux_adapters.head import KINDS
 from redmux_server.models.heads import Heads
-from redmux_server.models.packed_linear import PackedLinear
+from redmux_server.models.packed_linear import packed_linear
 
 HIDDEN = 48
 
@@ -19,7 +19,7 @@ class Pooler(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.dense = PackedLinear(torch.randn(HIDDEN, HIDDEN), torch.randn(HIDDEN))
+        self.dense = packed_linear(torch.randn(HIDDEN, HIDDEN), torch.randn(HIDDEN))
 
     def forward(self, states):
         return torch.tanh(self.dense(states[:, 0]))

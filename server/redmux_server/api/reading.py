@@ -104,7 +104,8 @@ class ReadingService:
     ) -> Embeddings:
         """Returns the vector of each input.
 
-        `adapter` "" is the base model, `pooling` None what is usual for the kind of model. Raises a RedmuxError for whatever cannot be served; nothing is queued then.
+        `adapter` "" is the base model, `pooling` None what is usual for the kind of model. Raises a
+        RedmuxError for whatever cannot be served; nothing is queued then.
         """
         try:
             published = self._registry.resolve(adapter) if adapter else None

@@ -1,14 +1,11 @@
 """Swap the linear modules of a loaded model for faster ones of the same mathematics."""
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from redmux_server.models.packed_linear import PackedLinear
-
-MakeLinear = Callable[[Tensor, Tensor | None], nn.Module]
+from redmux_server.models.packed_linear import packed_linear
 
 
 def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -30,8 +27,8 @@ def joined(*linears: nn.Module) -> tuple[Tensor, Tensor | None]:
     return torch.cat(weights), torch.cat(filled)
 
 
-def pack_linears(model: nn.Module, make_linear: MakeLinear = PackedLinear) -> int:
-    """Replaces every nn.Linear and Conv1D by what `make_linear` makes of its weight and bias.
+def pack_linears(model: nn.Module, precision: str = "fp32") -> int:
+    """Replaces every nn.Linear and Conv1D by a PackedLinear of this precision.
 
     Works in place and returns how many. Module paths, and so sites and hooks, stay as they are.
     Original weights are released, except where an embedding shares them.
@@ -43,7 +40,7 @@ def pack_linears(model: nn.Module, make_linear: MakeLinear = PackedLinear) -> in
         for name, child in parent.named_children():
             if type(child) not in (nn.Linear, Conv1D):
                 continue
-            setattr(parent, name, make_linear(*joined(child)))
+            setattr(parent, name, packed_linear(*joined(child), precision))
             count += 1
     unmap(model)
     return count

@@ -4,22 +4,23 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from redmux_server.models.accelerate import MakeLinear, joined
-from redmux_server.models.attention import LayerRule, attention_modules
+from redmux_server.models.accelerate import joined
+from redmux_server.models.attention import LayerRule
+from redmux_server.models.decoder_pass import SITES, Array, Model, Room, Step, run
 from redmux_server.models.editing import OwnedRows, SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
-from redmux_server.models.packed_linear import PackedLinear
-from redmux_server.models.paged_attention import NOTHING, Array, PagedAttention, Rotation, StepIndex
-from redmux_server.models.row_kernels import add_norm, edit, gate, norm
+from redmux_server.models.packed_linear import PackedLinear, Packing, num_parts
 
 # Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
 # down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
 FUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _NO_ROWS = np.zeros((1, 0), np.float32)
+_SMALLEST_ROOM = 64  # tokens
 
 
 def why_not_fusable(model: Any) -> str | None:
@@ -37,38 +38,34 @@ class FusedDecoder:
 
     q, k, v and gate, up are one product each, norms are fused with the additions before them, and
     the edit of an FFN or attention output happens inside that kernel, so that it costs two reads.
-    Every row is computed as if alone.
+    A step is one compiled call, see `decoder_pass`. Every row is computed as if alone.
     """
 
+    computes_in_torch = False
     reads_table = True
 
     def __init__(
-        self,
-        model: Any,
-        rules: Sequence[LayerRule],
-        cache: NumbaKVCache,
-        make_linear: MakeLinear = PackedLinear,
+        self, model: Any, rules: Sequence[LayerRule], cache: NumbaKVCache, precision: str = "fp32"
     ) -> None:
-        """`model` must be fusable and stays as it is; weights are copied where they are fused."""
+        """`model` must be fusable and stays as it is; its weights are copied.
+
+        Raises FailedPreconditionError if this CPU has no products of `precision`.
+        """
         self._cache = cache
         self._embed = model.get_input_embeddings()
         self._rotary = model.model.rotary_emb
-        self.layers = [
-            _Layer(module, attention.layer_idx, rule, paged, make_linear)
-            for module, attention, rule, paged in zip(
-                model.model.layers, attention_modules(model), rules, cache.paged, strict=True
-            )
-        ]
-        self._norms = [*(layer.norm for layer in self.layers), _Norm(model.model.norm)]
-        self.head = make_linear(*joined(model.lm_head))
+        layers = list(model.model.layers)
+        self._packing = _packed(layers, model.lm_head, precision)
+        self._model = _model(model, layers, rules, cache)
         self._layout: Mapping[str, SiteColumns] = {}
-        self.computes_in_torch = not all(isinstance(x, PackedLinear) for x in self.linears)
+        self._unedited = np.full((len(layers), len(SITES)), -1, np.int64)
+        self._starts = self._unedited
+        self._room = self._new_room(_SMALLEST_ROOM)
 
     @property
     def linears(self) -> list[nn.Module]:
         """Every matrix product, in the order in which a step runs them."""
-        layers = ((x.qkv, x.o, x.gate_up, x.down) for x in self.layers)
-        return [*itertools.chain.from_iterable(layers), self.head]
+        return [PackedLinear(self._packing, i) for i in range(len(self._packing.shapes))]
 
     def forget_sites(self) -> None:
         """See `Decoder`; a site costs something only where a step's adapters have it."""
@@ -79,7 +76,8 @@ class FusedDecoder:
         edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
-        logits: Tensor = self.head(self.hidden(ids, positions, last, edits, layout))
+        logits = torch.empty(len(last), self._packing.shapes[-1][0])
+        self._pass(ids, positions, last, edits, layout, logits)
         return logits
 
     def hidden(
@@ -87,118 +85,123 @@ class FusedDecoder:
         edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
+        no_logits = torch.empty(0, self._packing.shapes[-1][0])
+        self._pass(ids, positions, last, edits, layout, no_logits)
+        return torch.from_numpy(self._room.h[: len(last)].copy())
+
+    def _pass(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns], logits: Tensor,
+    ) -> None:  # fmt: skip
+        """Leaves the last hidden states in the room, and fills `logits` if it has rows."""
         index = self._cache.index
         assert index is not None, "the cache's step is not entered"
         x: Tensor = self._embed(ids)
         cos, sin = self._rotary(x[None], positions[None])
-        cos, sin = cos.numpy().reshape(-1), sin.numpy().reshape(-1)
-        rows, row_of = _NO_ROWS, np.zeros(len(ids), np.int32)
+        rows, row_of, starts = _NO_ROWS, np.zeros(len(ids), np.int32), self._unedited
         if edits is not None:
             assert isinstance(edits, OwnedRows), "kernels read the bank's own table"
             rows = edits.table.numpy()
             counts = [s.count for s in self._cache.segments]
             row_of = np.repeat(np.array(edits.owners, np.int32), counts)
-            self._place(layout)
-        h = torch.empty_like(x)
-        first = self._norms[0]
-        norm(x.numpy(), first.weight, first.eps, h.numpy())
-        for i, layer in enumerate(self.layers):
-            edited = layer.starts if edits is not None else _UNEDITED
-            attended = layer.attend(h, cos, sin, index, rows, row_of, edited)
-            if i == len(self.layers) - 1 and len(last) < len(ids):
-                # Only rows that are sampled go on; the others have left their keys and values.
-                x, attended, row_of = x[last], attended[last], row_of[last.numpy()]
-                h = torch.empty_like(x)
-            layer.feed(x, attended, h, rows, row_of, edited, self._norms[i + 1])
-        return h
-
-    def _place(self, layout: Mapping[str, SiteColumns]) -> None:
-        """Looks up where each layer's sites lie in the rows, when they changed."""
-        if layout == self._layout:
-            return
-        self._layout = dict(layout)
-        for layer in self.layers:
-            layer.place(layout)
-
-
-class _Norm:
-    def __init__(self, module: Any) -> None:
-        self.weight: Array = module.weight.data.float().numpy().copy()
-        self.eps = np.float32(module.variance_epsilon)
-
-
-_SITES = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
-_UNEDITED = (-1,) * len(_SITES)
-
-
-class _Layer:
-    def __init__(
-        self,
-        module: Any,
-        index: int,
-        rule: LayerRule,
-        paged: PagedAttention,
-        make_linear: MakeLinear,
-    ) -> None:
-        attention, mlp = module.self_attn, module.mlp
-        self._path = f"model.layers.{index}"
-        self._rule = rule
-        self._paged = paged
-        self.norm = _Norm(module.input_layernorm)
-        self._post_norm = _Norm(module.post_attention_layernorm)
-        self.qkv = make_linear(*joined(attention.q_proj, attention.k_proj, attention.v_proj))
-        self.o = make_linear(*joined(attention.o_proj))
-        self.gate_up = make_linear(*joined(mlp.gate_proj, mlp.up_proj))
-        self.down = make_linear(*joined(mlp.down_proj))
-        self._query = paged.num_heads * paged.head_dim
-        self._key = paged.num_kv_heads * paged.head_dim
-        self._q_weight, self._k_weight, self._eps = NOTHING, NOTHING, np.float32(0)
-        if hasattr(attention, "q_norm"):
-            q_norm, k_norm = _Norm(attention.q_norm), _Norm(attention.k_norm)
-            self._q_weight, self._k_weight, self._eps = q_norm.weight, k_norm.weight, q_norm.eps
-        self.starts: tuple[int, ...] = _UNEDITED
-
-    def place(self, layout: Mapping[str, SiteColumns]) -> None:
-        """Notes where this layer's vectors start in a row, -1 for a site that nobody edits."""
-        found = (layout.get(f"{self._path}.{site}") for site in _SITES)
-        self.starts = tuple(-1 if columns is None else columns.start for columns in found)
-
-    def attend(
-        self, h: Tensor, cos: Array, sin: Array, index: StepIndex,
-        rows: Array, row_of: Array, starts: Sequence[int],
-    ) -> Tensor:  # fmt: skip
-        """Returns the attention output [tokens, heads * head_dim] of normed h [tokens, hidden]."""
-        qkv = self.qkv(h).numpy()
-        at = 0
-        for start, dim in zip(starts, (self._query, self._key, self._key), strict=False):
-            if start >= 0:
-                edit(qkv, at, dim, rows, row_of, start)
-            at += dim
-        out = torch.empty(len(qkv), self._query)
-        rotation = Rotation(cos, sin, self._q_weight, self._k_weight, self._eps)
-        self._paged.attend_packed(
-            qkv, out.numpy(), rotation, index,
-            self._rule.scale, self._rule.window,
+            starts = self._placed(layout)
+        if len(ids) > len(self._room.h):
+            self._room = self._new_room(len(ids))
+        step = Step(
+            x.numpy(), cos.numpy().reshape(-1), sin.numpy().reshape(-1),
+            index.places, index.table, index.tiles, rows, row_of, starts,
+            last.numpy(), logits.numpy(),
         )  # fmt: skip
-        return out
+        run(numba.get_num_threads(), step, self._model, self._packing.packed, self._room)
 
-    def feed(
-        self, x: Tensor, attended: Tensor, h: Tensor,
-        rows: Array, row_of: Array, starts: Sequence[int], next_norm: _Norm,
-    ) -> None:  # fmt: skip
-        """Adds this layer's outputs to x and leaves the next norm of x in h, [tokens, hidden]."""
-        residual, normed, post = x.numpy(), h.numpy(), self._post_norm
-        y = self.o(attended).numpy()
-        add_norm(residual, y, rows, row_of, starts[3], post.weight, post.eps, normed)
-        gate_up = self.gate_up(h).numpy()
-        width = gate_up.shape[1] // 2
-        for start, at in ((starts[4], 0), (starts[5], width)):
-            if start >= 0:
-                edit(gate_up, at, width, rows, row_of, start)
-        product = torch.empty(len(gate_up), width)
-        gate(gate_up, product.numpy())
-        y = self.down(product).numpy()
-        add_norm(residual, y, rows, row_of, starts[6], next_norm.weight, next_norm.eps, normed)
+    def _placed(self, layout: Mapping[str, SiteColumns]) -> Array:
+        """Returns where each layer's sites lie in the rows, looked up when they changed."""
+        if layout != self._layout:
+            self._layout = dict(layout)
+            paths = [
+                [f"model.layers.{layer}.{site}" for site in SITES]
+                for layer in range(len(self._unedited))
+            ]
+            self._starts = np.array(
+                [[layout[p].start if p in layout else -1 for p in row] for row in paths], np.int64
+            )
+        return self._starts
+
+    def _new_room(self, num_tokens: int) -> Room:
+        """Returns room for `num_tokens` tokens, or more if that is not much."""
+        shapes, packing = self._packing.shapes, self._packing
+        qkv, hidden, gate_up, inner = shapes[0][0], shapes[0][1], shapes[2][0], shapes[3][1]
+
+        def rows(dim: int) -> Array:
+            return np.zeros((num_tokens, dim), np.float32)
+
+        def narrow(array: Array) -> Array:
+            if packing.activation is np.float32:
+                return array
+            return np.zeros((num_tokens, packing.padded(array.shape[1])), packing.activation)
+
+        h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
+        narrow_attended = narrow(attended)
+        steps = rows(num_parts(max(hidden, inner, attended.shape[1])))
+        return Room(
+            h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
+            narrow(h), narrow_attended, narrow(gated), steps,
+            rows(hidden), np.zeros_like(narrow_attended), np.zeros_like(steps),
+            np.zeros(num_tokens, np.int32),
+        )  # fmt: skip
+
+
+def _packed(layers: Sequence[Any], head: nn.Module, precision: str) -> Packing:
+    """Returns the packed products of all layers, then of the head."""
+    groups = [
+        *itertools.chain.from_iterable(
+            (
+                (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
+            )
+            for a, m in ((layer.self_attn, layer.mlp) for layer in layers)
+        ),
+        (head,),
+    ]  # fmt: skip
+    shapes = [(sum(x.out_features for x in group), group[0].in_features) for group in groups]
+    packing = Packing(shapes, precision)
+    for i, group in enumerate(groups):
+        packing.fill(i, *joined(*group))
+    return packing
+
+
+def _model(
+    model: Any,
+    layers: Sequence[Any],
+    rules: Sequence[LayerRule],
+    cache: NumbaKVCache,
+) -> Model:
+    assert len(cache.stacks) == 1, "layers of a fusable model have one shape"
+    keys, values = cache.stacks[0]
+    paged = cache.paged[0]
+    norms = itertools.chain.from_iterable(
+        (layer.input_layernorm, layer.post_attention_layernorm) for layer in layers
+    )
+    q_norms = [getattr(layer.self_attn, "q_norm", None) for layer in layers]
+    k_norms = [getattr(layer.self_attn, "k_norm", None) for layer in layers]
+    head_eps = 0.0 if q_norms[0] is None else q_norms[0].variance_epsilon
+    query, key = paged.num_heads * paged.head_dim, paged.num_kv_heads * paged.head_dim
+    return Model(
+        _stacked([*norms, model.model.norm]),
+        np.float32(model.model.norm.variance_epsilon),
+        _stacked(q_norms),
+        _stacked(k_norms),
+        np.float32(head_eps),
+        keys.reshape(len(layers), -1),
+        values.reshape(len(layers), -1),
+        paged.packed_layout,
+        np.array([query, key, key], np.int64),
+        np.array([rule.scale for rule in rules], np.float32),
+        np.array([rule.window for rule in rules], np.int64),
+    )
+
+
+def _stacked(norms: Sequence[Any]) -> Array:
+    """Returns the weights of these norms [norms, dim], with dim 0 where there are none."""
+    if norms[0] is None:
+        return np.zeros((len(norms), 0), np.float32)
+    return torch.stack([norm.weight.data.float() for norm in norms]).numpy().copy()

@@ -1,5 +1,6 @@
 """The paged key/value cache of every layer, and the attention that reads and writes it."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from redmux_server.models.paged_attention import BLOCK, TILE, PagedAttention, StepIndex
+from redmux_server.models.paged_attention import (
+    BLOCK,
+    TILE,
+    Array,
+    PagedAttention,
+    StepIndex,
+    new_blocks,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +82,18 @@ class NumbaKVCache(KVCache):
     def __init__(self, shapes: Sequence[LayerShape], num_blocks: int) -> None:
         super().__init__(num_blocks)
         self.index: StepIndex | None = None
-        self.paged = [
-            PagedAttention(s.num_heads, s.num_kv_heads, s.head_dim, num_blocks) for s in shapes
-        ]
+        # Layers of one shape lie in one array, neighbours of equal shape side by side.
+        self.stacks: list[tuple[Array, Array]] = []
+        self.paged: list[PagedAttention] = []
+        for shape, group in itertools.groupby(shapes):
+            keys, values = new_blocks(
+                len(list(group)), num_blocks, shape.num_kv_heads, shape.head_dim
+            )
+            self.stacks.append((keys, values))
+            self.paged += [
+                PagedAttention(shape.num_heads, shape.num_kv_heads, shape.head_dim, *layer)
+                for layer in zip(keys, values, strict=True)
+            ]
         self.layers = [_NumbaLayer(self, paged) for paged in self.paged]
 
     @contextmanager

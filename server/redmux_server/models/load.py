@@ -23,7 +23,6 @@ from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.quantized import Int8Linear, int8_linears
 from redmux_server.models.runner import CausalRunner, Decoder, TransformersDecoder
 from redmux_server.models.selfcheck import (
     INT8_TOLERANCE,
@@ -37,7 +36,8 @@ from redmux_server.models.text import TextCodec
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE_BYTES = 2 << 30
-_LINEARS = PackedLinear | Int8Linear | nn.Linear | Conv1D
+_PRECISIONS = {"none": "fp32", "int8": "int8 weights and activations"}
+_LINEARS = PackedLinear | nn.Linear | Conv1D
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,21 +227,20 @@ def _fuse(
     if not isinstance(cache, NumbaKVCache) or why_not_fusable(model):
         return None
     decoder = FusedDecoder(model, rules, cache)
-    products = "packed products"
     try:
         error, bit_identical = _check(decoder, cache, sites, expected, choices)
     except FailedPreconditionError as err:
         logger.warning("not fused: %s", err)
         return None
     if quantization == "int8":  # only now: rounded weights would hide what else is wrong
-        make_linear, products = int8_linears()
-        decoder = FusedDecoder(model, rules, cache, make_linear)
+        decoder = FusedDecoder(model, rules, cache, "int8")
         error, bit_identical = _check(decoder, cache, sites, expected, choices, INT8_TOLERANCE)
+    linears = decoder.linears
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
     unmap(model)
-    reason = f"layers: fused into {len(decoder.linears)} {products}, {_off_by(error)}"
-    return _Checked(decoder, decoder.linears, bit_identical, reason)
+    products = f"{len(linears)} packed products, {_PRECISIONS[quantization]}"
+    return _Checked(decoder, linears, bit_identical, f"layers: fused, {products}, {_off_by(error)}")
 
 
 def _keep(
@@ -254,15 +253,12 @@ def _keep(
     tolerance = None
     if choices.dtype != torch.float32:
         reason = "linears: torch's own (not fp32)"
-    elif quantization == "int8":
-        _check(decoder, cache, sites, expected, choices)
-        make_linear, products = int8_linears()
-        reason, tolerance = (
-            f"linears: {pack_linears(model, make_linear)} {products}",
-            INT8_TOLERANCE,
-        )
     else:
-        reason = f"linears: {pack_linears(model)} packed"
+        if quantization == "int8":
+            _check(decoder, cache, sites, expected, choices)
+            tolerance = INT8_TOLERANCE
+        count = pack_linears(model, "int8" if quantization == "int8" else "fp32")
+        reason = f"linears: {count} packed, {_PRECISIONS[quantization]}"
     error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     return _Checked(decoder, _linears(model), bit_identical, f"{reason}, {_off_by(error)}")
 

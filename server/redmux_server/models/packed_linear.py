@@ -1,95 +1,281 @@
-"""PackedLinear: a frozen fp32 linear layer for the CPU, its weight laid out as it is read."""
+"""Frozen linear layers for the CPU, their weights laid out as they are read."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+import torch.nn.functional as F
+from numba import njit, prange, types
+from numba.extending import overload
 from torch import Tensor, nn
 
-from redmux_server.models.vector import FASTMATH, PANEL, ROWS, claim, counters_of, product
+from redmux.errors import FailedPreconditionError
+from redmux_server.models.narrow import LEVELS, OFFSET, PART, narrow_row
+from redmux_server.models.phases import claim, counters_of, finish
+from redmux_server.models.vector import (
+    FASTMATH,
+    HAS_AVX2,
+    HAS_BF16,
+    HAS_VNNI,
+    PANEL,
+    ROWS,
+    product,
+    step_product,
+    store_panel,
+)
 
-# Rows of a panel that are multiplied with every row before the next ones: they stay in the L2.
+Array = np.ndarray[Any, Any]
+
+# Groups of a panel that are multiplied with every row before the next ones: they stay in the L2.
 _DEPTH = 2048
 # Rows of x that a thread takes on at a time.
-_TALL = 16 * ROWS
+TALL = 16 * ROWS
+_SMALLEST_STEP = 1e-30
+
+
+class Packed(NamedTuple):
+    """The weights of several linear layers, as compiled code takes them.
+
+    Layer i has its panels from lane starts[i] on, and its other vectors from columns[i] on.
+    """
+
+    panels: Array
+    starts: Array  # int64, in lanes: groups of inputs of one output
+    columns: Array  # int64
+    widths: Array  # int64, outputs of each layer
+    bias: Array  # fp32
+    scale: Array  # fp32: the step of each output's weights, 1 where they have none
+    firsts: Array  # int32, what the sum of a part starts from, [parts, PANEL] for each panel
+    firsts_at: Array  # int64 [layers], where those of a layer start
+    group: int  # inputs side by side in a lane
+
+
+class _Layout(NamedTuple):
+    activation: type  # what `narrow_row` rounds to
+    lane: type
+    group: int
+
+
+def _layout(precision: str) -> _Layout:
+    """Raises FailedPreconditionError for a precision that this CPU has no products of."""
+    if precision == "fp32":
+        return _Layout(np.float32, np.float32, 1)
+    if precision == "int8" and HAS_VNNI:
+        return _Layout(np.uint8, np.int32, 4)
+    if precision == "int8" and HAS_AVX2:
+        return _Layout(np.int16, np.int16, 2)
+    if precision == "bf16" and HAS_BF16:
+        return _Layout(np.uint16, np.uint32, 2)
+    needed = {"int8": "AVX2", "bf16": "AVX-512 BF16"}[precision]
+    raise FailedPreconditionError(
+        f"products of {precision} need a CPU with {needed}, which this one has not"
+    )
+
+
+class Packing:
+    """Room for the weights of several linear layers, which are then filled in one by one.
+
+    Weights lie panel by panel: PANEL outputs side by side for each group of inputs. A row's result
+    has the same bits whatever the number of rows: in fp32 and bf16 each output is one chain of
+    multiply-adds in the order of the inputs; int8 sums whole numbers exactly. For the few rows of
+    a decode step it runs at the speed of memory, where oneDNN's packed product takes up to twice
+    as long.
+
+    int8 weights have one step for each output channel and activations one for every PART of a row,
+    where dynamic quantisation usually takes one for a whole tensor and one tenant's outlier ruins
+    its neighbours.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], precision: str = "fp32") -> None:
+        """`shapes` are (out_features, in_features).
+
+        Raises FailedPreconditionError where this CPU has no such products.
+        """
+        layout = _layout(precision)
+        self.shapes = shapes
+        self.precision = precision
+        self.activation = layout.activation
+        lanes = [
+            _round_up(out, PANEL) * self.padded(depth) // layout.group for out, depth in shapes
+        ]
+        widths = [_round_up(out, PANEL) for out, _ in shapes]
+        is_rounded = precision == "int8"
+        firsts = [w * num_parts(depth) for w, (_, depth) in zip(widths, shapes, strict=True)]
+        self.packed = Packed(
+            panels=np.zeros(sum(lanes), layout.lane),
+            starts=np.cumsum([0, *lanes])[:-1],
+            columns=np.cumsum([0, *widths])[:-1],
+            widths=np.array([out for out, _ in shapes], np.int64),
+            bias=np.zeros(sum(widths), np.float32),
+            scale=np.ones(sum(widths), np.float32),
+            firsts=np.zeros(sum(firsts) * is_rounded, np.int32),
+            firsts_at=np.cumsum([0, *firsts])[:-1],
+            group=layout.group,
+        )
+
+    def padded(self, in_features: int) -> int:
+        """Returns how many values a row has that products take: a multiple of the group."""
+        return _round_up(in_features, _layout(self.precision).group)
+
+    def fill(self, i: int, weight: Tensor, bias: Tensor | None) -> None:
+        """Takes layer i's weight [out_features, in_features] and bias [out_features]."""
+        out_features, in_features = self.shapes[i]
+        packed, depth = self.packed, self.padded(in_features)
+        num_panels = -(-out_features // PANEL)
+        column = int(packed.columns[i])
+        some = slice(column, column + out_features)
+        if bias is not None:
+            packed.bias[some] = bias.float().numpy()
+        values = weight.float()
+        if self.precision == "int8":
+            steps = (values.abs().amax(1) / LEVELS).clamp_min(_SMALLEST_STEP)
+            values = (values / steps[:, None]).round_().to(torch.int8)
+            packed.scale[some] = steps.numpy()
+        elif self.precision == "bf16":
+            values = values.to(torch.bfloat16)
+        padded = values.new_zeros(num_panels * PANEL, depth)
+        padded[:out_features, :in_features] = values
+        panels = padded.view(num_panels, PANEL, depth // packed.group, packed.group)
+        panels = panels.transpose(1, 2).contiguous()
+        if self.precision == "bf16":
+            panels = panels.view(torch.int16)
+        elif self.activation is np.uint8:
+            parts = F.pad(padded.int(), (0, -depth % PART)).view(num_panels, PANEL, -1, PART)
+            firsts = -OFFSET * parts.sum(3, dtype=torch.int32).transpose(1, 2).flatten().numpy()
+            at = int(packed.firsts_at[i])
+            packed.firsts[at : at + firsts.size] = firsts
+        start = int(packed.starts[i])
+        flat = panels.numpy().reshape(-1).view(packed.panels.dtype)
+        packed.panels[start : start + flat.size] = flat
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def num_parts(in_features: int) -> int:
+    """Returns how many steps a row of activations has at most."""
+    return -(-in_features // PART)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _multiply_panel(x, row0, rows, panels, p, bias, out, scratch):
-    """Fills out[row0 : row0 + rows] for the columns of panel p."""
-    depth, width = x.shape[1], out.shape[1]
-    flat_x, flat_out = x.reshape(-1), out.reshape(-1)
-    column = p * PANEL
-    columns = min(PANEL, width - column)
-    for k in range(0, depth, _DEPTH):
-        n = min(_DEPTH, depth - k)
-        weights = (p * depth + k) * PANEL
-        if columns == PANEL:
-            product(
-                rows, PANEL, flat_x, row0 * depth + k, depth, panels, weights, PANEL, n,
-                flat_out, row0 * width + column, width, k, 0,
-            )  # fmt: skip
-        else:
-            product(
-                rows, PANEL, flat_x, row0 * depth + k, depth, panels, weights, PANEL, n,
-                scratch, 0, PANEL, k, 0,
-            )  # fmt: skip
-    if columns < PANEL:
+def _sum_floats(x, steps, row0, rows, packed, i, p, sums):
+    depth = x.shape[1]
+    groups = depth // packed.group
+    for k in range(0, groups, _DEPTH):
+        n = min(_DEPTH, groups - k)
+        product(
+            rows, PANEL, x.reshape(-1), row0 * depth + k * packed.group, depth,
+            packed.panels, packed.starts[i] + (p * groups + k) * PANEL, PANEL, n * packed.group,
+            sums, 0, PANEL, k, 0,
+        )  # fmt: skip
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _sum_integers(x, steps, row0, rows, packed, i, p, sums):
+    depth, stride = x.shape[1], steps.shape[1]
+    step_product(
+        rows, x.reshape(-1), row0 * depth, depth,
+        packed.panels, packed.starts[i] + p * (depth // packed.group) * PANEL, depth, PART,
+        packed.firsts, packed.firsts_at[i] + p * -(-depth // PART) * PANEL,
+        steps.reshape(-1), row0 * stride, stride, sums, 0,
+    )  # fmt: skip
+
+
+def _sum(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+    """sums[:rows] = x[row0 : row0 + rows] @ panel p of layer i."""
+    raise NotImplementedError("this is for compiled code")
+
+
+@overload(_sum)
+def _sum_of(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+    chosen = _sum_floats if x.dtype in (types.float32, types.uint16) else _sum_integers
+
+    def call(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+        chosen(x, steps, row0, rows, packed, i, p, sums)
+
+    return call
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _multiply_panel(x, steps, row0, rows, packed, i, p, out, sums):
+    """Fills out[row0 : row0 + rows] for the columns of panel p of layer i."""
+    _sum(x, steps, row0, rows, packed, i, p, sums)
+    at = p * PANEL
+    first, width = packed.columns[i] + at, out.shape[1]
+    if packed.widths[i] - at >= PANEL:
+        flat = out.reshape(-1)
+        store_panel(rows, sums, packed.scale, packed.bias, first, flat, row0 * width + at, width)
+    else:
+        store_panel(rows, sums, packed.scale, packed.bias, first, sums, 0, PANEL)
         for r in range(rows):
-            for c in range(columns):
-                out[row0 + r, column + c] = scratch[r * PANEL + c]
-    if bias.size > 0:
-        for r in range(row0, row0 + rows):
-            for c in range(column, column + columns):
-                out[r, c] += bias[c]
+            for c in range(packed.widths[i] - at):
+                out[row0 + r, at + c] = sums[r * PANEL + c]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _multiply_some(counters, thread, x, panels, bias, out):
-    """Multiplies panels with tall parts of x, one after the other, until all are taken."""
-    num_panels = -(-out.shape[1] // PANEL)
+def multiply_some(counters, thread, x, steps, packed, i, out, sums):
+    """Shares out = x @ weight.T + bias of layer i among threads; returns when all is done.
+
+    x is [rows, padded in_features] of what `narrow_row` gave, with `steps` [rows, any]; out is
+    [rows, out_features or more]; `sums` is room for TALL * PANEL values of fp32.
+    """
     num_rows = x.shape[0]
-    num_items = num_panels * -(-num_rows // _TALL)
-    scratch = np.empty(_TALL * PANEL, np.float32)
+    num_panels = -(-packed.widths[i] // PANEL)
+    num_items = num_panels * -(-num_rows // TALL)
+    num_done = 0
     item = claim(counters, thread, num_items)
     while item < num_items:
-        row0 = item // num_panels * _TALL
-        rows = min(_TALL, num_rows - row0)
-        _multiply_panel(x, row0, rows, panels, item % num_panels, bias, out, scratch)
+        row0 = item // num_panels * TALL
+        rows = min(TALL, num_rows - row0)
+        _multiply_panel(x, steps, row0, rows, packed, i, item % num_panels, out, sums)
+        num_done += 1
         item = claim(counters, thread, num_items)
+    finish(counters, num_done, num_items)
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _multiply(num_threads, x, panels, bias, out):
-    counters = counters_of(num_threads)
+def _multiply(num_threads, x, narrow, steps, packed, i, out):
+    counters = counters_of(1, num_threads)
+    for r in range(len(x)):
+        narrow_row(x[r], narrow[r], steps[r])
     for thread in prange(num_threads):
-        _multiply_some(counters, thread, x, panels, bias, out)
+        sums = np.empty(TALL * PANEL, np.float32)
+        multiply_some(counters[0], thread, narrow, steps, packed, i, out, sums)
 
 
 class PackedLinear(nn.Module):
-    """x @ weight.T + bias, read panel by panel: PANEL outputs side by side for each input.
+    """x @ weight.T + bias of one layer of a Packing, in the packing's precision."""
 
-    A row's result has the same bits whatever the number of rows: each output is one chain of
-    fused multiply-adds in the order of the inputs. For the few rows of a decode step it runs at
-    the speed of memory, where oneDNN's packed product takes up to twice as long.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`weight` is [out_features, in_features]."""
+    def __init__(self, packing: Packing, i: int) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        num_panels = -(-self.out_features // PANEL)
-        padded = torch.zeros(num_panels * PANEL, self.in_features)
-        padded[: self.out_features] = weight
-        panels = padded.view(num_panels, PANEL, self.in_features).transpose(1, 2)
-        self._panels: np.ndarray[Any, Any] = panels.contiguous().numpy().reshape(-1)
-        self._bias = np.zeros(0, np.float32) if bias is None else bias.float().numpy().copy()
+        self.out_features, self.in_features = packing.shapes[i]
+        self.precision = packing.precision
+        self._activation = packing.activation
+        self._depth = packing.padded(self.in_features)
+        self._packed, self._i = packing.packed, i
 
     def forward(self, x: Tensor) -> Tensor:
-        """Takes [..., in_features], returns [..., out_features]."""
-        rows = x.reshape(-1, self.in_features).contiguous()
+        """Takes fp32 [..., in_features], returns [..., out_features]."""
+        rows = x.reshape(-1, self.in_features).contiguous().numpy()
+        narrow = rows
+        if self._activation is not np.float32:
+            narrow = np.zeros((len(rows), self._depth), self._activation)
         out = torch.empty(len(rows), self.out_features)
-        _multiply(numba.get_num_threads(), rows.numpy(), self._panels, self._bias, out.numpy())
+        steps = np.empty((len(rows), num_parts(self.in_features)), np.float32)
+        _multiply(
+            numba.get_num_threads(), rows, narrow, steps, self._packed, self._i, out.numpy()
+        )
         return out.view(*x.shape[:-1], self.out_features)
+
+
+def packed_linear(weight: Tensor, bias: Tensor | None, precision: str = "fp32") -> PackedLinear:
+    """Returns a linear layer of weight [out_features, in_features] on its own.
+
+    Raises what `Packing` raises.
+    """
+    packing = Packing([(weight.shape[0], weight.shape[1])], precision)
+    packing.fill(0, weight, bias)
+    return PackedLinear(packing, 0)

@@ -17,13 +17,13 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.vector import FASTMATH, PANEL, claim, counters_of, exp, product
+from redmux_server.models.phases import claim, counters_of, finish
+from redmux_server.models.vector import FASTMATH, PANEL, exp, product
 
 BLOCK = 32  # tokens in a cache block, a multiple of PANEL
 TILE = 4  # query tokens that share one pass over the keys
 
 Array = np.ndarray[Any, Any]
-NOTHING = np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +33,6 @@ class StepIndex:
     places: Array  # [2, tokens]: block and offset where a token's key and value are written
     table: Array  # [requests, blocks]: cache blocks of each request
     tiles: Array  # [4, tiles]: request, first token, tokens, position of the first token
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """Rotary embedding, and norms before it, that the kernel applies to raw queries and keys."""
-
-    cos: Array  # [tokens * head_dim]
-    sin: Array
-    q_weight: Array  # [head_dim], or empty for no norm
-    k_weight: Array
-    eps: np.float32
-
-
-NO_ROTATION = Rotation(NOTHING, NOTHING, NOTHING, NOTHING, np.float32(0))
 
 
 def padded(head_dim: int) -> int:
@@ -222,25 +208,37 @@ def _attend_tile(
 def _store_some(counters, thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
     """Writes keys and values token by token until all are taken."""
     scratch = np.empty(layout[2], np.float32)
-    num_tokens = places.shape[1]
+    num_tokens, num_done = places.shape[1], 0
     token = claim(counters, thread, num_tokens)
     while token < num_tokens:
         for head in range(layout[1]):
             _store(
                 k, v, keys, values, places, token, head, layout, k_weight, eps, cos, sin, scratch
             )
+        num_done += 1
         token = claim(counters, thread, num_tokens)
+    finish(counters, num_done, num_tokens)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _attend_some(
-    counters, thread, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
+def attend_some(
+    counters, thread, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
     places, table, tiles, scale, window, softcap,
 ):  # fmt: skip
-    """Attends, a tile and KV head at a time, until all are taken; `stores` their keys before."""
+    """Writes keys and values, then attends, a tile and KV head at a time; two phases.
+
+    Arrays are flat, `layout` tells where a token's query, key and value lie in them; see
+    PagedAttention.
+    """
+    # One token per request: whoever attends to a key has written it, so one phase is enough.
+    stores = places.shape[1] == table.shape[0]
+    if not stores:
+        _store_some(
+            counters[0], thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin
+        )
     scratch = np.empty(layout[2], np.float32)
-    num_items = tiles.shape[1] * layout[1]
-    item = claim(counters, thread, num_items)
+    num_items, num_done = tiles.shape[1] * layout[1], 0
+    item = claim(counters[1], thread, num_items)
     while item < num_items:
         n, head = item // layout[1], item % layout[1]
         row0 = tiles[1, n]
@@ -250,44 +248,55 @@ def _attend_some(
             q, keys, values, out, cos, sin, q_weight, eps, table[tiles[0, n]],
             row0, tiles[2, n], tiles[3, n], head, layout, scale, window, softcap,
         )  # fmt: skip
-        item = claim(counters, thread, num_items)
+        num_done += 1
+        item = claim(counters[1], thread, num_items)
+    finish(counters[1], num_done, num_items)
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def _attend(
-    num_threads, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
-    places, table, tiles, scale, window, softcap,
-):  # fmt: skip
-    # One token per request: whoever attends to a key has written it, so one pass is enough.
-    stores = places.shape[1] == table.shape[0]
-    if not stores:
-        tokens = counters_of(num_threads)
-        for thread in prange(num_threads):
-            _store_some(tokens, thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin)
-    counters = counters_of(num_threads)
+    num_threads, q, k, v, keys, values, out, layout, places, table, tiles, scale, window, softcap
+):
+    counters = counters_of(2, num_threads)
+    nothing = np.zeros(0, np.float32)
     for thread in prange(num_threads):
-        _attend_some(
-            counters, thread, stores, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps,
-            layout, places, table, tiles, scale, window, softcap,
+        attend_some(
+            counters, thread, q, k, v, keys, values, out, nothing, nothing, nothing, nothing,
+            np.float32(0), layout, places, table, tiles, scale, window, softcap,
         )  # fmt: skip
 
 
-class PagedAttention:
-    """Keys and values of one layer in `num_blocks` blocks, and attention over them."""
+def new_blocks(
+    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int
+) -> tuple[Array, Array]:
+    """Returns room for keys [layers, blocks, kv_heads, head_dim, BLOCK] and for values.
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, num_blocks: int) -> None:
+    Memory is committed as blocks are first used, which torch.zeros would not do.
+    """
+    shape = (num_layers, num_blocks, num_kv_heads)
+    return (
+        np.zeros((*shape, head_dim, BLOCK), np.float32),
+        np.zeros((*shape, BLOCK, padded(head_dim)), np.float32),
+    )
+
+
+class PagedAttention:
+    """Keys and values of one layer in blocks, and attention over them."""
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, keys: Array, values: Array
+    ) -> None:
+        """`keys` and `values` are what `new_blocks` gives for one layer."""
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.width = padded(head_dim)
-        # np.zeros is lazily committed by the kernel, torch.zeros is not.
-        self.keys = np.zeros((num_blocks, num_kv_heads, head_dim, BLOCK), np.float32)
-        self.values = np.zeros((num_blocks, num_kv_heads, BLOCK, self.width), np.float32)
-        self._flat = self.keys.reshape(-1), self.values.reshape(-1)
+        self.keys, self.values = keys, values
+        width = values.shape[-1]
         query, key = num_heads * head_dim, num_kv_heads * head_dim
-        shape = (num_heads, num_kv_heads, head_dim, self.width)
+        shape = (num_heads, num_kv_heads, head_dim, width)
         # Then first element and elements per token of q, k and v.
         self._apart = np.array((*shape, 0, query, 0, key, 0, key), np.int64)
         row = query + 2 * key
-        self._packed = np.array((*shape, 0, row, query, row, query + key, row), np.int64)
+        # The same for q, k and v side by side in one row per token.
+        self.packed_layout = np.array((*shape, 0, row, query, row, query + key, row), np.int64)
 
     def attend(
         self, q: Array, k: Array, v: Array, out: Array, step: StepIndex,
@@ -298,27 +307,9 @@ class PagedAttention:
         q, out: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim]; fp32 and contiguous.
         `window` counts visible keys, 0 for all; `softcap` is 0 for none.
         """
-        flat = q.reshape(-1), k.reshape(-1), v.reshape(-1)
-        self._call(flat, out, NO_ROTATION, self._apart, step, scale, window, softcap)
-
-    def attend_packed(
-        self, qkv: Array, out: Array, rotation: Rotation, step: StepIndex,
-        scale: float, window: int,
-    ) -> None:  # fmt: skip
-        """As `attend`, for q, k and v before their rotation, side by side in one row per token.
-
-        qkv: [tokens, (heads + 2 * kv_heads) * head_dim], fp32 and contiguous.
-        """
-        flat = qkv.reshape(-1)
-        self._call((flat, flat, flat), out, rotation, self._packed, step, scale, window, 0.0)
-
-    def _call(
-        self, qkv: tuple[Array, Array, Array], out: Array, rotation: Rotation, layout: Array,
-        step: StepIndex, scale: float, window: int, softcap: float,
-    ) -> None:  # fmt: skip
         _attend(
-            numba.get_num_threads(), *qkv, *self._flat, out.reshape(-1), rotation.cos, rotation.sin,
-            rotation.q_weight, rotation.k_weight, rotation.eps, layout,
+            numba.get_num_threads(), q.reshape(-1), k.reshape(-1), v.reshape(-1),
+            self.keys.reshape(-1), self.values.reshape(-1), out.reshape(-1), self._apart,
             step.places, step.table, step.tiles,
             np.float32(scale), np.int64(window), np.float32(softcap),
         )  # fmt: skip

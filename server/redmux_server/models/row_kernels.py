@@ -1,21 +1,19 @@
 """What lies between the matrix products of a decoder layer, row by row, compiled by numba.
 
-A row's result is one fixed chain of operations on that row, whatever rows are beside it.
+A row's result is one fixed chain of operations on that row, whatever rows are beside it. All that
+ends in `_some` is one phase that threads share, see `phases`; it returns when all is done.
 """
 
 import math
-from typing import Any
 
-import numba
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from redmux_server.models.vector import FASTMATH, LANES, claim, counters_of, exp
+from redmux_server.models.narrow import is_narrowed, narrow_row
+from redmux_server.models.phases import claim, finish
+from redmux_server.models.vector import FASTMATH, LANES, exp
 
-Array = np.ndarray[Any, Any]
-# Waking the other threads costs more than this many values take.
-_SERIAL_VALUES = 24_000
-_ROWS = 8  # that a thread takes at a time
+_ROWS = 4  # that a thread takes at a time
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -45,119 +43,135 @@ def _norm_row(x, weight, eps, out, lanes):
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _norm(first, last, x, weight, eps, out):
+def _gate_row(gate_up, out):
+    width = out.size
+    gate, up = gate_up[:width], gate_up[width:]
+    # sigmoid(g) is 1 / (1 + e) for e = exp(-g), or e / (1 + e) for e = exp(g) left of zero: exp
+    # takes no positive argument. A loop of its own, as the compiler vectorises no longer one.
+    for d in range(width):
+        out[d] = exp(min(gate[d], -gate[d]))
+    for d in range(width):
+        e = out[d]
+        top = np.float32(1.0) if gate[d] >= 0 else e
+        out[d] = gate[d] * (top / (np.float32(1.0) + e)) * up[d]
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def norm_some(counters, thread, x, weight, eps, out, narrow, steps):
+    """out = RMS norm of x, both [tokens, dim], times weight [dim]; `narrow`, `steps` as products
+    take out, see `narrow_row`. All that is not narrow is fp32 and contiguous."""
+    n, num_done = len(x), 0
+    num_items = -(-n // _ROWS)
     lanes = np.empty(LANES, np.float32)
-    for t in range(first, last):
-        _norm_row(x[t], weight, eps, out[t], lanes)
+    item = claim(counters, thread, num_items)
+    while item < num_items:
+        for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
+            _norm_row(x[t], weight, eps, out[t], lanes)
+            narrow_row(out[t], narrow[t], steps[t])
+        num_done += 1
+        item = claim(counters, thread, num_items)
+    finish(counters, num_done, num_items)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _add_norm(first, last, x, y, rows, row_of, start, weight, eps, out):
-    lanes = np.empty(LANES, np.float32)
-    for t in range(first, last):
-        xt, yt = x[t], y[t]
-        if start >= 0:
-            _edit_row(yt, rows[row_of[t]], start)
-        for d in range(xt.size):
-            xt[d] += yt[d]
-        _norm_row(xt, weight, eps, out[t], lanes)
-
-
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _gate(first, last, gate_up, out):
-    width = out.shape[1]
-    for t in range(first, last):
-        gate, up, product = gate_up[t, :width], gate_up[t, width:], out[t]
-        # sigmoid(g) is 1 / (1 + e) for e = exp(-g), or e / (1 + e) for e = exp(g) left of zero: exp
-        # takes no positive argument. A loop of its own, as the compiler vectorises no longer one.
-        for d in range(width):
-            product[d] = exp(min(gate[d], -gate[d]))
-        for d in range(width):
-            e = product[d]
-            top = np.float32(1.0) if gate[d] >= 0 else e
-            product[d] = gate[d] * (top / (np.float32(1.0) + e)) * up[d]
-
-
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _edit(first, last, y, at, dim, rows, row_of, start):
-    for t in range(first, last):
-        _edit_row(y[t, at : at + dim], rows[row_of[t]], start)
-
-
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _norm_shared(num_threads, x, weight, eps, out):
-    n, counters = x.shape[0], counters_of(num_threads)
-    for thread in prange(num_threads):
-        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-        while first < n:
-            _norm(first, min(n, first + _ROWS), x, weight, eps, out)
-            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-
-
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _add_norm_shared(num_threads, x, y, rows, row_of, start, weight, eps, out):
-    n, counters = x.shape[0], counters_of(num_threads)
-    for thread in prange(num_threads):
-        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-        while first < n:
-            _add_norm(first, min(n, first + _ROWS), x, y, rows, row_of, start, weight, eps, out)
-            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-
-
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _gate_shared(num_threads, gate_up, out):
-    n, counters = out.shape[0], counters_of(num_threads)
-    for thread in prange(num_threads):
-        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-        while first < n:
-            _gate(first, min(n, first + _ROWS), gate_up, out)
-            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-
-
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
-def _edit_shared(num_threads, y, at, dim, rows, row_of, start):
-    n, counters = y.shape[0], counters_of(num_threads)
-    for thread in prange(num_threads):
-        first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-        while first < n:
-            _edit(first, min(n, first + _ROWS), y, at, dim, rows, row_of, start)
-            first = claim(counters, thread, -(-n // _ROWS)) * _ROWS
-
-
-def norm(x: Array, weight: Array, eps: np.float32, out: Array) -> None:
-    """out = RMS norm of x, both [tokens, dim], times weight [dim]; all fp32 and contiguous."""
-    if x.size < _SERIAL_VALUES:
-        _norm(0, len(x), x, weight, eps, out)
-    else:
-        _norm_shared(numba.get_num_threads(), x, weight, eps, out)
-
-
-def add_norm(
-    x: Array, y: Array, rows: Array, row_of: Array, start: int,
-    weight: Array, eps: np.float32, out: Array,
-) -> None:  # fmt: skip
-    """x += scale * y + bias, then out = RMS norm of x times weight; x, y, out [tokens, dim].
+def add_norm_some(
+    counters, thread, x, y, rows, row_of, start, weight, eps, out, narrow, steps
+):
+    """x += scale * y + bias, then as `norm_some`.
 
     Token t takes its vectors from rows[row_of[t], start:], scale first; `start` -1 edits nothing.
     `y` is scratch afterwards.
     """
-    if x.size < _SERIAL_VALUES:
-        _add_norm(0, len(x), x, y, rows, row_of, start, weight, eps, out)
-    else:
-        _add_norm_shared(numba.get_num_threads(), x, y, rows, row_of, start, weight, eps, out)
+    n, num_done = len(x), 0
+    num_items = -(-n // _ROWS)
+    lanes = np.empty(LANES, np.float32)
+    item = claim(counters, thread, num_items)
+    while item < num_items:
+        for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
+            xt, yt = x[t], y[t]
+            if start >= 0:
+                _edit_row(yt, rows[row_of[t]], start)
+            for d in range(xt.size):
+                xt[d] += yt[d]
+            _norm_row(xt, weight, eps, out[t], lanes)
+            narrow_row(out[t], narrow[t], steps[t])
+        num_done += 1
+        item = claim(counters, thread, num_items)
+    finish(counters, num_done, num_items)
 
 
-def gate(gate_up: Array, out: Array) -> None:
-    """out = silu(gate) * up, for gate_up [tokens, 2 * dim] and out [tokens, dim]."""
-    if out.size < _SERIAL_VALUES:
-        _gate(0, len(out), gate_up, out)
-    else:
-        _gate_shared(numba.get_num_threads(), gate_up, out)
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def gate_some(counters, thread, gate_up, rows, row_of, starts, out, narrow, steps):
+    """out = silu(gate) * up, for gate_up [tokens, 2 * dim] and out [tokens, dim].
+
+    Gate and up are edited before, as in `add_norm_some`, where starts[0] and starts[1] say so.
+    """
+    n, width, num_done = len(out), out.shape[1], 0
+    num_items = -(-n // _ROWS)
+    item = claim(counters, thread, num_items)
+    while item < num_items:
+        for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
+            row = gate_up[t]
+            if starts[0] >= 0:
+                _edit_row(row[:width], rows[row_of[t]], starts[0])
+            if starts[1] >= 0:
+                _edit_row(row[width:], rows[row_of[t]], starts[1])
+            _gate_row(row, out[t])
+            narrow_row(out[t], narrow[t], steps[t])
+        num_done += 1
+        item = claim(counters, thread, num_items)
+    finish(counters, num_done, num_items)
 
 
-def edit(y: Array, at: int, dim: int, rows: Array, row_of: Array, start: int) -> None:
-    """Edits columns at..at + dim of y [tokens, any] in place, as `add_norm` edits its y."""
-    if len(y) * dim < _SERIAL_VALUES:
-        _edit(0, len(y), y, at, dim, rows, row_of, start)
-    else:
-        _edit_shared(numba.get_num_threads(), y, at, dim, rows, row_of, start)
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def edit_some(counters, thread, y, widths, rows, row_of, starts):
+    """Edits columns of y [tokens, sum of widths] in place, as `add_norm_some` edits its y.
+
+    Part i is widths[i] wide and starts at starts[i] in a row, -1 for a part that is not edited.
+    """
+    n, num_done = len(y), 0
+    num_items = -(-n // _ROWS)
+    item = claim(counters, thread, num_items)
+    while item < num_items:
+        for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
+            at = 0
+            for i in range(widths.size):
+                if starts[i] >= 0:
+                    _edit_row(y[t, at : at + widths[i]], rows[row_of[t]], starts[i])
+                at += widths[i]
+        num_done += 1
+        item = claim(counters, thread, num_items)
+    finish(counters, num_done, num_items)
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def narrow_some(counters, thread, x, narrow, steps):
+    """Rounds the rows of x [tokens, dim] to what products take; see `narrow_row`."""
+    if is_narrowed(narrow):
+        n, num_done = len(x), 0
+        num_items = -(-n // _ROWS)
+        item = claim(counters, thread, num_items)
+        while item < num_items:
+            for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
+                narrow_row(x[t], narrow[t], steps[t])
+            num_done += 1
+            item = claim(counters, thread, num_items)
+        finish(counters, num_done, num_items)
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def pick_some(
+    counters, thread, chosen, x, y, steps, row_of, x_out, y_out, steps_out, row_of_out
+):
+    """Copies the rows `chosen` of x, y, steps and row_of."""
+    num_items, num_done = len(chosen), 0
+    item = claim(counters, thread, num_items)
+    while item < num_items:
+        source = chosen[item]
+        x_out[item] = x[source]
+        y_out[item] = y[source]
+        steps_out[item] = steps[source]
+        row_of_out[item] = row_of[source]
+        num_done += 1
+        item = claim(counters, thread, num_items)
+    finish(counters, num_done, num_items)
