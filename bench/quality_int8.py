@@ -27,10 +27,9 @@ from redmux_server.app import zoo_folder
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.engine.request import Request, SamplingParams, Work
-from redmux_server.models.accelerate import PackedLinear, pack_linears
+from redmux_server.models.accelerate import pack_linears
 from redmux_server.models.load import BaseModel, load_causal
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.quantized import int8_linears
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
 from tasks import TASKS
@@ -71,11 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def quality(args: argparse.Namespace) -> None:
     models = {}
-    make_int8, reason = int8_linears()
-    print(reason)
-    for name, make in (("fp32", PackedLinear), ("int8", make_int8)):
+    for name in ("fp32", "int8"):
         models[name], tokenizer = load_base(args.model)
-        pack_linears(models[name], make)
+        pack_linears(models[name], name)
     for name, text in texts(args.data):
         ids = torch.tensor(tokenizer(text[: 8 * args.text_tokens])["input_ids"])
         ids = ids[: args.text_tokens].unfold(0, WINDOW, WINDOW)

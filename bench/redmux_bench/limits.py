@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from redmux_server.models.load import BaseModel
+from redmux_server.models.packed_linear import PackedLinear
 
 _BANDWIDTH_BYTES = 512 << 20  # far beyond any cache
 _BANDWIDTH_TRIES = 10
@@ -31,21 +32,33 @@ def _timed(array: Tensor) -> float:
 class LinearFloor:
     """The matrix products of a loaded model, run one after the other on inputs of their own.
 
-    Nothing is computed between them, and each reads a weight that the caches have lost since its
-    last turn, as in a step. The head, which a step computes only for rows that sample, is apart.
+    Nothing is computed between them, not even a row rounded, and each reads a weight that the
+    caches have lost since its last turn, as in a step. The head, which a step computes only for
+    rows that sample, is apart.
     """
 
     def __init__(self, model: BaseModel) -> None:
         self._layers = [m for m in model.linears if m.out_features != model.vocab_size]
         self._head = [m for m in model.linears if m.out_features == model.vocab_size]
 
-    @torch.inference_mode()
     def seconds(self, rows: int, head_rows: int) -> float:
         """Returns how long the products take for a step of this many rows, and of the head's."""
-        layers = _with_inputs(self._layers, rows)
-        head = _with_inputs(self._head, head_rows) if head_rows else []
+        groups = [(self._layers, rows)] + [(self._head, head_rows)] * (head_rows > 0)
+        return sum(self._seconds(modules, count) for modules, count in groups)
+
+    @torch.inference_mode()
+    def _seconds(self, modules: Sequence[nn.Module], rows: int) -> float:
+        packed = [m for m in modules if isinstance(m, PackedLinear)]
+        packings = {id(m.packing): m.packing for m in packed}
+        if len(packed) == len(modules) and len(packings) == 1:
+            packing = packed[0].packing
+            layers = [m.index for m in packed]
+            started_s = time.perf_counter()
+            packing.run(layers, rows)
+            return time.perf_counter() - started_s
+        pairs = _with_inputs(modules, rows)
         started_s = time.perf_counter()
-        for module, x in (*layers, *head):
+        for module, x in pairs:
             module.forward(x)  # not called, so that no hook edits the result
         return time.perf_counter() - started_s
 

@@ -8,9 +8,10 @@ from reference import edited
 
 from redmux import AsyncClient
 from redmux.errors import FailedPreconditionError
-from redmux_server.models.quantized import can_quantize
+from redmux_server.models import packed_linear
+from redmux_server.models.arithmetic import HAS_AVX2
 
-needs_int8 = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no FBGEMM")
+needs_int8 = pytest.mark.skipif(not HAS_AVX2, reason="int8 needs AVX2")
 
 PROMPTS = ["x", "Hello there", "A somewhat longer prompt, past one block of the cache.", "1 2 3 4"]
 
@@ -83,7 +84,8 @@ async def test_another_dtype_than_float32_is_refused(start_server):
         await start_server(quantization="int8", dtype="bfloat16")
 
 
-async def test_a_torch_without_int8_is_refused(start_server, monkeypatch):
-    monkeypatch.setattr("redmux_server.models.quantized.can_quantize", lambda: False)
-    with pytest.raises(FailedPreconditionError, match=r"no FBGEMM; use quantization none"):
+async def test_a_cpu_without_int8_is_refused(start_server, monkeypatch):
+    monkeypatch.setattr(packed_linear, "HAS_VNNI", False)
+    monkeypatch.setattr(packed_linear, "HAS_AVX2", False)
+    with pytest.raises(FailedPreconditionError, match=r"int8 need a CPU with AVX2"):
         await start_server(quantization="int8")

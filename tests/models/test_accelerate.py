@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from redmux_server.models.accelerate import pack_linears
-from redmux_server.models.packed_linear import PackedLinear
+from redmux_server.models.packed_linear import PackedLinear, packed_linear
 
 # (in_features, out_features): odd, wide, tall, and deep enough to be multiplied in parts.
 SHAPES = [(4, 4), (33, 7), (64, 260), (257, 129), (576, 1536), (1536, 576), (8192, 96)]
@@ -26,7 +26,7 @@ def randn(*shape, seed=0):
 def test_it_equals_linear(size, out, has_bias):
     weight = randn(out, size)
     bias = randn(out, seed=1) if has_bias else None
-    packed = PackedLinear(weight, bias)
+    packed = packed_linear(weight, bias)
     for rows in (1, 2, 31):
         x = randn(rows, size, seed=rows)
         want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -35,7 +35,7 @@ def test_it_equals_linear(size, out, has_bias):
 
 @pytest.mark.parametrize(("size", "out"), SHAPES)
 def test_a_row_has_the_same_bits_among_any_number_of_rows(size, out):
-    packed = PackedLinear(randn(out, size), randn(out, seed=1))
+    packed = packed_linear(randn(out, size), randn(out, seed=1))
     x = randn(70, size, seed=2)
     whole = packed(x)
     for rows in range(1, 71):
@@ -45,7 +45,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_rows(size, out):
 
 
 def test_a_row_has_the_same_bits_whatever_the_threads_and_how_tall_the_batch():
-    packed, x = PackedLinear(randn(96, 576), randn(96)), randn(300, 576, seed=2)
+    packed, x = packed_linear(randn(96, 576), randn(96)), randn(300, 576, seed=2)
     before = numba.get_num_threads()
     try:
         results = []
@@ -60,7 +60,7 @@ def test_a_row_has_the_same_bits_whatever_the_threads_and_how_tall_the_batch():
 
 @pytest.mark.parametrize("shape", [(6,), (1, 6), (1, 1, 6), (1, 5, 6), (2, 3, 6)])
 def test_it_keeps_the_leading_dimensions(shape):
-    packed = PackedLinear(randn(3, 6), None)
+    packed = packed_linear(randn(3, 6), None)
     x = randn(*shape, seed=3)
     want = F.linear(x, randn(3, 6))
     assert packed(x).shape == want.shape
@@ -68,7 +68,7 @@ def test_it_keeps_the_leading_dimensions(shape):
 
 
 def test_it_takes_rows_that_are_not_contiguous():
-    packed, x = PackedLinear(randn(3, 6), None), randn(6, 8, seed=3).t()
+    packed, x = packed_linear(randn(3, 6), None), randn(6, 8, seed=3).t()
     assert torch.equal(packed(x), packed(x.contiguous()))
 
 

@@ -4,14 +4,69 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba import njit
+from numba import njit, prange
 
-from redmux_server.models import row_kernels
-from redmux_server.models.row_kernels import add_norm, edit, gate, norm
-from redmux_server.models.vector import PANEL, product
+from redmux_server.models.arithmetic import PANEL
+from redmux_server.models.phases import claim, counters_of, finish
+from redmux_server.models.row_kernels import (
+    add_norm_some,
+    edit_some,
+    gate_some,
+    norm_some,
+    pick_some,
+)
+from redmux_server.models.vector import product
 
 EPS = np.float32(1e-5)
 DIMS = (16, 20, 64, 576)
+
+
+NOTHING, NOBODY = np.zeros((1, 0), np.float32), np.zeros(90, np.int32)
+UNEDITED = np.full(2, -1)
+
+
+@njit(parallel=True)
+def _norm(threads, *args):
+    counters = counters_of(1, threads)
+    for thread in prange(threads):
+        norm_some(counters[0], thread, *args)
+
+
+@njit(parallel=True)
+def _add_norm(threads, *args):
+    counters = counters_of(1, threads)
+    for thread in prange(threads):
+        add_norm_some(counters[0], thread, *args)
+
+
+@njit(parallel=True)
+def _gate(threads, *args):
+    counters = counters_of(1, threads)
+    for thread in prange(threads):
+        gate_some(counters[0], thread, *args)
+
+
+@njit(parallel=True)
+def _edit(threads, *args):
+    counters = counters_of(1, threads)
+    for thread in prange(threads):
+        edit_some(counters[0], thread, *args)
+
+
+def steps_of(x):
+    return np.empty((len(x), 1), np.float32)
+
+
+def norm(x, weight, eps, out, threads=2):
+    _norm(threads, x, weight, eps, out, out, steps_of(x))
+
+
+def add_norm(x, y, rows, row_of, start, weight, eps, out, threads=2):
+    _add_norm(threads, x, y, rows, row_of, start, weight, eps, out, out, steps_of(x))
+
+
+def gate(gate_up, out, rows=NOTHING, row_of=NOBODY, starts=UNEDITED, threads=2):
+    _gate(threads, gate_up, rows, row_of, starts, out, out, steps_of(out))
 
 
 @njit
@@ -23,11 +78,6 @@ def multiply(rows, columns, a, b, n, out, add):
 
 def randn(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-@pytest.fixture(params=[1 << 30, 0], ids=["serial", "shared"])
-def threading(request, monkeypatch):
-    monkeypatch.setattr(row_kernels, "_SERIAL_VALUES", request.param)
 
 
 @settings(max_examples=60, deadline=None)
@@ -67,7 +117,6 @@ def rms(x, weight):
 
 
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.usefixtures("threading")
 def test_a_norm_is_the_formula(dim):
     x, weight, out = randn(1, 9, dim), randn(2, dim), np.empty((9, dim), np.float32)
     norm(x, weight, EPS, out)
@@ -75,7 +124,6 @@ def test_a_norm_is_the_formula(dim):
 
 
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.usefixtures("threading")
 def test_each_row_is_edited_by_its_owner_then_added_then_normalised(dim):
     x, y, weight, rows = randn(1, 9, dim), randn(2, 9, dim), randn(3, dim), randn(4, 5, 3 + 2 * dim)
     owners = np.array([0, 4, 4, 1, 3, 2, 0, 1, 4], np.int32)
@@ -87,7 +135,6 @@ def test_each_row_is_edited_by_its_owner_then_added_then_normalised(dim):
     np.testing.assert_allclose(out, rms(want, weight), rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.usefixtures("threading")
 def test_without_an_edit_rows_are_just_added():
     x, y, weight = randn(1, 9, 64), randn(2, 9, 64), randn(3, 64)
     want, out = x + y, np.empty_like(x)
@@ -107,7 +154,6 @@ def test_the_identity_s_vectors_change_no_bit():
 
 
 @pytest.mark.parametrize("dim", [1, 16, 50, 1536])
-@pytest.mark.usefixtures("threading")
 def test_a_gate_is_silu_times_up(dim):
     gate_up = 8 * randn(1, 9, 2 * dim)
     gate_up[0, 0], gate_up[1, 0], gate_up[2, 0] = 300, -300, 0
@@ -117,20 +163,94 @@ def test_a_gate_is_silu_times_up(dim):
     np.testing.assert_allclose(out, left / (1 + np.exp(-left)) * right, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.usefixtures("threading")
 def test_an_edit_touches_its_columns_only():
     y, rows, owners = randn(1, 6, 50), randn(2, 3, 40), np.array([2, 0, 1, 1, 0, 2], np.int32)
     want = y.copy()
     want[:, 10:26] = rows[owners, 5:21] * y[:, 10:26] + rows[owners, 21:37]
-    edit(y, 10, 16, rows, owners, 5)
+    _edit(2, y, np.array([10, 16, 24]), rows, owners, np.array([-1, 5, -1]))
     np.testing.assert_allclose(y, want, atol=2e-6)
     np.testing.assert_array_equal(y[:, :10], want[:, :10])
     np.testing.assert_array_equal(y[:, 26:], want[:, 26:])
 
 
+def test_gate_and_up_are_edited_before_they_meet():
+    gate_up, rows = randn(1, 5, 32), randn(2, 3, 70)
+    owners, out = np.array([2, 0, 1, 1, 0], np.int32), np.empty((5, 16), np.float32)
+    want = gate_up.astype(np.float64)
+    want[:, :16] = rows[owners, 3:19] * want[:, :16] + rows[owners, 19:35]
+    want[:, 16:] = rows[owners, 36:52] * want[:, 16:] + rows[owners, 52:68]
+    gate(gate_up, out, rows, owners, np.array([3, 36]))
+    left, right = want[:, :16], want[:, 16:]
+    np.testing.assert_allclose(out, left / (1 + np.exp(-left)) * right, rtol=1e-5, atol=1e-6)
+
+
+@njit(parallel=True)
+def _count(threads, rounds, num_items, seen):
+    """Every thread adds 1 to its items of a round if all items of the rounds before have theirs."""
+    counters = counters_of(rounds, threads)
+    for thread in prange(threads):
+        for r in range(rounds):
+            done = 0
+            item = claim(counters[r], thread, num_items)
+            while item < num_items:
+                complete = True
+                for other in range(num_items):
+                    complete = complete and (r == 0 or seen[r - 1, other] == 1)
+                if complete:
+                    seen[r, item] += 1
+                done += 1
+                item = claim(counters[r], thread, num_items)
+            finish(counters[r], done, num_items)
+
+
+@pytest.mark.parametrize(("threads", "items"), [(1, 5), (2, 1), (2, 7), (2, 0)])
+def test_every_item_is_taken_once_and_a_phase_ends_before_the_next_begins(threads, items):
+    seen = np.zeros((300, items), np.int64)
+    _count(threads, 300, items, seen)
+    assert (seen == 1).all()
+
+
+@njit
+def _as_two_threads_one_after_the_other(rounds, num_items, seen):
+    counters = counters_of(rounds, 2)
+    for thread in range(2):
+        for r in range(rounds):
+            done = 0
+            item = claim(counters[r], thread, num_items)
+            while item < num_items:
+                seen[r, item] += 1
+                done += 1
+                item = claim(counters[r], thread, num_items)
+            finish(counters[r], done, num_items)
+
+
+def test_a_thread_that_never_starts_holds_up_nobody():
+    seen = np.zeros((9, 11), np.int64)
+    _as_two_threads_one_after_the_other(9, 11, seen)
+    assert (seen == 1).all()
+
+
+@njit
+def _pick(chosen, x, y, steps, owners, *outs):
+    pick_some(counters_of(1, 1)[0], 0, chosen, x, y, steps, owners, *outs)
+
+
+def test_chosen_rows_are_copied_with_all_that_belongs_to_them():
+    x, y, steps, owners = (
+        randn(1, 5, 4),
+        randn(2, 5, 3),
+        randn(3, 5, 2),
+        np.arange(5, dtype=np.int32),
+    )
+    chosen = np.array([4, 0, 0])
+    outs = [np.empty((3, *array.shape[1:]), array.dtype) for array in (x, y, steps, owners)]
+    _pick(chosen, x, y, steps, owners, *outs)
+    for out, array in zip(outs, (x, y, steps, owners), strict=True):
+        np.testing.assert_array_equal(out, array[chosen])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7, 90])
 def test_rows_have_the_same_bits_alone_and_together(num_tokens):
-    """90 rows of 576 are shared by threads, one row is not."""
     x, y, weight = randn(1, num_tokens, 576), randn(2, num_tokens, 576), randn(3, 576)
     rows = randn(4, num_tokens, 1152)
     owners = np.arange(num_tokens, dtype=np.int32)[::-1].copy()

@@ -10,12 +10,13 @@ from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.models import load
+from redmux_server.models.arithmetic import HAS_AVX2
 from redmux_server.models.attention import attention_modules
 from redmux_server.models.kvcache import LayerShape, NumbaKVCache, TorchKVCache
+from redmux_server.models.packed_linear import Packing
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.quantized import Int8Linear, can_quantize
 
-needs_int8 = pytest.mark.skipif(not can_quantize(), reason="this build of torch has no FBGEMM")
+needs_int8 = pytest.mark.skipif(not HAS_AVX2, reason="int8 needs AVX2")
 SHAPES = [LayerShape(4, 2, 32)] * 3  # 2 * 3 * 2 * 32 values = 1536 bytes a token in fp32
 
 
@@ -140,7 +141,7 @@ def test_int8_weights_leave_the_fingerprint_and_the_sites_as_they_are(int8, base
     loaded = int8()
     assert loaded.fingerprint == base.fingerprint
     assert set(base.ffn) <= set(loaded.sites)
-    assert {type(linear) for linear in loaded.linears} == {Int8Linear}
+    assert {linear.packing.precision for linear in loaded.linears} == {"int8"}
     assert loaded.bit_identical
 
 
@@ -162,9 +163,12 @@ def test_int8_does_not_hide_a_wrong_attention(int8, monkeypatch):
 
 @needs_int8
 def test_int8_weights_that_are_wrong_are_refused(int8, monkeypatch):
-    make_linear, reason = load.int8_linears()
-    wrong = (lambda weight, bias: make_linear(weight.flip(0), bias)), reason
-    monkeypatch.setattr(load, "int8_linears", lambda: wrong)
+    fill = Packing.fill
+
+    def flipped(self, i, weight, bias):
+        fill(self, i, weight.flip(0) if self.precision == "int8" else weight, bias)
+
+    monkeypatch.setattr(Packing, "fill", flipped)
     with pytest.raises(FailedPreconditionError, match="differs from the plain model by"):
         int8()
 

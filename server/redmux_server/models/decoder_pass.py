@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
+from redmux_server.models.arithmetic import PANEL
 from redmux_server.models.packed_linear import TALL, multiply_some
 from redmux_server.models.paged_attention import attend_some
 from redmux_server.models.phases import counters_of
@@ -21,7 +22,7 @@ from redmux_server.models.row_kernels import (
     norm_some,
     pick_some,
 )
-from redmux_server.models.vector import FASTMATH, PANEL
+from redmux_server.models.vector import FASTMATH
 
 Array = np.ndarray[Any, Any]
 
@@ -109,9 +110,7 @@ def _attend(counters, thread, step, model, linears, room, layer, sums):
         model.head_eps, model.layout, step.places, step.table, step.tiles,
         model.scales[layer], model.windows[layer], np.float32(0),
     )  # fmt: skip
-    narrow_some(
-        counters[4], thread, room.attended[:n], room.narrow_attended[:n], room.steps
-    )
+    narrow_some(counters[4], thread, room.attended[:n], room.narrow_attended[:n], room.steps)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)

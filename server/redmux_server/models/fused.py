@@ -153,15 +153,11 @@ class FusedDecoder:
 
 def _packed(layers: Sequence[Any], head: nn.Module, precision: str) -> Packing:
     """Returns the packed products of all layers, then of the head."""
-    groups = [
-        *itertools.chain.from_iterable(
-            (
-                (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
-            )
-            for a, m in ((layer.self_attn, layer.mlp) for layer in layers)
-        ),
-        (head,),
-    ]  # fmt: skip
+    groups: list[tuple[Any, ...]] = []
+    for a, m in ((layer.self_attn, layer.mlp) for layer in layers):
+        groups += [(a.q_proj, a.k_proj, a.v_proj), (a.o_proj,)]
+        groups += [(m.gate_proj, m.up_proj), (m.down_proj,)]
+    groups.append((head,))
     shapes = [(sum(x.out_features for x in group), group[0].in_features) for group in groups]
     packing = Packing(shapes, precision)
     for i, group in enumerate(groups):

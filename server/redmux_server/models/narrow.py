@@ -57,7 +57,7 @@ def _to_bf16(x, out, steps):
         out[d] = np.uint16(0x7FC0) if is_nan else np.uint16(even >> np.uint32(16))
 
 
-def narrow_row(x, out, steps):  # type: ignore[no-untyped-def]
+def narrow_row(x, out, steps):
     """Writes x [dim], fp32, into out [dim or more], rounded to its type.
 
     `steps` [parts or more] gets the step of every PART values where they are multiples of one.
@@ -67,7 +67,7 @@ def narrow_row(x, out, steps):  # type: ignore[no-untyped-def]
 
 
 @overload(narrow_row)
-def _narrow_row(x, out, steps):  # type: ignore[no-untyped-def]
+def _narrow_row(x, out, steps):
     if out.dtype is types.uint8:
         return lambda x, out, steps: _to_uint8(x, out, steps)
     if out.dtype is types.int16:
@@ -77,13 +77,13 @@ def _narrow_row(x, out, steps):  # type: ignore[no-untyped-def]
     return lambda x, out, steps: None
 
 
-def is_narrowed(out):  # type: ignore[no-untyped-def]
+def is_narrowed(out):
     """Whether products take something else than the fp32 values themselves."""
     raise NotImplementedError("this is for compiled code")
 
 
 @overload(is_narrowed)
-def _is_narrowed(out):  # type: ignore[no-untyped-def]
+def _is_narrowed(out):
     if out.dtype is types.float32:
         return lambda out: False
     return lambda out: True

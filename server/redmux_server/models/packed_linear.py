@@ -12,19 +12,10 @@ from numba.extending import overload
 from torch import Tensor, nn
 
 from redmux.errors import FailedPreconditionError
+from redmux_server.models.arithmetic import HAS_AVX2, HAS_BF16, HAS_VNNI, PANEL, ROWS
 from redmux_server.models.narrow import LEVELS, OFFSET, PART, narrow_row
 from redmux_server.models.phases import claim, counters_of, finish
-from redmux_server.models.vector import (
-    FASTMATH,
-    HAS_AVX2,
-    HAS_BF16,
-    HAS_VNNI,
-    PANEL,
-    ROWS,
-    product,
-    step_product,
-    store_panel,
-)
+from redmux_server.models.vector import FASTMATH, product, step_product, store_panel
 
 Array = np.ndarray[Any, Any]
 
@@ -97,6 +88,7 @@ class Packing:
         self.shapes = shapes
         self.precision = precision
         self.activation = layout.activation
+        self._group = layout.group
         lanes = [
             _round_up(out, PANEL) * self.padded(depth) // layout.group for out, depth in shapes
         ]
@@ -117,7 +109,7 @@ class Packing:
 
     def padded(self, in_features: int) -> int:
         """Returns how many values a row has that products take: a multiple of the group."""
-        return _round_up(in_features, _layout(self.precision).group)
+        return _round_up(in_features, self._group)
 
     def fill(self, i: int, weight: Tensor, bias: Tensor | None) -> None:
         """Takes layer i's weight [out_features, in_features] and bias [out_features]."""
@@ -149,6 +141,21 @@ class Packing:
         start = int(packed.starts[i])
         flat = panels.numpy().reshape(-1).view(packed.panels.dtype)
         packed.panels[start : start + flat.size] = flat
+
+    def run(self, layers: Sequence[int], num_rows: int) -> None:
+        """Runs the products of these layers, one after the other, on rows that mean nothing.
+
+        Nothing is computed between them: a step that needs them can't be faster.
+        """
+        depths = np.array([self.padded(depth) for _, depth in self.shapes], np.int64)
+        longest, widest = max(depths), max(self.shapes[i][0] for i in layers)
+        x = np.ones(num_rows * longest, self.activation)
+        out = np.empty(num_rows * widest, np.float32)
+        steps = np.ones((num_rows, num_parts(longest)), np.float32)
+        threads = numba.get_num_threads()
+        _multiply_all(
+            threads, num_rows, x, steps, self.packed, np.array(layers, np.int64), depths, out
+        )
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -184,16 +191,16 @@ def _sum_integers(x, steps, row0, rows, packed, i, p, sums):
     )  # fmt: skip
 
 
-def _sum(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+def _sum(x, steps, row0, rows, packed, i, p, sums):
     """sums[:rows] = x[row0 : row0 + rows] @ panel p of layer i."""
     raise NotImplementedError("this is for compiled code")
 
 
 @overload(_sum)
-def _sum_of(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+def _sum_of(x, steps, row0, rows, packed, i, p, sums):
     chosen = _sum_floats if x.dtype in (types.float32, types.uint16) else _sum_integers
 
-    def call(x, steps, row0, rows, packed, i, p, sums):  # type: ignore[no-untyped-def]
+    def call(x, steps, row0, rows, packed, i, p, sums):
         chosen(x, steps, row0, rows, packed, i, p, sums)
 
     return call
@@ -246,28 +253,38 @@ def _multiply(num_threads, x, narrow, steps, packed, i, out):
         multiply_some(counters[0], thread, narrow, steps, packed, i, out, sums)
 
 
+@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
+def _multiply_all(num_threads, rows, x, steps, packed, layers, depths, out):
+    counters = counters_of(len(layers), num_threads)
+    for thread in prange(num_threads):
+        sums = np.empty(TALL * PANEL, np.float32)
+        for n in range(len(layers)):
+            i = layers[n]
+            width, depth = packed.widths[i], depths[i]
+            multiply_some(
+                counters[n], thread, x[: rows * depth].reshape(rows, depth), steps, packed, i,
+                out[: rows * width].reshape(rows, width), sums,
+            )  # fmt: skip
+
+
 class PackedLinear(nn.Module):
     """x @ weight.T + bias of one layer of a Packing, in the packing's precision."""
 
     def __init__(self, packing: Packing, i: int) -> None:
         super().__init__()
         self.out_features, self.in_features = packing.shapes[i]
-        self.precision = packing.precision
-        self._activation = packing.activation
-        self._depth = packing.padded(self.in_features)
-        self._packed, self._i = packing.packed, i
+        self.packing, self.index = packing, i
 
     def forward(self, x: Tensor) -> Tensor:
         """Takes fp32 [..., in_features], returns [..., out_features]."""
         rows = x.reshape(-1, self.in_features).contiguous().numpy()
-        narrow = rows
-        if self._activation is not np.float32:
-            narrow = np.zeros((len(rows), self._depth), self._activation)
+        packing, narrow = self.packing, rows
+        if packing.activation is not np.float32:
+            narrow = np.zeros((len(rows), packing.padded(self.in_features)), packing.activation)
         out = torch.empty(len(rows), self.out_features)
         steps = np.empty((len(rows), num_parts(self.in_features)), np.float32)
-        _multiply(
-            numba.get_num_threads(), rows, narrow, steps, self._packed, self._i, out.numpy()
-        )
+        threads = numba.get_num_threads()
+        _multiply(threads, rows, narrow, steps, packing.packed, self.index, out.numpy())
         return out.view(*x.shape[:-1], self.out_features)
 
 

@@ -17,11 +17,14 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from redmux_server.models.phases import claim, counters_of, finish
-from redmux_server.models.vector import FASTMATH, PANEL, exp, product
+from redmux_server.models.arithmetic import PANEL
+from redmux_server.models.phases import claim, counters_of, finish, num_threads_of
+from redmux_server.models.vector import FASTMATH, exp, product
 
 BLOCK = 32  # tokens in a cache block, a multiple of PANEL
 TILE = 4  # query tokens that share one pass over the keys
+_MANY = 4  # requests for each thread
+_HALVES = (16, 8, 4, 2, 1)  # of BLOCK lanes
 
 Array = np.ndarray[Any, Any]
 
@@ -93,10 +96,10 @@ def _softmax(scores, start, stop, scale, softcap, lanes):
         block = scores[p * BLOCK : (p + 1) * BLOCK]
         for t in range(BLOCK):
             lanes[t] = max(lanes[t], block[t])
-    highest = lanes[0]
-    for t in range(1, BLOCK):
-        highest = max(highest, lanes[t])
-    highest = highest * scale
+    for half in _HALVES:
+        for t in range(half):
+            lanes[t] = max(lanes[t], lanes[t + half])
+    highest = lanes[0] * scale
     for t in range(scores.size):
         scores[t] = exp(scores[t] * scale - highest)
     scores[:start] = np.float32(0.0)
@@ -106,10 +109,10 @@ def _softmax(scores, start, stop, scale, softcap, lanes):
         block = scores[p * BLOCK : (p + 1) * BLOCK]
         for t in range(BLOCK):
             lanes[t] += block[t]
-    total = lanes[0]
-    for t in range(1, BLOCK):
-        total += lanes[t]
-    return np.float32(1.0) / total
+    for half in _HALVES:
+        for t in range(half):
+            lanes[t] += lanes[t + half]
+    return np.float32(1.0) / lanes[0]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -205,6 +208,67 @@ def _attend_tile(
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _attend_token(
+    q, keys, values, out, cos, sin, q_weight, eps, blocks, row, position, head0, num_heads, layout,
+    scale, window, softcap,
+):  # fmt: skip
+    """Does what `_attend_tile` does, with the same bits, for one row and some KV heads at once.
+
+    The heads of a block lie side by side, so that memory is read in longer streams.
+    """
+    num_kv_heads, dim, width = layout[1], layout[2], layout[3]
+    group = layout[0] // num_kv_heads
+    start = max(0, position - window + 1) if window > 0 else 0
+    first_block, stop = start // BLOCK, position + 1
+    num_blocks = position // BLOCK - first_block + 1
+    num_keys, origin = num_blocks * BLOCK, first_block * BLOCK
+    lines = num_heads * group
+    heads = np.empty(lines * dim, np.float32)
+    scores = np.empty(lines * num_keys, np.float32)
+    sums = np.empty(lines * width, np.float32)
+    inverse = np.empty(lines, np.float32)
+    lanes = np.empty(BLOCK, np.float32)
+    for i in range(lines):
+        at = layout[4] + row * layout[5] + (head0 * group + i) * dim
+        _load_head(q, at, row, dim, q_weight, eps, cos, sin, heads, i * dim)
+    for p in range(num_blocks):
+        slot = blocks[first_block + p] * num_kv_heads + head0
+        following = slot
+        if p + 1 < num_blocks:
+            following = blocks[first_block + p + 1] * num_kv_heads + head0
+        for h in range(num_heads):
+            # What is fetched meanwhile: as many bytes, of the next block.
+            product(
+                group, BLOCK, heads, h * group * dim, dim,
+                keys, (slot + h) * dim * BLOCK, BLOCK, dim,
+                scores, h * group * num_keys + p * BLOCK, num_keys, 0,
+                (following - slot) * dim * BLOCK,
+            )  # fmt: skip
+    for i in range(lines):
+        line = scores[i * num_keys : (i + 1) * num_keys]
+        inverse[i] = _softmax(line, start - origin, stop - origin, scale, softcap, lanes)
+    for i in range(lines * width):
+        sums[i] = np.float32(0.0)
+    for p in range(num_blocks):
+        slot = blocks[first_block + p] * num_kv_heads + head0
+        following = slot
+        if p + 1 < num_blocks:
+            following = blocks[first_block + p + 1] * num_kv_heads + head0
+        begin = max(start - origin - p * BLOCK, 0)
+        count = min(BLOCK, stop - origin - p * BLOCK) - begin
+        for h in range(num_heads):
+            product(
+                group, width, scores, h * group * num_keys + p * BLOCK + begin, num_keys,
+                values, ((slot + h) * BLOCK + begin) * width, width, count,
+                sums, h * group * width, width, 1, (following - slot) * BLOCK * width,
+            )  # fmt: skip
+    for i in range(lines):
+        at = (row * layout[0] + head0 * group + i) * dim
+        for d in range(dim):
+            out[at + d] = sums[i * width + d] * inverse[i]
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _store_some(counters, thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
     """Writes keys and values token by token until all are taken."""
     scratch = np.empty(layout[2], np.float32)
@@ -237,17 +301,31 @@ def attend_some(
             counters[0], thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin
         )
     scratch = np.empty(layout[2], np.float32)
-    num_items, num_done = tiles.shape[1] * layout[1], 0
+    # Requests enough for all threads leave a thread all heads of one.
+    num_tiles = tiles.shape[1]
+    heads = layout[1] if stores and num_tiles >= _MANY * num_threads_of(counters[1]) else 1
+    splits = layout[1] // heads
+    num_items, num_done = num_tiles * splits, 0
     item = claim(counters[1], thread, num_items)
     while item < num_items:
-        n, head = item // layout[1], item % layout[1]
-        row0 = tiles[1, n]
+        n, head = item // splits, item % splits * heads
+        row0, rows, position = tiles[1, n], tiles[2, n], tiles[3, n]
+        blocks = table[tiles[0, n]]
         if stores:
-            _store(k, v, keys, values, places, row0, head, layout, k_weight, eps, cos, sin, scratch)
-        _attend_tile(
-            q, keys, values, out, cos, sin, q_weight, eps, table[tiles[0, n]],
-            row0, tiles[2, n], tiles[3, n], head, layout, scale, window, softcap,
-        )  # fmt: skip
+            for h in range(head, head + heads):
+                _store(
+                    k, v, keys, values, places, row0, h, layout, k_weight, eps, cos, sin, scratch
+                )
+        if rows == 1:
+            _attend_token(
+                q, keys, values, out, cos, sin, q_weight, eps, blocks, row0, position, head, heads,
+                layout, scale, window, softcap,
+            )  # fmt: skip
+        else:
+            _attend_tile(
+                q, keys, values, out, cos, sin, q_weight, eps, blocks, row0, rows, position, head,
+                layout, scale, window, softcap,
+            )  # fmt: skip
         num_done += 1
         item = claim(counters[1], thread, num_items)
     finish(counters[1], num_done, num_items)

@@ -63,13 +63,19 @@ def counters_of(num_phases, num_threads):
 
 
 @njit(nogil=True, cache=True)
+def num_threads_of(counters):
+    """Returns for how many threads the counters of a pass are."""
+    return counters.size // _APART - 1
+
+
+@njit(nogil=True, cache=True)
 def claim(counters, thread, num_items):
     """Returns an item from 0 to num_items that no thread has got yet, or num_items for none left.
 
     Each thread walks an equal share, which is read as one stream, and then helps the others: all
     end together even where another process holds one of their cores for a while.
     """
-    num_threads = counters.size // _APART - 1
+    num_threads = num_threads_of(counters)
     for k in range(num_threads):
         share = (thread + k) % num_threads
         first, stop = num_items * share // num_threads, num_items * (share + 1) // num_threads

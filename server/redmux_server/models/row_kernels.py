@@ -74,9 +74,7 @@ def norm_some(counters, thread, x, weight, eps, out, narrow, steps):
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def add_norm_some(
-    counters, thread, x, y, rows, row_of, start, weight, eps, out, narrow, steps
-):
+def add_norm_some(counters, thread, x, y, rows, row_of, start, weight, eps, out, narrow, steps):
     """x += scale * y + bias, then as `norm_some`.
 
     Token t takes its vectors from rows[row_of[t], start:], scale first; `start` -1 edits nothing.
@@ -160,9 +158,7 @@ def narrow_some(counters, thread, x, narrow, steps):
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def pick_some(
-    counters, thread, chosen, x, y, steps, row_of, x_out, y_out, steps_out, row_of_out
-):
+def pick_some(counters, thread, chosen, x, y, steps, row_of, x_out, y_out, steps_out, row_of_out):
     """Copies the rows `chosen` of x, y, steps and row_of."""
     num_items, num_done = len(chosen), 0
     item = claim(counters, thread, num_items)
