@@ -9,13 +9,39 @@ import grpc
 
 from redmux import errors
 from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
-from redmux.types import Adapter, Chunk, Completion, FinishReason, Health, Prompt, ServerInfo, Usage
+from redmux.types import (
+    Adapter,
+    Chunk,
+    Classification,
+    Classifications,
+    Completion,
+    Embeddings,
+    FinishReason,
+    Health,
+    Pooling,
+    ProblemType,
+    Prompt,
+    ServerInfo,
+    TextInput,
+    Usage,
+)
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
 from redmux.v1 import inference_service_pb2 as inference_pb2
 
 _FINISH_REASONS: dict[int, FinishReason] = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+_PROBLEM_TYPES: dict[int, ProblemType] = {
+    inference_pb2.PROBLEM_TYPE_SINGLE_LABEL: "single_label",
+    inference_pb2.PROBLEM_TYPE_MULTI_LABEL: "multi_label",
+    inference_pb2.PROBLEM_TYPE_REGRESSION: "regression",
+}
+_POOLINGS = {
+    "mean": inference_pb2.POOLING_MEAN,
+    "cls": inference_pb2.POOLING_CLS,
+    "last": inference_pb2.POOLING_LAST,
 }
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[RedmuxError]] = {
@@ -82,11 +108,70 @@ def _set_prompt(message: inference_pb2.Generation, prompt: Prompt) -> None:
         messages = [_chat_message(item) for item in cast(Sequence[Mapping[str, str]], prompt)]
         message.chat.CopyFrom(inference_pb2.Chat(messages=messages))
         return
-    # NumPy's integers count as ints; bool does so in Python, but never as a token id.
-    if not all(isinstance(item, SupportsIndex) and not isinstance(item, bool) for item in prompt):
+    if not _are_token_ids(prompt):
         raise InvalidArgumentError("prompt mixes token ids or chat messages with something else")
-    ids = [operator.index(item) for item in cast(Sequence[int], prompt)]
-    message.token_ids.CopyFrom(inference_pb2.TokenIds(ids=ids))
+    message.token_ids.CopyFrom(_token_ids(cast(Sequence[int], prompt)))
+
+
+def _are_token_ids(items: Sequence[object]) -> bool:
+    # NumPy's integers count as ints; bool does so in Python, but never as a token id.
+    return all(isinstance(item, SupportsIndex) and not isinstance(item, bool) for item in items)
+
+
+def _token_ids(ids: Sequence[int]) -> inference_pb2.TokenIds:
+    return inference_pb2.TokenIds(ids=[operator.index(item) for item in ids])
+
+
+def classify_request(inputs: Sequence[TextInput], adapter: str) -> inference_pb2.ClassifyRequest:
+    """Returns the message that classifies inputs; raises as `generation` does."""
+    if not isinstance(adapter, str) or not adapter:
+        raise InvalidArgumentError(
+            f"adapter is {adapter!r}; name a loaded adapter that has a classification head"
+        )
+    return inference_pb2.ClassifyRequest(adapter=adapter, inputs=_inputs(inputs))
+
+
+def embed_request(
+    inputs: Sequence[TextInput], adapter: str | None, pooling: Pooling | None, normalize: bool
+) -> inference_pb2.EmbedRequest:
+    """Returns the message that embeds inputs; raises as `generation` does."""
+    if adapter == "":
+        raise InvalidArgumentError("adapter is empty; leave it out for the base model")
+    if pooling is not None and pooling not in _POOLINGS:
+        raise InvalidArgumentError(f"pooling is {pooling!r}; use one of {', '.join(_POOLINGS)}")
+    try:
+        return inference_pb2.EmbedRequest(
+            adapter=adapter,
+            inputs=_inputs(inputs),
+            pooling=None if pooling is None else _POOLINGS[pooling],
+            normalize=normalize,
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"an argument has a wrong type: {error}") from None
+
+
+def _inputs(inputs: Sequence[TextInput]) -> list[inference_pb2.Input]:
+    if isinstance(inputs, str):
+        raise InvalidArgumentError("inputs is a sequence of inputs; write [text] for one text")
+    return [_input(index, item) for index, item in enumerate(inputs)]
+
+
+def _input(index: int, item: TextInput) -> inference_pb2.Input:
+    if isinstance(item, str):
+        return inference_pb2.Input(text=item)
+    if isinstance(item, Sequence) and not isinstance(item, bytes | bytearray | memoryview):
+        if len(item) == 2 and all(isinstance(text, str) for text in item):
+            first, second = cast(tuple[str, str], item)
+            return inference_pb2.Input(pair=inference_pb2.TextPair(first=first, second=second))
+        if _are_token_ids(item):
+            try:
+                return inference_pb2.Input(token_ids=_token_ids(cast(Sequence[int], item)))
+            except ValueError as error:
+                raise InvalidArgumentError(f"inputs[{index}]: {error}") from None
+    raise InvalidArgumentError(
+        f"inputs[{index}] is {type(item).__name__}; an input is a text, a sequence of token ids or "
+        f"a pair of texts"
+    )
 
 
 def _chat_message(message: Mapping[str, str]) -> inference_pb2.ChatMessage:
@@ -145,6 +230,38 @@ def chunk(message: inference_pb2.GenerateResponse, with_logprobs: bool) -> Chunk
         finish_reason=_finish_reason(message.finish) if is_last else None,
         stop=message.finish.stop or None,
         usage=_usage(message.finish.usage) if is_last else None,
+    )
+
+
+def classifications(message: inference_pb2.ClassifyResponse) -> Classifications:
+    """Returns the value of all classifications of a request."""
+    problem_type = _PROBLEM_TYPES.get(message.problem_type)
+    if problem_type is None:
+        raise RedmuxError(
+            f"the head's problem type is unknown to this client ({message.problem_type}); a newer "
+            "redmux may know it"
+        )
+    labels = tuple(message.labels)
+    return Classifications(
+        results=tuple(
+            Classification(labels, tuple(item.scores), tuple(item.logits))
+            for item in message.classifications
+        ),
+        labels=labels,
+        problem_type=problem_type,
+        usage=_usage(message.usage),
+        adapter=message.adapter.name,
+        digest=message.adapter.digest,
+    )
+
+
+def embeddings(message: inference_pb2.EmbedResponse) -> Embeddings:
+    """Returns the value of all vectors of a request."""
+    return Embeddings(
+        vectors=tuple(tuple(item.values) for item in message.embeddings),
+        usage=_usage(message.usage),
+        adapter=message.adapter.name or None,
+        digest=message.adapter.digest or None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Self, Unpack
@@ -16,11 +16,15 @@ from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
 from redmux.types import (
     Adapter,
     Chunk,
+    Classifications,
     Completion,
+    Embeddings,
     GenerationOptions,
     Health,
+    Pooling,
     Prompt,
     ServerInfo,
+    TextInput,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
 from redmux.v1 import inference_service_pb2 as inference_pb2
@@ -96,6 +100,40 @@ class AsyncClient:
                 yield chunk
         if not is_finished:
             raise _calls.unfinished()
+
+    async def classify(
+        self, inputs: Sequence[TextInput], *, adapter: str, timeout_s: float | None = None
+    ) -> Classifications:
+        """Returns what the classification head of an adapter makes of each input.
+
+        Needs a server with an encoder. Raises FailedPreconditionError for an adapter without a
+        head and InvalidArgumentError before anything is sent for arguments of a wrong kind.
+        """
+        request = _calls.classify_request(inputs, adapter)
+        response = await self._connection.unary(
+            self._connection.inference.Classify, request, timeout_s
+        )
+        return _calls.classifications(response)
+
+    async def embed(
+        self,
+        inputs: Sequence[TextInput],
+        *,
+        adapter: str | None = None,
+        pooling: Pooling | None = None,
+        normalize: bool = False,
+        timeout_s: float | None = None,
+    ) -> Embeddings:
+        """Returns a vector for each input, scaled to length 1 if `normalize`.
+
+        `adapter` None is the bare base model. `pooling` None is the mean over all tokens for an
+        encoder and the last token for a decoder. Raises as `classify` does.
+        """
+        request = _calls.embed_request(inputs, adapter, pooling, normalize)
+        response = await self._connection.unary(
+            self._connection.inference.Embed, request, timeout_s
+        )
+        return _calls.embeddings(response)
 
     async def health(self) -> Health:
         """Returns whether the server is ready to generate."""

@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import TypedDict
 
 import redmux
+from redmux._readings import (
+    add_classify,
+    add_embed,
+    classification_json,
+    classification_lines,
+    embedding_json,
+    embedding_lines,
+    inputs_of,
+    print_answers,
+)
 from redmux._side_by_side import SideBySide
 from redmux.aio import AsyncClient
 from redmux.client import Client
 from redmux.errors import RedmuxError
-from redmux.types import Adapter, GenerationOptions, Prompt
+from redmux.types import Adapter, Classifications, Embeddings, GenerationOptions, Prompt
 
 # Commands whose arguments another package parses: its function for them and the extra it needs.
 _SERVE = ("redmux_server.cli", "serve", "server")
@@ -84,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="start a server", add_help=False)
     commands.add_parser("bench", help="measure a server and this machine", add_help=False)
     _add_generate(commands, server)
+    add_classify(commands, server).set_defaults(run=_classify)
+    add_embed(commands, server).set_defaults(run=_embed)
     _add_adapters(commands, server)
     info = commands.add_parser("info", parents=[server], help="tell what the server is")
     info.set_defaults(run=_info)
@@ -225,6 +237,34 @@ def _generate(options: argparse.Namespace) -> int:
     if options.stream and not options.json:
         return asyncio.run(_closing(client, sides.print_streams()))
     return asyncio.run(_closing(client, sides.print_completions(options.json)))
+
+
+def _classify(options: argparse.Namespace) -> int:
+    inputs = inputs_of(options.texts, options.pairs)
+    client = AsyncClient(**_connection(options))
+    lines_of = classification_json if options.json else classification_lines
+
+    async def ask(adapter: str | None) -> Classifications:
+        return await client.classify(inputs, adapter=adapter or "", timeout_s=options.timeout)
+
+    return asyncio.run(_closing(client, print_answers(options.adapter, ask, lines_of)))
+
+
+def _embed(options: argparse.Namespace) -> int:
+    inputs = inputs_of(options.texts, options.pairs)
+    adapters: list[str | None] = list(options.adapter)
+    if options.base or not adapters:
+        adapters.insert(0, None)
+    client = AsyncClient(**_connection(options))
+    lines_of = embedding_json if options.json else embedding_lines
+
+    async def ask(adapter: str | None) -> Embeddings:
+        return await client.embed(
+            inputs, adapter=adapter, pooling=options.pooling, normalize=options.normalize,
+            timeout_s=options.timeout,
+        )  # fmt: skip
+
+    return asyncio.run(_closing(client, print_answers(adapters, ask, lines_of)))
 
 
 async def _closing(client: AsyncClient, work: Awaitable[int]) -> int:

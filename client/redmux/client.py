@@ -1,7 +1,7 @@
 """The synchronous client."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from types import TracebackType
 from typing import Self, Unpack
@@ -15,11 +15,15 @@ from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
 from redmux.types import (
     Adapter,
     Chunk,
+    Classifications,
     Completion,
+    Embeddings,
     GenerationOptions,
     Health,
+    Pooling,
     Prompt,
     ServerInfo,
+    TextInput,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
 from redmux.v1 import inference_service_pb2 as inference_pb2
@@ -95,6 +99,36 @@ class Client:
                 yield chunk
         if not is_finished:
             raise _calls.unfinished()
+
+    def classify(
+        self, inputs: Sequence[TextInput], *, adapter: str, timeout_s: float | None = None
+    ) -> Classifications:
+        """Returns what the classification head of an adapter makes of each input.
+
+        Needs a server with an encoder. Raises FailedPreconditionError for an adapter without a
+        head and InvalidArgumentError before anything is sent for arguments of a wrong kind.
+        """
+        request = _calls.classify_request(inputs, adapter)
+        response = self._connection.unary(self._connection.inference.Classify, request, timeout_s)
+        return _calls.classifications(response)
+
+    def embed(
+        self,
+        inputs: Sequence[TextInput],
+        *,
+        adapter: str | None = None,
+        pooling: Pooling | None = None,
+        normalize: bool = False,
+        timeout_s: float | None = None,
+    ) -> Embeddings:
+        """Returns a vector for each input, scaled to length 1 if `normalize`.
+
+        `adapter` None is the bare base model. `pooling` None is the mean over all tokens for an
+        encoder and the last token for a decoder. Raises as `classify` does.
+        """
+        request = _calls.embed_request(inputs, adapter, pooling, normalize)
+        response = self._connection.unary(self._connection.inference.Embed, request, timeout_s)
+        return _calls.embeddings(response)
 
     def health(self) -> Health:
         """Returns whether the server is ready to generate."""

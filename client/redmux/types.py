@@ -8,8 +8,15 @@ from typing import Literal, TypeAlias, TypedDict
 FinishReason: TypeAlias = Literal["stop", "length"]
 Health: TypeAlias = Literal["serving", "not_serving", "unknown"]
 
+ModelKind: TypeAlias = Literal["decoder", "encoder"]
+Pooling: TypeAlias = Literal["mean", "cls", "last"]
+ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
+
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Raw text, token ids, or chat messages with the keys "role" and "content"."""
+
+TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
+"""A text, token ids, or two texts in one input."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -86,6 +93,49 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Classification:
+    """What a head says of one input: a score and a logit per label.
+
+    Scores are probabilities that sum to 1 (single label), a probability each (multi label), or the
+    values themselves (regression).
+    """
+
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    logits: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        """The label with the highest score."""
+        return max(zip(self.scores, self.labels, strict=True), key=lambda pair: pair[0])[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Classifications:
+    """A classification per input, and what they were computed with."""
+
+    results: tuple[Classification, ...]
+    labels: tuple[str, ...]
+    problem_type: ProblemType
+    usage: Usage
+    adapter: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector per input, and what they were computed with.
+
+    `adapter` and `digest` are None for the base model.
+    """
+
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage
+    adapter: str | None
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A published adapter. `size_bytes` is the size of its vectors in the server's memory."""
 
@@ -106,7 +156,7 @@ class ServerInfo:
     `choices` says why device, dtype, threads and kernels are what they are. `bit_identical` tells
     whether the start-up check found logits bit-identical alone and in mixed batches. `max_context`
     counts prompt and completion together; `max_running` and `max_batch_tokens` bound one forward
-    pass.
+    pass. A decoder generates and embeds, an encoder classifies and embeds.
     """
 
     version: str
@@ -127,3 +177,4 @@ class ServerInfo:
     num_running: int
     num_waiting: int
     uptime_s: float
+    kind: ModelKind

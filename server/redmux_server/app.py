@@ -21,18 +21,23 @@ from redmux.v1 import adapter_service_pb2, admin_service_pb2, inference_service_
 from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_server
 from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from redmux_adapters.base import is_encoder
 from redmux_adapters.config import CONFIG_NAME
 from redmux_server.api.generation import GenerationService
 from redmux_server.api.interceptor import ApiKeys, Interceptor
+from redmux_server.api.reading import ReadableModel, ReadingService
 from redmux_server.api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.api.validation import Validator
 from redmux_server.config import ServerConfig
-from redmux_server.device import choose
+from redmux_server.device import Choices, choose
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.engine import Engine
+from redmux_server.engine.reading import Reader
+from redmux_server.engine.request import Pooling
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
 from redmux_server.models.load import BaseModel, load_causal
+from redmux_server.models.load_encoder import EncoderModel, load_encoder
 from redmux_server.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -52,25 +57,23 @@ _MESSAGE_BYTES = 4 << 20
 class Server:
     """A running server. `start` returns once it serves; `stop` drains it."""
 
-    def __init__(self, config: ServerConfig, model: BaseModel, registry: AdapterRegistry) -> None:
+    def __init__(
+        self, config: ServerConfig, model: BaseModel | EncoderModel, registry: AdapterRegistry
+    ) -> None:
         self.config = config
         self.model = model
         self.registry = registry
         self.metrics = Metrics()
-        scheduler = Scheduler(
-            BlockPool(model.num_blocks, model.block_size),
-            max_running=config.max_running,
-            max_batch_tokens=config.max_batch_tokens,
-            prefix_cache=config.prefix_cache,
-        )
-        self.engine = Engine(
-            model.runner, scheduler, model.bank, self.metrics,
-            max_open=config.max_running + config.max_queue,
-        )  # fmt: skip
-        self.service = GenerationService(
+        self.engine = _engine(config, model, self.metrics)
+        # One thread: tokenizing a long prompt must not hold up the event loop.
+        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        parts = (
             self.engine, registry, model.codec,
-            Validator(model.vocab_size, model.max_context), self.metrics,
+            Validator(model.vocab_size, model.max_context), self.metrics, self._tokenizing,
         )  # fmt: skip
+        is_decoder = isinstance(model, BaseModel)
+        self.generation = GenerationService(*parts) if is_decoder else None
+        self.reading = ReadingService(_readable(model), *parts)
         self.health = HealthServicer()
         self.port = 0
         self.metrics_port = 0
@@ -86,12 +89,13 @@ class Server:
         # The thread ends with the loading: compute threads that wait for its next call would count
         # as competitors of the engine's, which OpenMP then puts to sleep after every product.
         with ThreadPoolExecutor(1, "loader") as loader:
-            loading = asyncio.get_running_loop().run_in_executor(
-                loader, load_causal, config, choices
-            )
+            loading = asyncio.get_running_loop().run_in_executor(loader, _load, config, choices)
             model = await loading
         folder = Path(config.adapter_dir) if config.adapter_dir else None
-        registry = AdapterRegistry(model.fingerprint, model.sites, folder, config.host_cache_bytes)
+        registry = AdapterRegistry(
+            model.fingerprint, model.sites, folder, config.host_cache_bytes,
+            head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
+        )  # fmt: skip
         for name, path in _adapter_paths(config.adapters):
             registry.load(path, name)
         if folder is not None:
@@ -107,7 +111,7 @@ class Server:
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop()
         await self._grpc.stop(1.0)
-        self.service.close()
+        self._tokenizing.shutdown(wait=False)
         await asyncio.to_thread(self.registry.save_index)
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
@@ -120,7 +124,9 @@ class Server:
             interceptors=[Interceptor(keys)],
             options=_options(max(_MESSAGE_BYTES, self.registry.max_file_bytes + (1 << 20))),
         )
-        add_InferenceServiceServicer_to_server(InferenceServicer(self.service, keys), self._grpc)
+        add_InferenceServiceServicer_to_server(
+            InferenceServicer(self.generation, self.reading, keys), self._grpc
+        )
         add_AdapterServiceServicer_to_server(
             AdapterServicer(self.registry, self._count_adapters), self._grpc
         )
@@ -199,14 +205,56 @@ class Server:
             vocab_size=model.vocab_size,
             max_context=model.max_context,
             max_running=config.max_running,
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_tokens=(
+                model.max_batch_tokens
+                if isinstance(model, EncoderModel)
+                else config.max_batch_tokens
+            ),
             max_queue=config.max_queue,
-            kv_cache_tokens=model.num_blocks * model.block_size,
+            kv_cache_tokens=(
+                model.num_blocks * model.block_size if isinstance(model, BaseModel) else 0
+            ),
             num_adapters=len(self.registry),
             num_running=self.engine.num_running,
             num_waiting=max(0, self.engine.num_open - self.engine.num_running),
             uptime_s=time.monotonic() - self._started_s,
+            kind=_readable(model).kind,
         )
+
+
+def _load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:
+    load = load_encoder if is_encoder(config.model) else load_causal
+    return load(config, choices)
+
+
+def _engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metrics) -> Engine:
+    max_open = config.max_running + config.max_queue
+    if isinstance(model, BaseModel):
+        scheduler = Scheduler(
+            BlockPool(model.num_blocks, model.block_size),
+            max_running=config.max_running,
+            max_batch_tokens=config.max_batch_tokens,
+            prefix_cache=config.prefix_cache,
+        )
+        return Engine(model.runner, scheduler, model.bank, metrics, max_open=max_open)
+    # Nothing is kept from step to step, so a request holds one block that stands for its place.
+    scheduler = Scheduler(
+        BlockPool(config.max_running, model.max_context),
+        max_running=config.max_running,
+        max_batch_tokens=model.max_batch_tokens,
+        prefix_cache=False,
+        whole_prompts=True,
+    )
+    reader = Reader(model.heads)
+    return Engine(model.runner, scheduler, model.bank, metrics, max_open=max_open, reader=reader)
+
+
+def _readable(model: BaseModel | EncoderModel) -> ReadableModel:
+    if isinstance(model, BaseModel):
+        return ReadableModel("decoder", model.architecture, model.hidden_size, Pooling.LAST, None)
+    return ReadableModel(
+        "encoder", model.architecture, model.hidden_size, Pooling.MEAN, model.heads
+    )
 
 
 async def run(config: ServerConfig) -> bool:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from redmux_server.engine.request import Event, Failed, Finished, Work
+from redmux_server.engine.request import Event, Failed, Finished, Read, Work
 
 if TYPE_CHECKING:
     from redmux_server.engine.bank import AdapterBank
@@ -82,6 +82,8 @@ class Metrics:
         """Counts the end of an accepted request."""
         if isinstance(event, Finished):
             outcome = event.reason.value
+        elif isinstance(event, Read):
+            outcome = "read"
         else:
             assert isinstance(event, Failed)
             outcome = event.error.status.name.lower()

@@ -22,6 +22,7 @@ from redmux.errors import (
 )
 from redmux_adapters import Adapter, Limits, Summary, check_base, parse_adapter, summarize, to_bytes
 from redmux_adapters.files import read_file, read_parts, summary_of
+from redmux_adapters.head import KINDS, MAX_LABELS
 from redmux_server.folder_index import Entry, Stamp, read_index, write_index
 from redmux_server.host_cache import HostCache
 from redmux_server.published import Published, Rules
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(/[a-z0-9][a-z0-9._-]{0,63})?")
 _SUFFIX = ".safetensors"
 _HEADER_BYTES = 512 << 10
+_HEAD_TENSORS = max(map(len, KINDS.values()))
 _NEIGHBOURS = 64
 _MANY = 64  # files; reading fewer takes milliseconds
 _SETTLED_NS = 2_000_000_000
@@ -64,8 +66,12 @@ class AdapterRegistry:
         sites: Mapping[str, int],
         folder: Path | None = None,
         cache_bytes: int = 256 << 20,
+        head_size: int = 0,
     ) -> None:
-        """`cache_bytes` bounds the adapters that are kept ready beside those in use."""
+        """`cache_bytes` bounds the adapters that are kept ready beside those in use.
+
+        `head_size` is the hidden size that heads of adapters are for, 0 where none are applied.
+        """
         self._base_fingerprint = base_fingerprint
         self._folder = folder
         self._by_name: dict[str, Published] = {}
@@ -74,11 +80,13 @@ class AdapterRegistry:
         self._cache = HostCache(cache_bytes)
         self._indexed: set[tuple[str, Stamp]] = set()  # files that the folder's index has
         self._writing = asyncio.Lock()
-        # Every editable module in fp32, and room for the header.
-        self.max_file_bytes = 8 * sum(sites.values()) + _HEADER_BYTES
+        # Every editable module and the largest head in fp32, and room for the header.
+        num_head_values = (head_size + 1) * (head_size + MAX_LABELS) if head_size else 0
+        num_values = 2 * sum(sites.values()) + num_head_values
+        self.max_file_bytes = 4 * num_values + _HEADER_BYTES
         self._limits = Limits(
             file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
-            num_tensors=2 * len(sites),
+            num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
         )  # fmt: skip
         self._rules = Rules(sites, self._limits)
 

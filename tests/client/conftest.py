@@ -52,6 +52,7 @@ class FakeServer(
     info: admin_pb.ServerInfo = field(default_factory=admin_pb.ServerInfo)
     health: HealthServicer = field(default_factory=HealthServicer)
     page_size: int = 100
+    problem_type: int = inference_pb.PROBLEM_TYPE_SINGLE_LABEL
 
     def __post_init__(self) -> None:
         # What Generate yields and Complete joins.
@@ -141,6 +142,29 @@ class FakeServer(
             logprobs=[logprob for part in parts for logprob in part.logprobs],
             adapter=parts[-1].adapter,
             finish=parts[-1].finish,
+        )
+
+    def Classify(self, request, context):
+        self._enter("Classify", request, context)
+        rows = [([0.25, 0.75], [-1.0, 0.5]) for _ in request.inputs]
+        return inference_pb.ClassifyResponse(
+            classifications=[
+                inference_pb.Classification(scores=scores, logits=logits) for scores, logits in rows
+            ],
+            labels=["no", "yes"],
+            problem_type=self.problem_type,
+            adapter=inference_pb.AppliedAdapter(name=request.adapter, digest=DIGEST),
+            usage=inference_pb.Usage(prompt_tokens=7),
+        )
+
+    def Embed(self, request, context):
+        self._enter("Embed", request, context)
+        return inference_pb.EmbedResponse(
+            embeddings=[inference_pb.Embedding(values=[0.5, -1.5]) for _ in request.inputs],
+            adapter=inference_pb.AppliedAdapter(
+                name=request.adapter, digest=DIGEST if request.adapter else ""
+            ),
+            usage=inference_pb.Usage(prompt_tokens=7),
         )
 
     def PutAdapter(self, request, context):

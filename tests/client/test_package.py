@@ -46,7 +46,16 @@ def test_exported_names_say_where_they_are_imported_from():
 
 @pytest.mark.parametrize(
     "kind",
-    [redmux.Adapter, redmux.Chunk, redmux.Completion, redmux.ServerInfo, redmux.Usage],
+    [
+        redmux.Adapter,
+        redmux.Chunk,
+        redmux.Classification,
+        redmux.Classifications,
+        redmux.Completion,
+        redmux.Embeddings,
+        redmux.ServerInfo,
+        redmux.Usage,
+    ],
 )
 def test_values_are_frozen_slotted_and_picklable(kind):
     value = kind(*range(len(dataclasses.fields(kind))))

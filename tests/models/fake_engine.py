@@ -55,6 +55,21 @@ class FakeRunner:
                 rows.append(row)
         return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
 
+    def hidden(self, work):
+        """States of 3 values: the token's id, and NaN for NAN."""
+        self.batches.append([item.request for item in work])
+        self.before(work)
+        states = []
+        for item in work:
+            first = item.request.num_computed
+            ids = torch.tensor(item.request.token_ids[first : first + item.count])
+            self.attend(item.request, first + item.count)
+            if POISON in item.request.prompt_ids:
+                raise RuntimeError("a secret of the kernel")
+            ids = torch.where(ids == NAN, float("nan"), ids.float())
+            states.append(ids[:, None].expand(-1, 3))
+        return states
+
     def attend(self, request, stop):
         digest = request.adapter and request.adapter.digest
         for position in range(stop):
@@ -93,9 +108,9 @@ class Parts:
         self.engine._deliver(events)
 
 
-def make_parts(*, max_open=8, max_running=4, num_blocks=16) -> Parts:
+def make_parts(*, max_open=8, max_running=4, num_blocks=16, **options) -> Parts:
     pool = BlockPool(num_blocks, BLOCK)
-    scheduler = Scheduler(pool, max_running=max_running, max_batch_tokens=8)
+    scheduler = Scheduler(pool, max_running=max_running, max_batch_tokens=8, **options)
     bank = AdapterBank(
         SITES, device=torch.device("cpu"), dtype=torch.float32, max_bytes=0, min_slots=5
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import load_reference, save_tiny_model
 from models.device_rig import FakeCapture, GraphableAttention
-from reference import generate
+from reference import edited, generate
 
 from redmux import AsyncClient, FailedPreconditionError
 from redmux_adapters import to_bytes
@@ -110,6 +110,21 @@ FAMILIES = {
         "max_position_embeddings": 128, "word_embed_proj_dim": 64,
     },
 }  # fmt: skip
+
+
+async def test_vectors_equal_plain_transformers_edited_by_hand(on_device, start_server, base):
+    on_device(GraphableAttention())
+    server = await start_server(max_running=4, max_batch_tokens=16)
+    adapter, text = base.adapter(1), "a prompt that is cut into several chunks of tokens"
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        await client.adapters.put("a", to_bytes(adapter))
+        plain = await client.embed([text], pooling="mean")
+        got = await client.embed([text], pooling="mean", adapter="a")
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    for answer, edits in ((plain, {}), (got, adapter.edits)):
+        with torch.inference_mode(), edited(base.model, edits):
+            wanted = base.model.base_model(input_ids=ids).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(torch.tensor(answer.vectors[0]), wanted, atol=5e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

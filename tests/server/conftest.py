@@ -3,11 +3,21 @@
 import pytest
 import torch
 
-from redmux_adapters import Adapter, Edit, to_bytes
+from redmux_adapters import Adapter, Edit, Head, HeadConfig, to_bytes
+from redmux_adapters.head import MAX_LABELS
 from redmux_server.registry import AdapterRegistry
 
 FINGERPRINT = "tiny-2x4-0"
 SITES = {"model.layers.0.mlp.down_proj": 4, "model.layers.1.mlp.down_proj": 4}
+
+
+def large_head(size: int) -> Head:
+    """The head with the most values that a model of this hidden size can be given."""
+    labels = [str(i) for i in range(MAX_LABELS)]
+    shapes = {"dense": size, "out_proj": MAX_LABELS}
+    tensors = {f"{name}.weight": torch.ones(n, size) for name, n in shapes.items()}
+    tensors |= {f"{name}.bias": torch.ones(n) for name, n in shapes.items()}
+    return Head(HeadConfig("roberta", labels, "multi_label_classification"), tensors)
 
 
 def small_adapter(seed: int, fingerprint: str = FINGERPRINT, sites=SITES, **fields) -> Adapter:
@@ -34,6 +44,11 @@ def files(adapters):
 @pytest.fixture(scope="session")
 def make_adapter():
     return small_adapter
+
+
+@pytest.fixture(scope="session")
+def make_head():
+    return large_head
 
 
 @pytest.fixture(scope="session")

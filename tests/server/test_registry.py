@@ -155,6 +155,16 @@ async def test_a_file_larger_than_any_adapter_of_this_base_is_refused(registry):
         await registry.put("x", b"\0" * (registry.max_file_bytes + 1), "", replace=False)
 
 
+async def test_the_largest_head_fits_where_heads_are_applied(
+    open_registry, make_adapter, make_head
+):
+    file = to_bytes(make_adapter(0, head=make_head(400)))
+    published, _ = await open_registry(head_size=400).put("a", file, "", replace=False)
+    assert published.read().head.hidden_size == 400
+    with pytest.raises(InvalidAdapterError, match="limit"):
+        await open_registry().put("a", file, "", replace=False)
+
+
 def test_an_adapter_that_edits_every_site_with_a_long_card_fits(registry, make_adapter):
     adapter = make_adapter(0)
     object.__setattr__(adapter, "metadata", AdapterMetadata(description="x" * 1000))

@@ -16,7 +16,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, info: _Optional[_Union[ServerInfo, _Mapping]] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "model", "base_fingerprint", "architecture", "device", "dtype", "choices", "bit_identical", "vocab_size", "max_context", "max_running", "max_batch_tokens", "max_queue", "kv_cache_tokens", "num_adapters", "num_running", "num_waiting", "uptime_s")
+    __slots__ = ("version", "model", "base_fingerprint", "architecture", "device", "dtype", "choices", "bit_identical", "vocab_size", "max_context", "max_running", "max_batch_tokens", "max_queue", "kv_cache_tokens", "num_adapters", "num_running", "num_waiting", "uptime_s", "kind")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class ServerInfo(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     base_fingerprint: str
@@ -53,4 +54,5 @@ class ServerInfo(_message.Message):
     num_running: int
     num_waiting: int
     uptime_s: float
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ..., bit_identical: bool = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_running: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_queue: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., num_adapters: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    kind: str
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ..., bit_identical: bool = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_running: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_queue: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., num_adapters: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_s: _Optional[float] = ..., kind: _Optional[str] = ...) -> None: ...

@@ -26,10 +26,13 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    adapter that is loaded.
 
-    Requests with different adapters share the same forward passes; the tokens of a request do not
-    depend on what else is in its batch.
+    Requests with different adapters share the same forward passes; the result of a request does not
+    depend on what else is in its batch. Which calls there are depends on the kind of the model (see
+    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
+    are refused with FAILED_PRECONDITION.
     """
 
     def __init__(self, channel):
@@ -48,13 +51,26 @@ class InferenceServiceStub(object):
                 request_serializer=redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.SerializeToString,
                 response_deserializer=redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/redmux.v1.InferenceService/Classify',
+                request_serializer=redmux_dot_v1_dot_inference__service__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=redmux_dot_v1_dot_inference__service__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/redmux.v1.InferenceService/Embed',
+                request_serializer=redmux_dot_v1_dot_inference__service__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=redmux_dot_v1_dot_inference__service__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    adapter that is loaded.
 
-    Requests with different adapters share the same forward passes; the tokens of a request do not
-    depend on what else is in its batch.
+    Requests with different adapters share the same forward passes; the result of a request does not
+    depend on what else is in its batch. Which calls there are depends on the kind of the model (see
+    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
+    are refused with FAILED_PRECONDITION.
     """
 
     def Generate(self, request, context):
@@ -66,6 +82,20 @@ class InferenceServiceServicer(object):
 
     def Complete(self, request, context):
         """Complete returns the whole completion in one message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Classify applies the classification head that an adapter brings to each of some inputs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Embed returns one vector for each of some inputs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +114,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.FromString,
                     response_serializer=redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.SerializeToString,
             ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=redmux_dot_v1_dot_inference__service__pb2.ClassifyRequest.FromString,
+                    response_serializer=redmux_dot_v1_dot_inference__service__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=redmux_dot_v1_dot_inference__service__pb2.EmbedRequest.FromString,
+                    response_serializer=redmux_dot_v1_dot_inference__service__pb2.EmbedResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'redmux.v1.InferenceService', rpc_method_handlers)
@@ -93,10 +133,13 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    adapter that is loaded.
 
-    Requests with different adapters share the same forward passes; the tokens of a request do not
-    depend on what else is in its batch.
+    Requests with different adapters share the same forward passes; the result of a request does not
+    depend on what else is in its batch. Which calls there are depends on the kind of the model (see
+    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
+    are refused with FAILED_PRECONDITION.
     """
 
     @staticmethod
@@ -143,6 +186,60 @@ class InferenceService(object):
             '/redmux.v1.InferenceService/Complete',
             redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.SerializeToString,
             redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/redmux.v1.InferenceService/Classify',
+            redmux_dot_v1_dot_inference__service__pb2.ClassifyRequest.SerializeToString,
+            redmux_dot_v1_dot_inference__service__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/redmux.v1.InferenceService/Embed',
+            redmux_dot_v1_dot_inference__service__pb2.EmbedRequest.SerializeToString,
+            redmux_dot_v1_dot_inference__service__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,11 +57,46 @@ _InferenceServiceCompleteType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType]):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+_InferenceServiceClassifyType = typing_extensions.TypeVar(
+    '_InferenceServiceClassifyType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ClassifyRequest,
+        redmux.v1.inference_service_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ClassifyRequest,
+        redmux.v1.inference_service_pb2.ClassifyResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ClassifyRequest,
+        redmux.v1.inference_service_pb2.ClassifyResponse,
+    ],
+)
 
-    Requests with different adapters share the same forward passes; the tokens of a request do not
-    depend on what else is in its batch.
+_InferenceServiceEmbedType = typing_extensions.TypeVar(
+    '_InferenceServiceEmbedType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.EmbedRequest,
+        redmux.v1.inference_service_pb2.EmbedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.EmbedRequest,
+        redmux.v1.inference_service_pb2.EmbedResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.EmbedRequest,
+        redmux.v1.inference_service_pb2.EmbedResponse,
+    ],
+)
+
+class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType, _InferenceServiceClassifyType, _InferenceServiceEmbedType]):
+    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    adapter that is loaded.
+
+    Requests with different adapters share the same forward passes; the result of a request does not
+    depend on what else is in its batch. Which calls there are depends on the kind of the model (see
+    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
+    are refused with FAILED_PRECONDITION.
     """
 
     @typing.overload
@@ -73,6 +108,14 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
         grpc.UnaryUnaryMultiCallable[
             redmux.v1.inference_service_pb2.CompleteRequest,
             redmux.v1.inference_service_pb2.CompleteResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.ClassifyRequest,
+            redmux.v1.inference_service_pb2.ClassifyResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.EmbedRequest,
+            redmux.v1.inference_service_pb2.EmbedResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -86,6 +129,14 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             redmux.v1.inference_service_pb2.CompleteRequest,
             redmux.v1.inference_service_pb2.CompleteResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.ClassifyRequest,
+            redmux.v1.inference_service_pb2.ClassifyResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.EmbedRequest,
+            redmux.v1.inference_service_pb2.EmbedResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
@@ -93,6 +144,12 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Complete: _InferenceServiceCompleteType
     """Complete returns the whole completion in one message."""
+
+    Classify: _InferenceServiceClassifyType
+    """Classify applies the classification head that an adapter brings to each of some inputs."""
+
+    Embed: _InferenceServiceEmbedType
+    """Embed returns one vector for each of some inputs."""
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -103,13 +160,24 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
         redmux.v1.inference_service_pb2.CompleteRequest,
         redmux.v1.inference_service_pb2.CompleteResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ClassifyRequest,
+        redmux.v1.inference_service_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.EmbedRequest,
+        redmux.v1.inference_service_pb2.EmbedResponse,
+    ],
 ]
 
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    adapter that is loaded.
 
-    Requests with different adapters share the same forward passes; the tokens of a request do not
-    depend on what else is in its batch.
+    Requests with different adapters share the same forward passes; the result of a request does not
+    depend on what else is in its batch. Which calls there are depends on the kind of the model (see
+    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
+    are refused with FAILED_PRECONDITION.
     """
 
     @abc.abstractmethod
@@ -127,5 +195,21 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.inference_service_pb2.CompleteResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.CompleteResponse]]:
         """Complete returns the whole completion in one message."""
+
+    @abc.abstractmethod
+    def Classify(
+        self,
+        request: redmux.v1.inference_service_pb2.ClassifyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.inference_service_pb2.ClassifyResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.ClassifyResponse]]:
+        """Classify applies the classification head that an adapter brings to each of some inputs."""
+
+    @abc.abstractmethod
+    def Embed(
+        self,
+        request: redmux.v1.inference_service_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.inference_service_pb2.EmbedResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.EmbedResponse]]:
+        """Embed returns one vector for each of some inputs."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

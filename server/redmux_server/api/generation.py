@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from redmux.errors import RedmuxError, RequestCancelledError
@@ -142,14 +142,15 @@ class GenerationService:
         codec: TextCodec,
         validator: Validator,
         metrics: Metrics,
+        tokenizing: Executor,
     ) -> None:
+        """`tokenizing` has one thread, the only one that encodes with `codec`."""
         self._engine = engine
         self._registry = registry
         self._codec = codec
         self._validator = validator
         self._metrics = metrics
-        # One thread: tokenizing a long prompt must not hold up the event loop.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._tokenizing = tokenizing
 
     async def submit(
         self, spec: GenerationSpec, tenant: str
@@ -199,7 +200,3 @@ class GenerationService:
                 self._tokenizing, self._codec.encode_chat, prompt.messages, prompt_format
             )
         return prompt
-
-    def close(self) -> None:
-        """Ends the tokenizer thread."""
-        self._tokenizing.shutdown(wait=False)

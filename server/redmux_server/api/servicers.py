@@ -1,10 +1,10 @@
 """The gRPC services: protobuf in, protobuf out, nothing else."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-from redmux.errors import InvalidArgumentError
+from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux.v1 import adapter_service_pb2 as adapter_pb
 from redmux.v1 import admin_service_pb2 as admin_pb
 from redmux.v1 import inference_service_pb2 as inference_pb
@@ -13,8 +13,9 @@ from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.api.generation import Delta, Finish, GenerationService
 from redmux_server.api.interceptor import ApiKeys
-from redmux_server.api.validation import Chat, GenerationSpec, Prompt
-from redmux_server.engine.request import FinishReason
+from redmux_server.api.reading import ReadingService
+from redmux_server.api.validation import Chat, GenerationSpec, Prompt, ReadInput, TextPair
+from redmux_server.engine.request import FinishReason, Pooling
 from redmux_server.published import Published
 from redmux_server.registry import AdapterRegistry
 
@@ -24,13 +25,28 @@ _REASONS = {
     FinishReason.STOP: inference_pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb.FINISH_REASON_LENGTH,
 }
+_POOLINGS = {
+    inference_pb.POOLING_UNSPECIFIED: None,
+    inference_pb.POOLING_MEAN: Pooling.MEAN,
+    inference_pb.POOLING_CLS: Pooling.CLS,
+    inference_pb.POOLING_LAST: Pooling.LAST,
+}
+_PROBLEM_TYPES = {
+    "single_label_classification": inference_pb.PROBLEM_TYPE_SINGLE_LABEL,
+    "multi_label_classification": inference_pb.PROBLEM_TYPE_MULTI_LABEL,
+    "regression": inference_pb.PROBLEM_TYPE_REGRESSION,
+}
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """Text generation, streamed or whole."""
+    """Text generation, streamed or whole; classification and embedding."""
 
-    def __init__(self, service: GenerationService, keys: ApiKeys) -> None:
-        self._service = service
+    def __init__(
+        self, generation: GenerationService | None, reading: ReadingService, keys: ApiKeys
+    ) -> None:
+        """`generation` is None for a model that generates nothing."""
+        self._generation = generation
+        self._reading = reading
         self._keys = keys
 
     async def Generate(
@@ -41,7 +57,7 @@ class InferenceServicer(InferenceServiceServicer):
         It is the same message object every time, so read it before asking for the next.
         """
         spec = _spec(request.generation)
-        generation, published = await self._service.submit(spec, self._keys.tenant(context))
+        generation, published = await self._generates().submit(spec, self._keys.tenant(context))
         message = inference_pb.GenerateResponse(adapter=_applied(published))
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
@@ -58,7 +74,7 @@ class InferenceServicer(InferenceServiceServicer):
     ) -> inference_pb.CompleteResponse:
         """Returns the whole completion."""
         spec = _spec(request.generation)
-        generation, published = await self._service.submit(spec, self._keys.tenant(context))
+        generation, published = await self._generates().submit(spec, self._keys.tenant(context))
         whole = Delta()
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
@@ -74,6 +90,49 @@ class InferenceServicer(InferenceServiceServicer):
             adapter=_applied(published),
             finish=_finish(whole.finish),
         )
+
+    async def Classify(
+        self, request: inference_pb.ClassifyRequest, context: Any
+    ) -> inference_pb.ClassifyResponse:
+        """Returns what an adapter's head makes of each input."""
+        inputs = _inputs(request.inputs)
+        done = await self._reading.classify(inputs, request.adapter, self._keys.tenant(context))
+        return inference_pb.ClassifyResponse(
+            classifications=[
+                inference_pb.Classification(scores=scores, logits=logits)
+                for scores, logits in zip(done.scores, done.logits, strict=True)
+            ],
+            labels=done.head.labels,
+            problem_type=_PROBLEM_TYPES[done.head.problem_type],
+            adapter=_applied(done.published),
+            usage=inference_pb.Usage(prompt_tokens=done.num_tokens),
+        )
+
+    async def Embed(
+        self, request: inference_pb.EmbedRequest, context: Any
+    ) -> inference_pb.EmbedResponse:
+        """Returns a vector of each input."""
+        if request.pooling not in _POOLINGS:
+            raise InvalidArgumentError(f"pooling is {request.pooling}, which this server lacks")
+        done = await self._reading.embed(
+            _inputs(request.inputs),
+            request.adapter,
+            _POOLINGS[request.pooling],
+            request.normalize,
+            self._keys.tenant(context),
+        )
+        return inference_pb.EmbedResponse(
+            embeddings=[inference_pb.Embedding(values=vector) for vector in done.vectors],
+            adapter=_applied(done.published),
+            usage=inference_pb.Usage(prompt_tokens=done.num_tokens),
+        )
+
+    def _generates(self) -> GenerationService:
+        if self._generation is None:
+            raise FailedPreconditionError(
+                "the model is an encoder, which generates nothing; use Classify or Embed"
+            )
+        return self._generation
 
 
 class AdapterServicer(AdapterServiceServicer):
@@ -167,6 +226,21 @@ def _prompt(message: inference_pb.Generation) -> Prompt:
             raise InvalidArgumentError("chat has no messages; give at least one user message")
         return Chat(messages)
     raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
+
+
+def _inputs(messages: Iterable[inference_pb.Input]) -> list[ReadInput]:
+    return [_input(index, message) for index, message in enumerate(messages)]
+
+
+def _input(index: int, message: inference_pb.Input) -> ReadInput:
+    form = message.WhichOneof("form")
+    if form == "text":
+        return message.text
+    if form == "token_ids":
+        return list(message.token_ids.ids)
+    if form == "pair":
+        return TextPair(message.pair.first, message.pair.second)
+    raise InvalidArgumentError(f"inputs[{index}] is empty; set text, token_ids or pair")
 
 
 def _applied(published: Published | None) -> inference_pb.AppliedAdapter:

@@ -31,6 +31,17 @@ Prompt = str | list[int] | Chat
 
 
 @dataclass(frozen=True, slots=True)
+class TextPair:
+    """Two texts that are one input."""
+
+    first: str
+    second: str
+
+
+ReadInput = str | list[int] | TextPair
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationSpec:
     """What a caller asks for, as it came in; None is unset."""
 
@@ -71,6 +82,33 @@ class Validator:
             raise InvalidArgumentError(
                 f"prompt has {num_bytes} bytes; limit {self.max_prompt_bytes} for a context of "
                 f"{self.max_context} tokens"
+            )
+
+    def inputs(self, inputs: Sequence[ReadInput], limit: int) -> None:
+        """Checks the inputs of a reading before they are tokenized."""
+        if not inputs:
+            raise InvalidArgumentError("the request has no inputs; give at least one")
+        if len(inputs) > limit:
+            raise InvalidArgumentError(f"the request has {len(inputs)} inputs; limit {limit}")
+        for i, item in enumerate(inputs):
+            if isinstance(item, list):
+                self._token_ids(f"inputs[{i}].token_ids", item)
+                continue
+            texts = (item.first, item.second) if isinstance(item, TextPair) else (item,)
+            num_bytes = sum(map(_num_bytes, texts))
+            if num_bytes > self.max_prompt_bytes:
+                raise InvalidArgumentError(
+                    f"inputs[{i}] has {num_bytes} bytes; limit {self.max_prompt_bytes} for a "
+                    f"context of {self.max_context} tokens"
+                )
+
+    def input_ids(self, index: int, ids: Sequence[int]) -> None:
+        """Checks the tokens of an input: some, and no more than the context."""
+        if not ids:
+            raise InvalidArgumentError(f"inputs[{index}] is empty; give at least one token")
+        if len(ids) > self.max_context:
+            raise InvalidArgumentError(
+                f"inputs[{index}] has {len(ids)} tokens; limit {self.max_context}"
             )
 
     def sampling(self, spec: GenerationSpec) -> SamplingParams:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from redmux.errors import (
@@ -19,7 +20,8 @@ from redmux.errors import (
     UnavailableError,
 )
 from redmux_server.engine.bank import AdapterBank
-from redmux_server.engine.request import Event, Failed, Finished, Request, Token, Work
+from redmux_server.engine.reading import Reader
+from redmux_server.engine.request import Event, Failed, Finished, Read, Request, Token, Work
 from redmux_server.engine.sampling import NonFinite, sample
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
@@ -37,6 +39,9 @@ class Runner(Protocol):
 
     def forward(self, work: Sequence[Work]) -> Tensor:
         """Computes a step and returns [n, vocab] logits, a row per work item that samples."""
+
+    def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
+        """Computes a step and returns the last hidden states [count, hidden] of each work item."""
 
 
 @dataclass(slots=True)
@@ -62,13 +67,18 @@ class Engine:
         metrics: Metrics,
         *,
         max_open: int,
+        reader: Reader | None = None,
     ) -> None:
-        """`max_open` bounds the requests that wait or run."""
+        """`max_open` bounds the requests that wait or run.
+
+        `reader` applies the heads of adapters, where the model has any.
+        """
         self._runner = runner
         self._scheduler = scheduler
         self._bank = bank
         self._metrics = metrics
-        self._max_open = max_open
+        self._reader = reader or Reader()
+        self.max_open = max_open
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,23 +115,24 @@ class Engine:
             bool(self._open) and time.monotonic() - self.last_step_s > limit_s
         )
 
-    def submit(self, request: Request) -> None:
-        """Accepts a request: from here on its sink gets exactly one ending.
+    def submit(self, *requests: Request) -> None:
+        """Accepts requests, all or none: from here on each one's sink gets exactly one ending.
 
         Raises ResourceExhaustedError if the queue is full and UnavailableError while draining.
         """
         if self._is_draining or self.died.is_set():
             raise UnavailableError("the server is shutting down")
-        if len(self._open) >= self._max_open:
+        if len(self._open) + len(requests) > self.max_open:
             raise ResourceExhaustedError(
-                f"{len(self._open)} requests are open, the limit is {self._max_open}; "
+                f"{len(self._open)} requests are open, the limit is {self.max_open}; "
                 f"try again in {_RETRY_AFTER_S} s",
                 retry_after_s=_RETRY_AFTER_S,
             )
         if not self._open:
             self.last_step_s = time.monotonic()
-        self._open[request] = _Stamps(time.monotonic())
-        self._inbox.put(request)
+        for request in requests:
+            self._open[request] = _Stamps(time.monotonic())
+            self._inbox.put(request)
 
     def end(self, request: Request, event: Finished | Failed) -> None:
         """Ends a request with this event; the next step leaves it out.
@@ -240,20 +251,39 @@ class Engine:
                     self._metrics.adapter_load_s.observe(time.monotonic() - started_s)
 
     def _compute(self, work: Sequence[Work]) -> None:
+        generating = [item for item in work if item.request.reading is None]
+        reading = [item for item in work if item.request.reading is not None]
         try:
-            logits = self._runner.forward(work)
-            drawn = sample(logits, [item.request for item in work if item.samples])
+            results = {**self._draw(generating), **self._read(reading)}
         except Exception as err:
             self._recover(work, err)
             return
-        results = iter(drawn)
         for item in work:
-            is_sampled = item.samples
             item.request.num_computed += item.count
-            if is_sampled:
-                self._append(item.request, next(results))
+            if item in results:
+                self._append(item.request, results[item])
 
-    def _append(self, request: Request, result: Token | NonFinite) -> None:
+    def _draw(self, work: Sequence[Work]) -> dict[Work, Token | NonFinite]:
+        if not work:
+            return {}
+        ends = [item for item in work if item.samples]
+        drawn = sample(self._runner.forward(work), [item.request for item in ends])
+        return dict(zip(ends, drawn, strict=True))
+
+    def _read(self, work: Sequence[Work]) -> dict[Work, Read | NonFinite]:
+        if not work:
+            return {}
+        states = dict(zip(work, self._runner.hidden(work), strict=True))
+        ends = [item for item in work if item.samples]
+        read = self._reader.read(
+            [item.request for item in ends],
+            [torch.cat([*item.request.states, states[item]]) for item in ends],
+        )
+        for item, part in states.items():  # nothing can fail any more
+            item.request.states = [] if item.samples else [*item.request.states, part]
+        return dict(zip(ends, read, strict=True))
+
+    def _append(self, request: Request, result: Token | Read | NonFinite) -> None:
         if isinstance(result, NonFinite):
             name = "the base model" if request.adapter is None else request.adapter.digest
             self._fail(
@@ -262,6 +292,9 @@ class Engine:
                     f"{name} produced a value that is not finite for this prompt"
                 ),
             )
+            return
+        if isinstance(result, Read):
+            self._end(request, result)
             return
         request.token_ids.append(result.token_id)
         self._events.append((request, result))

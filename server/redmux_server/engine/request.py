@@ -1,13 +1,15 @@
-"""Request: one generation, from its acceptance to its one end."""
+"""Request: one generation or one reading, from its acceptance to its one end."""
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from redmux.errors import RedmuxError
 
-if TYPE_CHECKING:  # it would bring torch into the scheduler
+if TYPE_CHECKING:  # they would bring torch into the scheduler
+    from torch import Tensor
+
     from redmux_adapters import Adapter
 
 
@@ -28,6 +30,26 @@ class SamplingParams:
     seed: int = 0
 
 
+class Pooling(enum.Enum):
+    """Which hidden states of a prompt become its one vector."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first token
+    LAST = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is read off the hidden states of a prompt, where nothing is generated.
+
+    `pooling` None is what the head of the request's adapter makes of them: its logits.
+    """
+
+    pooling: Pooling | None
+    normalize: bool = False  # scale the vector to length 1
+    type_ids: Sequence[int] | None = None  # one per token where a prompt has two parts
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """One generated token; `logprob` is None unless it was asked for."""
@@ -44,13 +66,20 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """The request ended with what was to be read: a vector, or the logits of a head."""
+
+    values: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The request ended with an error; a cancelled one with RequestCancelledError."""
 
     error: RedmuxError
 
 
-Event = Token | Finished | Failed
+Event = Token | Finished | Read | Failed
 
 
 @dataclass(eq=False, slots=True)
@@ -69,6 +98,7 @@ class Request:
     adapter: "Adapter | None"  # pinned: replacing or deleting its name changes nothing here
     logprobs: bool
     sink: Callable[[Event], None]  # called on the event loop, in order; its last is no Token
+    reading: Reading | None = None  # where nothing is generated: max_tokens is 0 then
     # ---------------------------------------------------------------------------------------
     early_end: Finished | Failed | None = None  # how its reader has ended it
     token_ids: list[int] = field(default_factory=list)  # prompt and output
@@ -77,6 +107,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
     slot: int | None = None  # row of the adapter bank while running
+    states: list["Tensor"] = field(default_factory=list)  # of a reading, [tokens, hidden] a step
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
@@ -112,5 +143,5 @@ class Work:
 
     @property
     def samples(self) -> bool:
-        """Whether this work ends at the newest token, so that the next one is drawn."""
+        """Whether this work ends at the newest token, so that it draws or reads."""
         return self.request.num_computed + self.count == len(self.request.token_ids)

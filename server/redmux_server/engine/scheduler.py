@@ -26,14 +26,19 @@ class Scheduler:
         max_running: int,
         max_batch_tokens: int,
         prefix_cache: bool = True,
+        whole_prompts: bool = False,
     ) -> None:
-        """`max_batch_tokens` bounds the tokens of one step, and so how long it takes."""
+        """`max_batch_tokens` bounds the tokens of one step, and so how long it takes.
+
+        With `whole_prompts` no prompt is cut; each has to fit into a step then.
+        """
         if max_batch_tokens < max_running:
             raise ValueError("max_batch_tokens must be at least max_running: decodes go first")
         self._blocks = blocks
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
         self._prefix_cache = prefix_cache
+        self._whole_prompts = whole_prompts
         self.num_cached_tokens = 0  # found in the cache at admissions so far
         self.running: list[Request] = []
         self._waiting: dict[str, deque[Request]] = {}
@@ -111,7 +116,7 @@ class Scheduler:
                 work.append(self._prefill(request, budget))
                 budget -= work[-1].count
         while budget and len(self.running) < self._max_running:
-            admitted = self._admit()
+            admitted = self._admit(budget)
             if admitted is None:
                 break
             work.append(self._prefill(admitted, budget))
@@ -126,11 +131,13 @@ class Scheduler:
         self._served[request.tenant] += count
         return Work(request, count)
 
-    def _admit(self) -> Request | None:
+    def _admit(self, budget: int) -> Request | None:
         if not self._waiting:
             return None
         tenant = min(self._waiting, key=self._served.__getitem__)
         request = self._waiting[tenant][0]
+        if self._whole_prompts and len(request.prompt_ids) > budget:
+            return None
         found = self._find_prefix(request)
         blocks = self._blocks.allocate(request.max_length, found)
         if blocks is None:  # wait for it rather than let smaller requests starve it
@@ -146,8 +153,10 @@ class Scheduler:
     def _find_prefix(self, request: Request) -> list[int]:
         """Returns the cached blocks that the prompt begins with, but for its last token.
 
-        That one is always computed: its logits are needed.
+        That one is always computed: its logits are needed. Of a reading, every token is.
         """
+        if request.reading is not None:
+            return []
         self._extend_keys(request, len(request.prompt_ids))
         num_usable = (len(request.prompt_ids) - 1) // self._blocks.block_size
         return self._blocks.find(request.block_keys[:num_usable])

@@ -65,7 +65,7 @@ class Step(NamedTuple):
     row_of: Array  # int32 [tokens]
     starts: Array  # int64 [layers, sites], -1 for a site that nobody edits
     last: Array  # int64, the rows that go to the head
-    logits: Array  # [len(last), vocab], filled
+    logits: Array  # [len(last), vocab], filled; [0, vocab] leaves the head out
 
 
 class Room(NamedTuple):
@@ -164,15 +164,18 @@ def _walk(counters, thread, step, model, linears, room):
             counters[first + 5 : first + _PHASES_PER_LAYER], thread, step, x, attended, steps,
             row_of, model, linears, room, layer, sums,
         )  # fmt: skip
-    multiply_some(
-        counters[len(counters) - 1], thread, room.narrow_h[: len(x)], room.steps, linears,
-        num_layers * LINEARS_PER_LAYER, step.logits, sums,
-    )  # fmt: skip
+    if len(step.logits):
+        multiply_some(
+            counters[len(counters) - 1], thread, room.narrow_h[: len(x)], room.steps, linears,
+            num_layers * LINEARS_PER_LAYER, step.logits, sums,
+        )  # fmt: skip
 
 
 @njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
 def run(num_threads, step, model, linears, room):
-    """Fills step.logits; keys and values of the step's tokens are in the cache then.
+    """Fills step.logits, and room.h with the normed states of the rows that go to the head.
+
+    Keys and values of the step's tokens are in the cache then.
 
     `linears` has LINEARS_PER_LAYER products for each layer, then the head.
     """

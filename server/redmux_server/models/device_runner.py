@@ -90,16 +90,32 @@ class DeviceRunner(CausalRunner):
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
         """See CausalRunner.forward."""
-        try:
-            self.prepare()
-        except RuntimeError:
-            logger.exception("capturing CUDA graphs failed; steps are launched eagerly from now on")
+        self._prepare_or_go_on()
         if self._decode is not None and self._decode.fits(len(work)) and _is_decode(work):
             return self._replay(self._decode, [item.request for item in work])
         step = self._host_step(work)
         tensors = self._tensors(step)
         self.cache.attention.plan(tensors.paged)
         return self._compute(tensors)[: len(step.last)]
+
+    @torch.inference_mode()
+    def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
+        """See CausalRunner.hidden; always launched eagerly."""
+        self._prepare_or_go_on()
+        step = self._tensors(self._host_step(work))
+        self.cache.attention.plan(step.paged)
+        rows = TableRows(self._bank.table, step.rows, self._edit)
+        with self.cache.use(step.paged), self._editing.step(rows):
+            states: Tensor = self.model.base_model(
+                input_ids=step.ids[None], position_ids=step.positions[None], use_cache=False
+            ).last_hidden_state[0]
+        return torch.split(states, [item.count for item in work])
+
+    def _prepare_or_go_on(self) -> None:
+        try:
+            self.prepare()
+        except RuntimeError:
+            logger.exception("capturing CUDA graphs failed; steps are launched eagerly from now on")
 
     def _replay(self, decode: GraphedDecode, requests: list[Request]) -> Tensor:
         # A request's blocks are its own from admission to its end: the table is made anew only

@@ -76,6 +76,24 @@ class FusedDecoder:
         edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
+        logits = torch.empty(len(last), self._packing.shapes[-1][0])
+        self._pass(ids, positions, last, edits, layout, logits)
+        return logits
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """See `Decoder`."""
+        no_logits = torch.empty(0, self._packing.shapes[-1][0])
+        self._pass(ids, positions, last, edits, layout, no_logits)
+        return torch.from_numpy(self._room.h[: len(last)].copy())
+
+    def _pass(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns], logits: Tensor,
+    ) -> None:  # fmt: skip
+        """Leaves the last hidden states in the room, and fills `logits` if it has rows."""
         index = self._cache.index
         assert index is not None, "the cache's step is not entered"
         x: Tensor = self._embed(ids)
@@ -89,14 +107,12 @@ class FusedDecoder:
             starts = self._placed(layout)
         if len(ids) > len(self._room.h):
             self._room = self._new_room(len(ids))
-        logits = torch.empty(len(last), self._packing.shapes[-1][0])
         step = Step(
             x.numpy(), cos.numpy().reshape(-1), sin.numpy().reshape(-1),
             index.places, index.table, index.tiles, rows, row_of, starts,
             last.numpy(), logits.numpy(),
         )  # fmt: skip
         run(numba.get_num_threads(), step, self._model, self._packing.packed, self._room)
-        return logits
 
     def _placed(self, layout: Mapping[str, SiteColumns]) -> Array:
         """Returns where each layer's sites lie in the rows, looked up when they changed."""

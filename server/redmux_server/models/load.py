@@ -51,6 +51,7 @@ class BaseModel:
     fingerprint: str
     architecture: str
     sites: Mapping[str, int]  # editable module path -> output size
+    hidden_size: int
     vocab_size: int
     max_context: int
     num_blocks: int
@@ -95,6 +96,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         fingerprint=identity,
         architecture=model.config.architectures[0],
         sites=sites,
+        hidden_size=model.config.get_text_config().hidden_size,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         max_context=parts.max_context,
         num_blocks=parts.runner.cache.num_blocks,

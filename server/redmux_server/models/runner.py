@@ -1,6 +1,6 @@
 """CausalRunner: one forward pass of a causal language model over a packed, ragged step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numba
@@ -28,6 +28,12 @@ class Decoder(Protocol):
         `edits` are the adapters of the step, None for the base model alone; `layout` tells where
         each site lies in their rows.
         """
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """Returns what the logits are made of: the last hidden states [len(last), hidden]."""
 
     def forget_sites(self) -> None:
         """Makes sites that were edited so far cost nothing until they are edited again."""
@@ -61,6 +67,20 @@ class TransformersDecoder:
                 logits_to_keep=last,
             ).logits[0]  # fmt: skip
         return logits
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """See `Decoder`."""
+        assert not isinstance(edits, OwnedRows), "hooks take gathered rows"
+        if edits is not None:
+            self.editing.install(layout)
+        with self.editing.step(edits):
+            states: Tensor = self._model.base_model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False
+            ).last_hidden_state[0]
+        return states[last]
 
 
 class CausalRunner:
@@ -97,6 +117,18 @@ class CausalRunner:
 
         Decodes must come first in `work`. Every request holds its cache blocks and bank slot.
         """
+        return self._run(work, self._decoder)
+
+    @torch.inference_mode()
+    def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
+        """Computes the step and returns the last hidden states [count, hidden] of each item."""
+        states = self._run(work, self._decoder.hidden, wants_all=True)
+        return torch.split(states, [item.count for item in work])
+
+    def _run(
+        self, work: Sequence[Work], compute: Callable[..., Tensor], wants_all: bool = False
+    ) -> Tensor:
+        """Returns a row of each work item that samples, or with `wants_all` of each token."""
         segments: list[Segment] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -106,7 +138,9 @@ class CausalRunner:
             segments.append(Segment(len(ids), item.count, first, r.blocks))
             ids += r.token_ids[first : first + item.count]
             positions += range(first, first + item.count)
-            if item.samples:
+            if wants_all:
+                last += range(len(ids) - item.count, len(ids))
+            elif item.samples:
                 last.append(len(ids) - 1)
         # One row at least: an empty selection is not what every model expects.
         tokens, places, kept = (
@@ -114,8 +148,8 @@ class CausalRunner:
         )
         with self.cache.step(segments):
             edits = self._rows(work, segments)
-            logits = self._decoder(tokens, places, kept, edits, self._bank.layout)
-        return logits[: len(last)]
+            rows = compute(tokens, places, kept, edits, self._bank.layout)
+        return rows[: len(last)]
 
     def _rows(
         self, work: Sequence[Work], segments: Sequence[Segment]

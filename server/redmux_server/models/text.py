@@ -25,6 +25,14 @@ class TextCodec:
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int] | None]:
+        """Returns the ids of two texts in one input, and of each token whose part it belongs to.
+
+        The latter is None for a model that does not tell parts apart.
+        """
+        encoded = self._tokenizer(first, second)
+        return encoded["input_ids"], encoded.get("token_type_ids")
+
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], prompt_format: PromptFormat | None
     ) -> list[int]:

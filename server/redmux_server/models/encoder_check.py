@@ -1,0 +1,137 @@
+"""Prove at start that packed sequences give what the plain encoder gives, alone and mixed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redmux.errors import FailedPreconditionError
+from redmux_adapters import Adapter, Edit, Head, HeadConfig
+from redmux_server.device import Choices
+from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.reading import Reader
+from redmux_server.engine.request import Pooling, Read, Reading, Request, SamplingParams, Work
+from redmux_server.models.encoder_runner import EncoderRunner
+from redmux_server.models.heads import Heads
+
+_LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
+# Largest difference to the plain model, relative to the largest hidden state.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The check's prompts and their last hidden states [tokens, hidden] of the plain model."""
+
+    prompts: Sequence[list[int]]
+    states: Sequence[Tensor]
+
+
+@torch.inference_mode()
+def reference(model: Any, max_context: int) -> Reference:
+    """Runs the prompts one by one through the model as transformers loaded it."""
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.get_input_embeddings().num_embeddings
+    prompts = [
+        torch.randint(vocab, (min(n, max_context),), generator=generator).tolist() for n in _LENGTHS
+    ]
+    states = [
+        model(input_ids=torch.tensor([prompt], device=model.device)).last_hidden_state[0]
+        for prompt in prompts
+    ]
+    return Reference(prompts, states)
+
+
+class EncoderCheck:
+    """Runs the reference's prompts through the engine's own path, alone and mixed."""
+
+    def __init__(
+        self,
+        make_runner: Callable[[AdapterBank], EncoderRunner],
+        heads: Heads,
+        sites: Mapping[str, int],
+        choices: Choices,
+    ) -> None:
+        """`sites` are the modules that the check's random adapters edit."""
+        self._bank = AdapterBank(
+            sites, device=choices.device, dtype=choices.dtype, max_bytes=0,
+            min_slots=len(_LENGTHS) + 1,
+        )  # fmt: skip
+        self._runner = make_runner(self._bank)
+        self._runner.enter_thread()
+        self._reader = Reader(heads)
+        self._sites = sites
+        self._dtype = choices.dtype
+
+    def close(self) -> None:
+        """Makes the model forget the check's adapters."""
+        self._runner.forget_sites()
+
+    def compare(self, expected: Reference) -> float:
+        """Returns the largest difference of one packed step to the plain model.
+
+        It is relative to the largest hidden state. Raises FailedPreconditionError if it is too
+        large for equal weights in the model's dtype.
+        """
+        works = [self._work(prompt, None) for prompt in expected.prompts]
+        largest = 0.0
+        for got, want in zip(self._runner.hidden(works), expected.states, strict=True):
+            error = float((got - want).abs().max() / want.abs().max())
+            largest = max(largest, error)
+            if not error < _TOLERANCE[self._dtype]:
+                raise FailedPreconditionError(
+                    f"packed sequences differ from the plain model by {error:.1e} relative to the "
+                    f"largest hidden state (allowed: {_TOLERANCE[self._dtype]:g}): this "
+                    f"architecture cannot be served"
+                )
+        return largest
+
+    def is_bit_identical(self, expected: Reference, hidden_size: int) -> bool:
+        """Whether vectors and logits have the same bits alone and mixed with other adapters."""
+        works = [
+            self._work(prompt, _random_adapter(self._sites, hidden_size, seed))
+            for seed, prompt in enumerate(expected.prompts)
+        ]
+        return all(
+            [values for work in works for values in self._read([work], pooling)]
+            == self._read(works, pooling)
+            for pooling in (Pooling.MEAN, None)
+        )
+
+    def _work(self, prompt: list[int], adapter: Adapter | None) -> Work:
+        request = Request(
+            prompt_ids=prompt, max_tokens=0, sampling=SamplingParams(), stop_token_ids=frozenset(),
+            tenant="", adapter=adapter, logprobs=False, sink=lambda event: None,
+            reading=Reading(None),
+        )  # fmt: skip
+        if adapter is not None:
+            request.slot = self._bank.acquire(adapter.digest, adapter.edits)
+        return Work(request, len(prompt))
+
+    def _read(self, works: Sequence[Work], pooling: Pooling | None) -> list[Sequence[float]]:
+        requests = [work.request for work in works]
+        for request in requests:
+            request.reading = Reading(pooling)
+        read = self._reader.read(requests, self._runner.hidden(works))
+        return [result.values if isinstance(result, Read) else () for result in read]
+
+
+def _random_adapter(sites: Mapping[str, int], hidden_size: int, seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    edits = {site: Edit(1 + 0.3 * randn(dim), 0.1 * randn(dim)) for site, dim in sites.items()}
+    # Two numbers of labels, so that some of the check's heads share a product.
+    labels = [str(i) for i in range(2 + seed % 2)]
+    tensors = {
+        "dense.weight": randn(hidden_size, hidden_size) / hidden_size**0.5,
+        "dense.bias": randn(hidden_size),
+        "out_proj.weight": randn(len(labels), hidden_size) / hidden_size**0.5,
+        "out_proj.bias": randn(len(labels)),
+    }
+    head = Head(HeadConfig("roberta", labels, "single_label_classification"), tensors)
+    return Adapter(base_fingerprint="self-check", edits=edits, head=head)
