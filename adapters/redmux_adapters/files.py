@@ -270,7 +270,7 @@ def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> N
     expected = expected_sites.get(site)
     if expected is None and any(path.startswith(f"{site}.") for path in expected_sites):
         raise InvalidAdapterError(
-            f"{shown(site)} is a block of modules; only the outputs of single linear modules can be "
+            f"{shown(site)} is a block of modules; only outputs of single linear modules can be "
             "edited here, such as those inside it"
         )
     if expected is None:
