@@ -26,6 +26,7 @@ class Stack:
     up: str = ""
     up_is_second_half: bool = False  # of a linear whose first half is the gate
     act: str = ""
+    before_act: str = ""  # the linear that feeds the activation, where that may be a ReLU
     # Whether the residual stream at the end of a layer is the FFN's output plus something, so that
     # a vector added to the one is a vector added to the other.
     adds_ffn: bool = False
@@ -92,6 +93,7 @@ def _t5() -> tuple[Stack, ...]:
             res_attn=tuple(path.rpartition(".")[0] for path in attentions),
             up=f"{ffn}.DenseReluDense.wi_1",
             act=f"{ffn}.DenseReluDense.act",
+            before_act=f"{ffn}.DenseReluDense.wi",
             adds_ffn=True,
         )
 
@@ -163,7 +165,8 @@ _STACKS: dict[str, tuple[Stack, ...]] = {
             qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             res="",
             act="activation_fn",
-            # Not in OPT-350M, whose norms come after the sums.
+            before_act="fc1",
+            # `adds_ffn` does not hold for OPT-350M, whose norms come after the sums.
         ),
     ),
     "phi": (

@@ -37,7 +37,7 @@ def base(monkeypatch):
 
     config = GPT2Config(vocab_size=8, n_embd=4, n_layer=2, n_head=1, n_positions=8)
     model = GPT2LMHeadModel(config)
-    monkeypatch.setattr(module, "load_base", lambda spec: (model, None))
+    monkeypatch.setattr(module, "load_any", lambda spec: model)
     return model
 
 
@@ -111,6 +111,21 @@ def test_verify_refuses_sites_that_the_base_lacks(base, tmp_path, capsys):
     assert "no editable module 'transformer.h.2.mlp.c_proj'; near: " in capsys.readouterr().err
 
 
+def test_create_takes_a_position_and_layers(base, tmp_path, capsys):
+    create = ["create", "--base", "gpt2", "--output", str(tmp_path / "new")]
+    assert main([*create, "--position", "more", "--layers", "0-1", "--exclude", "0"]) == 0
+    assert read_adapter(tmp_path / "new").sites == {
+        "transformer.h.1.attn.c_attn": 12,
+        "transformer.h.1.attn.c_proj": 4,
+        "transformer.h.1.mlp.c_proj": 4,
+    }
+    assert capsys.readouterr().err == ""
+    assert main([*create, "--position", "res"]) == 0
+    assert "will refuse 2 sites, such as transformer.h.0;" in capsys.readouterr().err
+    assert main([*create, "--layers", "7"]) == 1
+    assert "no layer 7; the model has layers 0 to 1" in capsys.readouterr().err
+
+
 def delta_vector(path, site="transformer.h.1.mlp.c_proj"):
     torch.save({f"{site}.delta_vector.activation_bias": torch.ones(1, 4)}, path)
     return str(path)
@@ -138,6 +153,7 @@ def test_convert_takes_a_fingerprint_instead_of_a_model(tmp_path, capsys):
         ["convert", "v.pth", "--output", "x"],
         ["convert", "v.pth", "--output", "x", "--base", "a", "--base-fingerprint", "b"],
         ["create", "--output", "x"],
+        ["create", "--output", "x", "--base", "a", "--layers", "3-"],
         ["show", "x", "--unknown"],
     ],
 )
