@@ -20,6 +20,16 @@ def load_any(spec: str) -> Any:
     return load_base(spec)[0]
 
 
+def load_tokenizer(spec: str) -> Any:
+    """Returns the tokenizer of `spec`; raises InvalidArgumentError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(resolve(spec), trust_remote_code=False)
+    except (OSError, ValueError) as err:
+        raise InvalidArgumentError(f"cannot load the tokenizer of {spec!r}: {err}") from err
+
+
 def _is_encoder_decoder(spec: str) -> bool:
     from transformers import AutoConfig
 

@@ -4,20 +4,19 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from redmux.errors import RedmuxError
 
 from .adapter import Adapter, check_base
-from .any_base import load_any
+from .any_base import load_any, load_tokenizer
 from .config import AdapterMetadata
 from .files import check_sites, read_adapter
 from .fingerprint import fingerprint
 from .head import PROBLEM_TYPES
+from .show import describe, plot, table
 from .sites import POSITIONS, addressable_sites, editable_sites, red_sites
 
 
@@ -77,9 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--base", metavar="MODEL", help="the base model it has to fit")
     verify.set_defaults(run=_verify)
 
+    fold = commands.add_parser(
+        "fold", help="write the base model with an adapter in its weights, for plain transformers"
+    )
+    fold.add_argument("path", help="adapter folder or safetensors file")
+    fold.add_argument("--base", required=True, metavar="MODEL", help="the base model")
+    fold.add_argument("--output", required=True, metavar="FOLDER", help="where to write the model")
+    fold.set_defaults(run=_fold)
+
     show = commands.add_parser("show", help="print what an adapter holds")
     show.add_argument("path", help="adapter folder or safetensors file")
     show.add_argument("--json", action="store_true", help="print JSON")
+    show.add_argument(
+        "--plot", metavar="FILE.png", help="draw the norms per layer (needs redmux[plot])"
+    )
     show.set_defaults(run=_show)
     return parser
 
@@ -128,9 +138,22 @@ def _verify(arguments: argparse.Namespace) -> None:
         _warn_of_blocks(adapter, model)
 
 
+def _fold(arguments: argparse.Namespace) -> None:
+    from .fold import fold
+
+    adapter = read_adapter(arguments.path)
+    model = fold(adapter, load_any(arguments.base))
+    model.save_pretrained(arguments.output)
+    load_tokenizer(arguments.base).save_pretrained(arguments.output)
+    print(f"{type(model).__name__} with {_summary(adapter)}")
+
+
 def _show(arguments: argparse.Namespace) -> None:
     adapter = read_adapter(arguments.path)
-    description = _describe(adapter, Path(arguments.path).resolve().stem)
+    name = Path(arguments.path).resolve().stem
+    if arguments.plot is not None:
+        plot(adapter, name, Path(arguments.plot))
+    description = describe(adapter, name)
     if arguments.json:
         print(json.dumps(description, indent=2))
         return
@@ -141,19 +164,7 @@ def _show(arguments: argparse.Namespace) -> None:
             text = value if isinstance(value, str) else json.dumps(value)
             print(f"{key:24}{' '.join(text.split())}")
     print()
-    _print_table(
-        [
-            ("site", "size", "scale from", "to", "bias from", "to"),
-            *(
-                (
-                    site["path"],
-                    str(site["size"]),
-                    *(f"{x:.5g}" for x in site["scale"] + site["bias"]),
-                )
-                for site in sorted(sites, key=_in_order_of_layers)
-            ),
-        ]
-    )
+    _print_table(table(sites))
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -161,34 +172,6 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     for first, *others in rows:
         cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
         print(f"{first:{widths[0]}}", *cells, sep="  ")
-
-
-def _in_order_of_layers(site: dict[str, Any]) -> list[tuple[int, str]]:
-    """Returns a key that sorts layer 10 after layer 9."""
-    parts = site["path"].split(".")
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
-
-
-def _describe(adapter: Adapter, name: str) -> dict[str, Any]:
-    prompt_format = adapter.prompt_format
-    return {
-        "name": name,
-        "digest": adapter.digest,
-        "base_fingerprint": adapter.base_fingerprint,
-        "num_parameters": adapter.num_parameters,
-        "size_bytes": adapter.nbytes,
-        "prompt_format": None if prompt_format is None else prompt_format.to_json(),
-        "metadata": asdict(adapter.metadata),
-        "sites": [
-            {
-                "path": path,
-                "size": edit.dim,
-                "scale": [edit.scale.min().item(), edit.scale.max().item()],
-                "bias": [edit.bias.min().item(), edit.bias.max().item()],
-            }
-            for path, edit in adapter.edits.items()
-        ],
-    }
 
 
 def _summary(adapter: Adapter) -> str:
