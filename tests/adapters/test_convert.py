@@ -261,6 +261,10 @@ def test_many_views_of_one_storage_are_not_multiplied(tmp_path):
             "'m.bias' occurs twice, under different prefixes",
         ),
         ({"base_model.model.m.lora_A.weight": torch.ones(2, 4)}, "LoRA adds a product of matrices"),
+        (
+            {"classifier.weight": torch.ones(2, 4), "classifier.bias": torch.ones(2)},
+            "a classification head alone; convert the delta_vector.pth",
+        ),
         ({"prompt_embeddings": torch.ones(2, 4)}, "prompt tuning puts tokens before the prompt"),
     ],
 )

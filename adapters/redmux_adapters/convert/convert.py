@@ -13,7 +13,7 @@ from redmux.errors import InvalidAdapterError
 from ..adapter import Adapter, Edit
 from ..config import AdapterMetadata
 from ..files import check_sites
-from ..head import Head
+from ..head import KINDS, Head
 from ..prompt import PromptFormat
 from ..sites import addressable_sites
 from ..strictjson import shown
@@ -145,6 +145,11 @@ def _is_red(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _why_not(tensors: Mapping[str, Tensor]) -> str:
+    if any(set(tensors) == set(names) for names in KINDS.values()):
+        return (
+            "the file is a classification head alone; convert the delta_vector.pth that lies "
+            "beside it"
+        )
     for name in tensors:
         for mark, reason in _OTHER_METHODS.items():
             if mark in name:
