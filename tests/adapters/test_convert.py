@@ -73,13 +73,12 @@ def model_of(model_type):
     ("name", "model_type", "position", "parameters", "millions"), OFFICIAL_FILES
 )
 def test_official_files_become_adapters_of_their_base_models(
-    name, model_type, position, parameters, millions, tmp_path, monkeypatch
+    name, model_type, position, parameters, millions
 ):
     path = official(name)
-    (tmp_path / "torch.py").write_text("raise SystemExit('modules of the working folder ran')")
-    monkeypatch.chdir(tmp_path)
     model = model_of(model_type)
-    adapter, kind = convert(path.parent, Target(f"{model_type}-1x1-0", model))
+    target = Target(f"{model_type}-1x1-0", model)
+    adapter, kind = convert_tensors(read_tensors(str(path)), target)
     assert kind == "RED vectors of the authors' code"
     assert adapter.sites == dict(sorted(red_sites(model, position).items()))
     assert adapter.num_parameters == parameters
@@ -88,12 +87,13 @@ def test_official_files_become_adapters_of_their_base_models(
     for site, edit in adapter.edits.items():
         assert torch.equal(edit.scale, original[site + SCALE][0].float())
         assert torch.equal(edit.bias, original[site + BIAS][0].float())
-    assert (adapter.head is not None) == (model_type == "roberta")
 
 
-def test_official_head_comes_along():
-    path = official("roberta-base-qnli")
-    head = adapter_of(path, labels=["entailment", "not_entailment"]).head
+def test_official_heads_come_along(tmp_path, monkeypatch):
+    path = official("roberta-base-qnli-redpp")
+    (tmp_path / "torch.py").write_text("raise SystemExit('modules of the working folder ran')")
+    monkeypatch.chdir(tmp_path)
+    head = adapter_of(path.parent, labels=["entailment", "not_entailment"]).head
     original = torch.load(path.with_name("classifier.pth"), map_location="cpu", weights_only=True)
     assert head.config.kind == "roberta"
     assert head.config.labels == ("entailment", "not_entailment")

@@ -23,8 +23,10 @@ CONFIGS = {
     "llama": GROUPED,
     "mistral": GROUPED,
     "mpnet": SIZES,
+    "olmo2": GROUPED,
     "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32},
     "phi": SIZES,
+    "phi3": {**SIZES, "pad_token_id": 0},
     "qwen2": GROUPED,
     "qwen3": GROUPED,
     "roberta": {**SIZES, "type_vocab_size": 1},
@@ -100,7 +102,7 @@ def check_folded(model_type, adapter, folder):
         *((name, "more") for name in ("gpt2", "gpt_neox", "granite", "llama", "opt", "phi")),
         ("llama", "ffn"),
         ("llama", "attn"),
-        ("qwen3", "attn"),
+        *((name, "attn") for name in ("gemma", "olmo2", "qwen3")),
         ("smollm3", "more"),
     ],
 )
@@ -133,7 +135,7 @@ def test_norms_and_activations_fold(model_type, tmp_path):
     [
         ("mistral", "ffn", r"'model\.layers\.0\.mlp\.down_proj' can have no bias in the 'mistral'"),
         ("qwen2", "attn", "can have no bias in the 'qwen2' models of transformers"),
-        ("qwen3", "ffn", "can have no bias"),
+        *((name, "ffn", "can have no bias") for name in ("gemma", "olmo2", "phi3", "qwen3")),
         ("t5", "ffn", "can have no bias"),
         ("llama", "res", r"'model\.layers\.0' puts out the residual stream itself"),
     ],
