@@ -49,10 +49,11 @@ def fold(adapter: Adapter, model: Any) -> Any:
     check_base(adapter, fingerprint(model))
     check_sites(adapter.sites, addressable_sites(model))
     modules = dict(model.named_modules())
-    steps = [step for site, edit in adapter.edits.items() for step in _steps(model, site, edit)]
+    # A module acts before the block around it, which has the shorter path.
+    sites = sorted(adapter.edits, key=lambda site: -site.count("."))
+    steps = [_step(model, site, adapter.edits[site]) for site in sites]
     _add_biases(model, [step.module for step in steps if _lacks_bias(modules[step.module], step)])
-    # An input's edit comes before one of the output of the same module.
-    for step in sorted(steps, key=lambda step: not step.before):
+    for step in steps:
         module = modules[step.module]
         if step.before:
             _fold_input(module, step.edit)
@@ -63,19 +64,16 @@ def fold(adapter: Adapter, model: Any) -> Any:
     return model if adapter.head is None else _with_head(model, adapter.head)
 
 
-def _steps(model: Any, site: str, edit: Edit) -> Iterator[_Step]:
+def _step(model: Any, site: str, edit: Edit) -> _Step:
     modules = dict(model.named_modules())
     if is_norm(modules[site]) or _is_linear(modules[site]):
-        yield _Step(site, edit, before=False)
-        return
+        return _Step(site, edit, before=False)
     for stack, layer in _layers(model):
         if stack.act and site == site_path(stack, layer, stack.act):
-            yield _Step(site_path(stack, layer, stack.ffn), edit, before=True)
-            return
+            return _Step(site_path(stack, layer, stack.ffn), edit, before=True)
     # The sum with the residual leaves its block through a norm where that comes after the sum.
     if f"{site}.LayerNorm" in modules:
-        yield _Step(f"{site}.LayerNorm", edit, before=False)
-        return
+        return _Step(f"{site}.LayerNorm", edit, before=False)
     raise InvalidAdapterError(
         f"{shown(site)} puts out the residual stream itself, which no weight of a "
         f"{model.config.model_type!r} model multiplies; serve the adapter instead"

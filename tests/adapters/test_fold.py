@@ -119,12 +119,14 @@ def test_scales_fold_where_no_bias_can(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["gemma", "gpt2", "roberta"])
-def test_norms_and_activations_fold(model_type, tmp_path):
+def test_norms_activations_and_the_blocks_around_them_fold(model_type, tmp_path):
     model = make(model_type)
     sites = {
         path: dim
         for path, dim in addressable_sites(model).items()
-        if path.endswith(("norm", "ln_1", "LayerNorm", "mlp.act", "intermediate", "c_proj"))
+        if path.endswith(
+            ("norm", "ln_1", "LayerNorm", "mlp.act", "intermediate", "c_proj", "output")
+        )
     }
     assert len(sites) > 3
     check_folded(model_type, adapter_for(model, sites, model_type != "gemma"), tmp_path)
