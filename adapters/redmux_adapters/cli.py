@@ -4,25 +4,20 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+
+from torch import nn
 
 from redmux.errors import RedmuxError
 
 from .adapter import Adapter, check_base
-from .base import load_base
+from .any_base import load_any, load_tokenizer
 from .config import AdapterMetadata
-from .files import read_adapter
+from .files import check_sites, read_adapter
 from .fingerprint import fingerprint
-from .sites import editable_sites, ffn_sites
-
-
-class _Base(NamedTuple):
-    name: str
-    fingerprint: str
-    ffn_sites: dict[str, int]
-    editable_sites: dict[str, int]
+from .head import PROBLEM_TYPES
+from .show import describe, plot, table
+from .sites import POSITIONS, addressable_sites, editable_sites, red_sites
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,9 +38,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="redmux adapters", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    convert = commands.add_parser("convert", help="convert a delta_vector.pth of the RED authors")
-    convert.add_argument("file", help="the delta_vector.pth")
+    convert = commands.add_parser("convert", help="make an adapter of another library's file")
+    convert.add_argument(
+        "file",
+        help="a delta_vector.pth of the RED authors, an IA3, BEFT or LN tuning adapter of PEFT, a "
+        "control vector, or the biases of BitFit; or the folder of one",
+    )
     convert.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
+    convert.add_argument(
+        "--strength", type=float, default=1.0, help="what a control vector is multiplied with"
+    )
+    convert.add_argument(
+        "--labels", metavar="A,B", help="names of the outputs of the file's classification head"
+    )
+    convert.add_argument("--problem-type", choices=PROBLEM_TYPES, help="what the head is for")
     base = convert.add_mutually_exclusive_group(required=True)
     base.add_argument(
         "--base", metavar="MODEL", help="the base model: folder, .gguf file or hub id"
@@ -56,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     create = commands.add_parser("create", help="write an adapter that changes nothing")
     create.add_argument("--base", required=True, metavar="MODEL", help="the base model")
     create.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
+    create.add_argument(
+        "--position", choices=POSITIONS, default="ffn", help="which outputs it edits; default: ffn"
+    )
+    create.add_argument("--layers", type=_layers, metavar="0,4-7", help="only in these layers")
+    create.add_argument(
+        "--exclude", type=_layers, default=[], metavar="0,4-7", help="not in these layers"
+    )
     create.set_defaults(run=_create)
 
     verify = commands.add_parser("verify", help="check an adapter, alone or against its base")
@@ -63,52 +76,84 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--base", metavar="MODEL", help="the base model it has to fit")
     verify.set_defaults(run=_verify)
 
+    fold = commands.add_parser(
+        "fold", help="write the base model with an adapter in its weights, for plain transformers"
+    )
+    fold.add_argument("path", help="adapter folder or safetensors file")
+    fold.add_argument("--base", required=True, metavar="MODEL", help="the base model")
+    fold.add_argument("--output", required=True, metavar="FOLDER", help="where to write the model")
+    fold.set_defaults(run=_fold)
+
     show = commands.add_parser("show", help="print what an adapter holds")
     show.add_argument("path", help="adapter folder or safetensors file")
     show.add_argument("--json", action="store_true", help="print JSON")
+    show.add_argument(
+        "--plot", metavar="FILE.png", help="draw the norms per layer (needs redmux[plot])"
+    )
     show.set_defaults(run=_show)
     return parser
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from .convert import convert_delta_vector
+    from .convert import Options, Target, convert
 
-    base = None if arguments.base is None else _load(arguments.base)
-    adapter = convert_delta_vector(
-        arguments.file,
-        base.fingerprint if base else arguments.base_fingerprint,
+    model = None if arguments.base is None else load_any(arguments.base)
+    options = Options(
+        strength=arguments.strength,
+        labels=None if arguments.labels is None else arguments.labels.split(","),
+        problem_type=arguments.problem_type,
         metadata=AdapterMetadata(
-            base_model_name_or_path=base.name if base else "",
+            base_model_name_or_path=_public_name(arguments.base or ""),
             created_by="redmux adapters convert",
         ),
-        expected_sites=base.editable_sites if base else None,
     )
+    base = arguments.base_fingerprint if model is None else fingerprint(model)
+    adapter, kind = convert(arguments.file, Target(base, model), options)
     adapter.save(arguments.output)
-    print(_summary(adapter))
+    print(f"{kind} -> {_summary(adapter)}")
+    if model is not None:
+        _warn_of_blocks(adapter, model)
 
 
 def _create(arguments: argparse.Namespace) -> None:
-    base = _load(arguments.base)
+    model = load_any(arguments.base)
+    sites = red_sites(model, arguments.position, layers=arguments.layers, exclude=arguments.exclude)
     metadata = AdapterMetadata(
-        base_model_name_or_path=base.name, created_by="redmux adapters create"
+        base_model_name_or_path=_public_name(arguments.base), created_by="redmux adapters create"
     )
-    adapter = Adapter.identity(base.ffn_sites, base.fingerprint, metadata=metadata)
+    adapter = Adapter.identity(sites, fingerprint(model), metadata=metadata)
     adapter.save(arguments.output)
     print(_summary(adapter))
+    _warn_of_blocks(adapter, model)
 
 
 def _verify(arguments: argparse.Namespace) -> None:
     adapter = read_adapter(arguments.path)
-    if arguments.base is not None:
-        base = _load(arguments.base)
-        check_base(adapter, base.fingerprint)
-        adapter = read_adapter(arguments.path, expected_sites=base.editable_sites)
+    model = None if arguments.base is None else load_any(arguments.base)
+    if model is not None:
+        check_base(adapter, fingerprint(model))
+        check_sites(adapter.sites, addressable_sites(model))
     print(f"ok {_summary(adapter)}")
+    if model is not None:
+        _warn_of_blocks(adapter, model)
+
+
+def _fold(arguments: argparse.Namespace) -> None:
+    from .fold import fold
+
+    adapter = read_adapter(arguments.path)
+    model = fold(adapter, load_any(arguments.base))
+    model.save_pretrained(arguments.output)
+    load_tokenizer(arguments.base).save_pretrained(arguments.output)
+    print(f"{type(model).__name__} with {_summary(adapter)}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
     adapter = read_adapter(arguments.path)
-    description = _describe(adapter, Path(arguments.path).resolve().stem)
+    name = Path(arguments.path).resolve().stem
+    if arguments.plot is not None:
+        plot(adapter, name, Path(arguments.plot))
+    description = describe(adapter, name)
     if arguments.json:
         print(json.dumps(description, indent=2))
         return
@@ -119,19 +164,7 @@ def _show(arguments: argparse.Namespace) -> None:
             text = value if isinstance(value, str) else json.dumps(value)
             print(f"{key:24}{' '.join(text.split())}")
     print()
-    _print_table(
-        [
-            ("site", "size", "scale from", "to", "bias from", "to"),
-            *(
-                (
-                    site["path"],
-                    str(site["size"]),
-                    *(f"{x:.5g}" for x in site["scale"] + site["bias"]),
-                )
-                for site in sorted(sites, key=_in_order_of_layers)
-            ),
-        ]
-    )
+    _print_table(table(sites))
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -141,34 +174,6 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print(f"{first:{widths[0]}}", *cells, sep="  ")
 
 
-def _in_order_of_layers(site: dict[str, Any]) -> list[tuple[int, str]]:
-    """Returns a key that sorts layer 10 after layer 9."""
-    parts = site["path"].split(".")
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
-
-
-def _describe(adapter: Adapter, name: str) -> dict[str, Any]:
-    prompt_format = adapter.prompt_format
-    return {
-        "name": name,
-        "digest": adapter.digest,
-        "base_fingerprint": adapter.base_fingerprint,
-        "num_parameters": adapter.num_parameters,
-        "size_bytes": adapter.nbytes,
-        "prompt_format": None if prompt_format is None else prompt_format.to_json(),
-        "metadata": asdict(adapter.metadata),
-        "sites": [
-            {
-                "path": path,
-                "size": edit.dim,
-                "scale": [edit.scale.min().item(), edit.scale.max().item()],
-                "bias": [edit.bias.min().item(), edit.bias.max().item()],
-            }
-            for path, edit in adapter.edits.items()
-        ],
-    }
-
-
 def _summary(adapter: Adapter) -> str:
     return (
         f"{adapter.digest} for {adapter.base_fingerprint}: {len(adapter.edits)} sites, "
@@ -176,8 +181,28 @@ def _summary(adapter: Adapter) -> str:
     )
 
 
-def _load(spec: str) -> _Base:
-    model, _ = load_base(spec)
-    # Adapters are passed on, folders of this machine mean nothing elsewhere.
-    name = Path(spec).resolve().name if Path(spec).expanduser().exists() else spec
-    return _Base(name, fingerprint(model), ffn_sites(model), editable_sites(model))
+def _warn_of_blocks(adapter: Adapter, model: nn.Module) -> None:
+    """Says which sites no server edits yet: outputs of anything but linear modules."""
+    others = sorted(adapter.sites.keys() - editable_sites(model).keys())
+    if others:
+        print(
+            f"note: servers edit linear modules only and will refuse {len(others)} sites, such as "
+            f"{others[0]}; `redmux adapters fold` may take them",
+            file=sys.stderr,
+        )
+
+
+def _public_name(spec: str) -> str:
+    """Returns the name to pass on of a base model: folders mean nothing on other machines."""
+    return Path(spec).resolve().name if spec and Path(spec).expanduser().exists() else spec
+
+
+def _layers(text: str) -> list[int]:
+    """Returns the layers in a list such as "0,4-7"."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,4-7")
+        layers.extend(range(int(first), int(last or first) + 1))
+    return layers

@@ -119,7 +119,7 @@ def summarize(
     """
     header = read_header(safetensors, limits)
     config = _find_config(header, config_json or None, limits)
-    _check_sites(header, expected_sites)
+    _check_header_sites(header, expected_sites)
     _check_head(header, config)
     vectors, head = read_vectors(header, safetensors), read_head(header, safetensors)
     check_values(vectors, head)
@@ -138,19 +138,6 @@ def summary_of(adapter: Adapter) -> Summary:
         adapter.num_parameters,
         0 if adapter.head is None else adapter.head.num_parameters,
     )
-
-
-def parse_edits(
-    safetensors: bytes,
-    *,
-    expected_sites: Mapping[str, int] | None = None,
-    limits: Limits = _DEFAULT,
-) -> dict[str, Edit]:
-    """Returns the vectors of a safetensors file that comes without adapter_config.json.
-
-    The values are not yet checked: constructing an Adapter of them does that.
-    """
-    return _read_edits(read_header(safetensors, limits), safetensors, expected_sites)
 
 
 def to_bytes(adapter: Adapter) -> bytes:
@@ -223,7 +210,7 @@ def _find_config(header: Header, config_json: str | None, limits: Limits) -> Ada
 def _read_edits(
     header: Header, data: bytes, expected_sites: Mapping[str, int] | None
 ) -> dict[str, Edit]:
-    _check_sites(header, expected_sites)
+    _check_header_sites(header, expected_sites)
     vectors = read_vectors(header, data)
     own = torch.from_numpy(np.concatenate([v for pair in vectors.values() for v in pair]))
     edits, start = {}, 0
@@ -259,15 +246,25 @@ def _check_head(header: Header, config: AdapterConfig) -> None:
         )
 
 
-def _check_sites(header: Header, expected_sites: Mapping[str, int] | None) -> None:
+def _check_header_sites(header: Header, expected_sites: Mapping[str, int] | None) -> None:
     dims = site_dims(header)
     if expected_sites is not None:
-        for site, dim in dims.items():
-            _check_expected(site, dim, expected_sites)
+        check_sites(dims, expected_sites)
+
+
+def check_sites(sites: Mapping[str, int], expected_sites: Mapping[str, int]) -> None:
+    """Raises InvalidAdapterError unless the base model has every site, in its size."""
+    for site, dim in sites.items():
+        _check_expected(site, dim, expected_sites)
 
 
 def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> None:
     expected = expected_sites.get(site)
+    if expected is None and any(path.startswith(f"{site}.") for path in expected_sites):
+        raise InvalidAdapterError(
+            f"{shown(site)} is a block of modules; only outputs of single linear modules can be "
+            "edited here, such as those inside it"
+        )
     if expected is None:
         near = difflib.get_close_matches(site, expected_sites, n=3) or list(expected_sites)[:1]
         raise InvalidAdapterError(

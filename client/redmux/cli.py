@@ -36,6 +36,7 @@ _OFFLINE = ("redmux_adapters.cli", "main", "server")
 _OFFLINE_VERBS = {
     "create": "make an adapter from vectors",
     "convert": "make an adapter from another checkpoint",
+    "fold": "write a base model with an adapter in its weights",
     "show": "tell what an adapter file holds",
     "verify": "check an adapter file",
 }

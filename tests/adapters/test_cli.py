@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from redmux_adapters import (
     Adapter,
     AdapterMetadata,
     Edit,
+    Head,
+    HeadConfig,
     PromptFormat,
     Turn,
     read_adapter,
@@ -37,7 +40,7 @@ def base(monkeypatch):
 
     config = GPT2Config(vocab_size=8, n_embd=4, n_layer=2, n_head=1, n_positions=8)
     model = GPT2LMHeadModel(config)
-    monkeypatch.setattr(module, "load_base", lambda spec: (model, None))
+    monkeypatch.setattr(module, "load_any", lambda spec: model)
     return model
 
 
@@ -52,8 +55,11 @@ def test_show_prints_a_table_in_the_order_of_layers(folder, capsys):
     assert "num_parameters          66" in lines
     assert "description             two lines" in lines
     assert "sites                   11" in lines
-    assert " ".join(lines[-12].split()) == "site size scale from to bias from to"
-    assert lines[-9].split() == ["m.2.out", "3", "0.5", "2", "-0.25", "40.319"]
+    assert " ".join(lines[-12].split()) == ("site size scale from to |scale-1| bias from to |bias|")
+    norms = (f"{1.25**0.5:.5g}", f"{(0.0625 + 40.3189**2) ** 0.5:.5g}")
+    expected = ["m.2.out", "3", "0.5", "2", norms[0], "-0.25", "40.319", norms[1]]
+    assert lines[-9].split() == expected
+    assert "edits                   scale and bias" in lines
     assert [line.split()[0] for line in lines[-11:]] == [f"m.{i}.out" for i in range(11)]
 
 
@@ -66,6 +72,57 @@ def test_show_json_is_complete(folder, capsys):
     assert shown["metadata"]["description"] == "two\nlines"
     assert {site["path"]: site["size"] for site in shown["sites"]} == adapter.sites
     assert shown["size_bytes"] == 4 * shown["num_parameters"] == 264
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias", "edits"),
+    [
+        ([1.0, 2], [0.0, 0], "scale only"),
+        ([1.0, 1], [0.0, 1], "bias only"),
+        ([1.0, 1], [0.0, 0], "none, it changes nothing"),
+    ],
+)
+def test_show_tells_the_variant(scale, bias, edits, tmp_path, capsys):
+    Adapter(BASE, {"m": Edit(torch.tensor(scale), torch.tensor(bias))}).save(tmp_path)
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["edits"] == edits
+
+
+def test_show_tells_of_the_head(tmp_path, capsys):
+    tensors = {"classifier.weight": torch.ones(2, 3), "classifier.bias": torch.ones(2)}
+    head = Head(HeadConfig("bert", ("a", "b"), "multi_label_classification"), tensors)
+    Adapter(BASE, {"m": Edit.identity(3)}, head=head).save(tmp_path)
+    assert main(["show", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert '"labels": ["a", "b"], "problem_type": "multi_label_class' in out
+    assert '"num_parameters": 8' in out
+    assert "num_parameters          6\n" in out
+
+
+def test_plot_draws_a_line_per_kind_of_site(folder, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    drawn = []
+    draw = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, x, y, **k: drawn.append((x, y, k)) or draw(self, x, y, **k)
+    )
+    picture = tmp_path / "norms.png"
+    assert main(["show", str(folder), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (layers, scales, options), (_, biases, _) = drawn
+    assert options["label"] == "m.*.out"
+    assert list(layers) == list(range(11))
+    assert scales[2] == pytest.approx((1.25 / 3) ** 0.5)
+    assert biases[2] == pytest.approx(((0.0625 + 40.3189**2) / 3) ** 0.5)
+    assert scales[3] == biases[3] == 0
+
+
+def test_plots_without_matplotlib_say_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["show", str(folder), "--plot", "x.png"]) == 1
+    assert "pip install 'redmux[plot]'" in capsys.readouterr().err
 
 
 def test_show_reads_single_files(folder, tmp_path, capsys):
@@ -111,6 +168,21 @@ def test_verify_refuses_sites_that_the_base_lacks(base, tmp_path, capsys):
     assert "no editable module 'transformer.h.2.mlp.c_proj'; near: " in capsys.readouterr().err
 
 
+def test_create_takes_a_position_and_layers(base, tmp_path, capsys):
+    create = ["create", "--base", "gpt2", "--output", str(tmp_path / "new")]
+    assert main([*create, "--position", "more", "--layers", "0-1", "--exclude", "0"]) == 0
+    assert read_adapter(tmp_path / "new").sites == {
+        "transformer.h.1.attn.c_attn": 12,
+        "transformer.h.1.attn.c_proj": 4,
+        "transformer.h.1.mlp.c_proj": 4,
+    }
+    assert capsys.readouterr().err == ""
+    assert main([*create, "--position", "res"]) == 0
+    assert "will refuse 2 sites, such as transformer.h.0;" in capsys.readouterr().err
+    assert main([*create, "--layers", "7"]) == 1
+    assert "no layer 7; the model has layers 0 to 1" in capsys.readouterr().err
+
+
 def delta_vector(path, site="transformer.h.1.mlp.c_proj"):
     torch.save({f"{site}.delta_vector.activation_bias": torch.ones(1, 4)}, path)
     return str(path)
@@ -138,6 +210,7 @@ def test_convert_takes_a_fingerprint_instead_of_a_model(tmp_path, capsys):
         ["convert", "v.pth", "--output", "x"],
         ["convert", "v.pth", "--output", "x", "--base", "a", "--base-fingerprint", "b"],
         ["create", "--output", "x"],
+        ["create", "--output", "x", "--base", "a", "--layers", "3-"],
         ["show", "x", "--unknown"],
     ],
 )

@@ -1,5 +1,6 @@
 """Converters from other formats to RED adapters."""
 
-from .delta_vector import convert_delta_vector
+from .convert import Converted, Options, convert, convert_tensors
+from .target import Target
 
-__all__ = ["convert_delta_vector"]
+__all__ = ["Converted", "Options", "Target", "convert", "convert_tensors"]

@@ -1,90 +1,53 @@
-"""Converts `delta_vector.pth`, the file of the RED authors' code (mlwu22/RED).
+"""The vectors of the RED authors' code (mlwu22/RED): `delta_vector.pth`, RED and RED++."""
 
-Such a file is a pickle, so it is opened by a subprocess with limits on memory, time and file size,
-never by a server. What comes back is a plain safetensors file, read as strictly as any other.
-"""
-
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..adapter import Adapter
-from ..config import AdapterMetadata
-from ..files import parse_edits, read_file
-from ..header import Limits
-from ..prompt import PromptFormat
-from .worker import MAX_BYTES, REFUSED
+from ..adapter import Edit
+from ..strictjson import shown
 
-_MAX_REASON_CHARS = 1000
+MARK = ".delta_vector."
+_KINDS = {"activation_scaling": "scale", "activation_bias": "bias"}
+_WRAPPERS = ("module.", "base_model.")  # DataParallel's and the authors' own wrapper class
 
 
-def convert_delta_vector(
-    path: str | Path,
-    base_fingerprint: str,
-    *,
-    prompt_format: PromptFormat | None = None,
-    metadata: AdapterMetadata | None = None,
-    expected_sites: Mapping[str, int] | None = None,
-    timeout_s: float = 120.0,
-) -> Adapter:
-    """Returns the adapter in a `delta_vector.pth`, RED or RED++, in fp32, fp16 or bf16.
+def read_delta_vector(tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
+    """Returns the edits of `<module path>.delta_vector.activation_{scaling,bias}`, each [1, dim].
 
-    `expected_sites` are the base model's editable modules, see `parse_adapter`. A classification
-    head (`classifier.pth`) is another file and not read. The work is done by a subprocess that is
-    killed after `timeout_s`; most of its usual two seconds are the import of torch.
-
-    Raises InvalidAdapterError for files that hold anything but RED vectors.
+    The variant "ln", which normalises what it has edited, is refused: mean and variance depend on
+    the token, and an edit does not.
     """
-    source = read_file(Path(path), MAX_BYTES)
-    with tempfile.TemporaryDirectory(prefix="redmux-convert-") as folder:
-        copy, target = Path(folder, "in.pth"), Path(folder, "out.safetensors")
-        copy.write_bytes(source)
-        _run_worker(copy, target, timeout_s)
-        data = read_file(target, Limits().file_bytes)
-    edits = parse_edits(data, expected_sites=expected_sites)
-    return Adapter(base_fingerprint, edits, prompt_format, metadata or AdapterMetadata())
-
-
-def _run_worker(source: Path, target: Path, timeout_s: float) -> None:
-    # The worker runs in the temporary folder, with the parent's import path and nothing else of
-    # its environment: no keys, and no modules of whatever folder the user happens to be in.
-    environment = {
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry),
-        "OMP_NUM_THREADS": "1",
-    }
-    for name in ("PATH", "LD_LIBRARY_PATH"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    command = [sys.executable, "-m", f"{__package__}.worker", str(source), str(target)]
-    reason_path = source.parent / "reason.txt"
-    with reason_path.open("wb") as reason_file:
-        try:
-            code = subprocess.run(
-                command,
-                cwd=source.parent,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=reason_file,
-                stderr=subprocess.DEVNULL,
-                timeout=timeout_s,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        site, _, ending = name.partition(MARK)
+        if ending.startswith("activation_ln."):
             raise InvalidAdapterError(
-                f"the file could not be converted within {timeout_s:g} s"
-            ) from None
-    if code == 0:
-        return
-    with reason_path.open(encoding="ascii", errors="replace") as file:
-        reason = " ".join(file.read(_MAX_REASON_CHARS).split())
-    if code == REFUSED and reason:
-        raise InvalidAdapterError(reason)
-    raise InvalidAdapterError(
-        f"the file could not be converted: the converter ended with code {code}, which it does on "
-        "files that exceed its limits of memory and processor time"
-    )
+                f"{shown(name)} is of RED's variant 'ln', a LayerNorm after the edit; its "
+                "mean and variance depend on the token, so it is no scale and bias"
+            )
+        if ending not in _KINDS:
+            raise InvalidAdapterError(
+                f"unexpected entry {shown(name)}; names end in {MARK}activation_scaling or "
+                f"{MARK}activation_bias"
+            )
+        if tensor.numel() != tensor.shape[-1]:
+            raise InvalidAdapterError(
+                f"{shown(name)} has shape {list(tensor.shape)}; it has to be [1, hidden size]"
+            )
+        while site.startswith(_WRAPPERS):
+            site = site.partition(".")[2]
+        vectors, kind = found.setdefault(site, {}), _KINDS[ending]
+        if kind in vectors:
+            raise InvalidAdapterError(f"'{site}.{kind}' occurs twice, under different prefixes")
+        vectors[kind] = tensor.reshape(-1).float()
+    return {site: _edit(vectors) for site, vectors in found.items()}
+
+
+def _edit(vectors: Mapping[str, Tensor]) -> Edit:
+    some = next(iter(vectors.values()))
+    scale = vectors.get("scale", torch.ones_like(some))
+    return Edit(scale, vectors.get("bias", torch.zeros_like(some)))

@@ -1,23 +1,25 @@
-"""The process that unpickles a stranger's file: `python -m redmux_adapters.convert.worker IN OUT`.
+"""The process that opens a stranger's file: `python -m redmux_adapters.convert.worker IN OUT`.
 
 torch's weights-only loader runs no code from the file, but it accepts sparse tensors that point out
-of their bounds, one-element storages expanded to terabytes and archives that inflate 200-fold. So
-it runs with limits, and only plain vectors of the expected names pass.
+of their bounds, one-element storages expanded to terabytes and archives that inflate 200-fold; the
+readers of other containers are lenient in their own ways. So they run with limits, and only dense
+floating-point tensors pass. What they are called is checked by whoever started the process.
 """
 
 import resource
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..header import Limits, check_site
+from ..header import Limits
 from ..strictjson import shown
 
 MAX_BYTES = 64 << 20
@@ -26,20 +28,16 @@ _ADDRESS_SPACE_BYTES = 2 << 30
 _CPU_S = 60
 _OPEN_FILES = 64
 _MAX_CAUSE_CHARS = 200
-_ENDINGS = {
-    ".delta_vector.activation_scaling": "scale",
-    ".delta_vector.activation_bias": "bias",
-}
-_WRAPPERS = ("module.", "base_model.")  # DataParallel's and the authors' own wrapper class
+_MAX_NAME_CHARS = 512
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def main(argv: list[str]) -> int:
-    """Converts the torch.save file `argv[0]` to the safetensors file `argv[1]`."""
+    """Converts the file `argv[0]` of any known container to the safetensors file `argv[1]`."""
     source, target = argv
     limit_resources()
     try:
-        save_file(read_vectors(source), target)
+        save_file(read_tensors(source), target)
     except InvalidAdapterError as err:
         print(ascii(err.message)[1:-1])
         return REFUSED
@@ -59,16 +57,36 @@ def limit_resources() -> None:
         used = int(statm.read_text().split()[0]) * resource.getpagesize()
         _lower(resource.RLIMIT_AS, used + _ADDRESS_SPACE_BYTES)
     _lower(resource.RLIMIT_CPU, _CPU_S)
-    _lower(resource.RLIMIT_FSIZE, MAX_BYTES + (1 << 20))
+    _lower(resource.RLIMIT_FSIZE, MAX_BYTES + (4 << 20))
     _lower(resource.RLIMIT_NOFILE, _OPEN_FILES)
     _lower(resource.RLIMIT_CORE, 0)
 
 
-def read_vectors(path: str) -> dict[str, Tensor]:
-    """Returns {"<module path>.scale" or ".bias": [dim]} of a delta_vector.pth.
+def read_tensors(path: str) -> dict[str, Tensor]:
+    """Returns the tensors of a file of torch.save, a GGUF or a safetensors file, by their names.
 
-    The tensors are own copies in the file's precision. Raises InvalidAdapterError.
+    They are own copies in the file's precision. Raises InvalidAdapterError.
     """
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == b"GGUF":
+        entries = _read_gguf(path)
+    elif start in (b"PK\x03\x04", b"PK\x05\x06"):
+        entries = _read_torch(path)
+    else:
+        entries = _read_safetensors(path)
+    views: dict[str, Tensor] = {}
+    for name, value in entries:
+        if not isinstance(name, str) or len(name) > _MAX_NAME_CHARS:
+            raise InvalidAdapterError(f"unexpected entry {shown(name)}")
+        views[name] = _dense(name, value)
+    # Views may share one storage: their copies are bounded too.
+    if sum(view.numel() * view.element_size() for view in views.values()) > MAX_BYTES:
+        raise InvalidAdapterError(f"the tensors exceed {MAX_BYTES} bytes")
+    return {name: view.clone() for name, view in views.items()}
+
+
+def _read_torch(path: str) -> Iterable[tuple[object, Any]]:
     check_archive(path)
     torch.sparse.check_sparse_tensor_invariants.enable()  # type: ignore[no-untyped-call]
     try:
@@ -77,23 +95,45 @@ def read_vectors(path: str) -> dict[str, Tensor]:
         raise InvalidAdapterError(f"torch refuses the file: {_first_cause(err)}") from None
     if not isinstance(content, dict) or not content:
         raise InvalidAdapterError(
-            f"the file holds {shown(type(content).__name__)}; a delta_vector.pth holds a "
-            "dictionary of tensors"
+            f"the file holds {shown(type(content).__name__)}; it has to hold a dictionary of "
+            "tensors"
         )
-    if len(content) > Limits().num_tensors:
+    _check_count(len(content))
+    return content.items()
+
+
+def _read_safetensors(path: str) -> Iterable[tuple[object, Any]]:
+    try:
+        content = load_file(path)
+    except Exception as err:  # the library raises whatever the bytes provoke
         raise InvalidAdapterError(
-            f"the file holds {len(content)} entries; limit {Limits().num_tensors}"
-        )
-    views: dict[str, Tensor] = {}
-    for key, value in content.items():
-        name = _tensor_name(key)
-        if name in views:
-            raise InvalidAdapterError(f"{shown(name)} occurs twice, under different prefixes")
-        views[name] = _vector(key, value)
-    # Views may share one storage: their copies are bounded too.
-    if sum(view.numel() * view.element_size() for view in views.values()) > MAX_BYTES:
-        raise InvalidAdapterError(f"the vectors exceed {MAX_BYTES} bytes")
-    return {name: view.clone() for name, view in views.items()}
+            "the file is neither one of torch.save (a zip archive) nor GGUF nor safetensors: "
+            f"{shown(str(err))}"
+        ) from None
+    _check_count(len(content))
+    return content.items()
+
+
+def _read_gguf(path: str) -> Iterable[tuple[object, Any]]:
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    try:
+        tensors = GGUFReader(path).tensors
+    except Exception as err:  # the library raises whatever the bytes provoke
+        raise InvalidAdapterError(f"the GGUF file cannot be read: {shown(str(err))}") from None
+    _check_count(len(tensors))
+    for tensor in tensors:
+        if tensor.tensor_type not in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            raise InvalidAdapterError(
+                f"{shown(tensor.name)} is of type {tensor.tensor_type.name}; allowed are F32 and "
+                "F16"
+            )
+        yield tensor.name, torch.tensor(tensor.data)
+
+
+def _check_count(count: int) -> None:
+    if count > Limits().num_tensors:
+        raise InvalidAdapterError(f"the file holds {count} entries; limit {Limits().num_tensors}")
 
 
 def check_archive(path: str) -> None:
@@ -119,22 +159,8 @@ def check_archive(path: str) -> None:
             )
 
 
-def _tensor_name(key: object) -> str:
-    if isinstance(key, str):
-        for ending, kind in _ENDINGS.items():
-            if key.endswith(ending):
-                site = key.removesuffix(ending)
-                while site.startswith(_WRAPPERS):
-                    site = site.partition(".")[2]
-                check_site(site)
-                return f"{site}.{kind}"
-    raise InvalidAdapterError(
-        f"unexpected entry {shown(key)}; names end in {' or '.join(_ENDINGS)}"
-    )
-
-
-def _vector(key: str, value: Any) -> Tensor:
-    """Returns `value` as [dim], still a view, if its memory is really there."""
+def _dense(key: str, value: Any) -> Tensor:
+    """Returns `value`, still a view, if its memory is really there."""
     if type(value) not in (Tensor, torch.nn.Parameter):
         raise InvalidAdapterError(f"{shown(key)} is {shown(type(value).__name__)}, not a tensor")
     tensor: Tensor = value.detach()
@@ -147,9 +173,9 @@ def _vector(key: str, value: Any) -> Tensor:
         raise InvalidAdapterError(
             f"{shown(key)} has dtype {tensor.dtype}; allowed are float32, float16 and bfloat16"
         )
-    if tensor.dim() == 0 or not 0 < tensor.numel() == tensor.shape[-1]:
+    if tensor.dim() not in (1, 2) or tensor.numel() == 0:
         raise InvalidAdapterError(
-            f"{shown(key)} has shape {shown(list(tensor.shape))}; it has to be [1, hidden size]"
+            f"{shown(key)} has shape {shown(list(tensor.shape))}; it has to be a vector or a matrix"
         )
     needed = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
     if not tensor.is_contiguous() or needed > tensor.untyped_storage().nbytes():
@@ -157,7 +183,7 @@ def _vector(key: str, value: Any) -> Tensor:
             f"{shown(key)} claims {tensor.numel()} values at stride {tensor.stride(-1)}, its "
             f"storage of {tensor.untyped_storage().nbytes()} bytes has to hold them one by one"
         )
-    return tensor.reshape(-1)
+    return tensor
 
 
 def _first_cause(err: Exception) -> str:
