@@ -1,0 +1,110 @@
+"""The frozen base model that adapters are trained on."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redmux.errors import InvalidArgumentError
+
+from ..base import load_base
+from ..fingerprint import fingerprint
+from ..sites import editable_sites, ffn_sites
+from .examples import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBase:
+    """A frozen model with what training needs to know of it."""
+
+    name: str  # for the adapters' metadata
+    kind: Kind
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    ffn_sites: dict[str, int]
+    editable_sites: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, name: str = "", kind: Kind = "causal"
+    ) -> "TrainingBase":
+        """Returns the base of a model as transformers loads it, which is frozen by this."""
+        model.eval().requires_grad_(False)
+        return cls(
+            name, kind, model, tokenizer, fingerprint(model), ffn_sites(model),
+            editable_sites(model),
+        )  # fmt: skip
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of the model's weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a generation."""
+        config = getattr(self.model, "generation_config", None)
+        eos = None if config is None else config.eos_token_id
+        ids = eos if isinstance(eos, list) else [eos]
+        return sorted({i for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
+
+    def choose_sites(self, sites: str, layers: str) -> dict[str, int]:
+        """Returns {module path: output size} of the sites that the two options name.
+
+        Raises InvalidArgumentError where they name none.
+        """
+        if sites == "ffn":
+            chosen = self.ffn_sites
+        elif sites == "all":
+            chosen = self.editable_sites
+        else:
+            patterns = [pattern.strip() for pattern in sites.split(",")]
+            chosen = {}
+            for pattern in patterns:
+                found = {s: d for s, d in self.editable_sites.items() if fnmatchcase(s, pattern)}
+                if not found:
+                    example = next(iter(self.editable_sites))
+                    raise InvalidArgumentError(
+                        f"sites: no editable module matches {pattern!r}; one is {example}"
+                    )
+                chosen |= found
+        numbers = _parse_layers(layers)
+        if numbers is not None:
+            depths = {_layer(site) for site in chosen}
+            if not numbers <= depths:
+                raise InvalidArgumentError(
+                    f"layers: {sorted(numbers - depths)} named in {layers!r} are not among the "
+                    f"layers 0 to {max(depths)}"
+                )
+            chosen = {site: dim for site, dim in chosen.items() if _layer(site) in numbers}
+        return dict(sorted(chosen.items()))
+
+
+def load_training_base(spec: str, kind: Kind, dtype: torch.dtype) -> TrainingBase:
+    """Loads a base model; see `redmux_adapters.load_base` for `spec` and what is raised."""
+    model, tokenizer = load_base(spec, dtype)
+    # Adapters are passed on, folders of this machine mean nothing elsewhere.
+    name = Path(spec).resolve().name if Path(spec).expanduser().exists() else spec
+    return TrainingBase.of(model, tokenizer, name, kind)
+
+
+def _parse_layers(layers: str) -> set[int] | None:
+    if layers == "all":
+        return None
+    numbers: set[int] = set()
+    for part in layers.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise InvalidArgumentError(
+                f'layers is {layers!r}; it has to be "all" or numbers and ranges such as "0-5,11"'
+            )
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _layer(site: str) -> int:
+    """Returns the number of the layer that a site is in, -1 for none."""
+    return next((int(part) for part in site.split(".") if part.isdigit()), -1)
