@@ -8,6 +8,7 @@ from .base import load_base
 from .config import AdapterMetadata
 from .files import Summary, parse_adapter, read_adapter, summarize, to_bytes, write_folder
 from .fingerprint import fingerprint
+from .head import Head, HeadConfig
 from .header import Limits
 from .prompt import PromptFormat, Turn
 from .sites import editable_sites, ffn_sites
@@ -16,6 +17,8 @@ __all__ = [
     "Adapter",
     "AdapterMetadata",
     "Edit",
+    "Head",
+    "HeadConfig",
     "Limits",
     "PromptFormat",
     "Summary",

@@ -12,6 +12,7 @@ from redmux.errors import InvalidAdapterError, WrongBaseError
 
 from .config import AdapterConfig, AdapterMetadata
 from .fingerprint import fingerprint
+from .head import Head
 from .header import check_site
 from .prompt import PromptFormat
 from .sites import ffn_sites
@@ -77,7 +78,8 @@ class Adapter:
     edits: Mapping[str, Edit]
     prompt_format: PromptFormat | None = None
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
-    # "sha256:" and 64 hexadecimal digits over the three fields that decide what is computed.
+    head: Head | None = None
+    # "sha256:" and 64 hexadecimal digits over the four fields that decide what is computed.
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,8 +89,10 @@ class Adapter:
         for site in self.edits:
             check_site(site)
         vectors = self.vectors()
-        check_values(vectors)
-        digest = digest_of(self.base_fingerprint, self.prompt_format, vectors)
+        head_config = None if self.head is None else self.head.config
+        head = {} if self.head is None else self.head.arrays()
+        check_values(vectors, head)
+        digest = digest_of(self.base_fingerprint, self.prompt_format, vectors, head_config, head)
         object.__setattr__(self, "edits", MappingProxyType(dict(sorted(self.edits.items()))))
         object.__setattr__(self, "digest", digest)
 
@@ -119,13 +123,13 @@ class Adapter:
 
     @property
     def num_parameters(self) -> int:
-        """Number of learned values, counting scales and biases, as the paper does."""
+        """Number of values of scales and biases; the paper does not count heads either."""
         return 2 * sum(self.sites.values())
 
     @property
     def nbytes(self) -> int:
-        """Size of the vectors in memory."""
-        return 4 * self.num_parameters
+        """Size in memory, of the vectors and of the head."""
+        return 4 * (self.num_parameters + (self.head.num_parameters if self.head else 0))
 
     def vectors(self) -> Vectors:
         """Returns {module path: (scale, bias)} as views that nobody may write to."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from redmux.errors import InvalidAdapterError
 
+from .head import HeadConfig
 from .prompt import PromptFormat
 from .strictjson import parse_json, require_text, shown
 
@@ -55,6 +56,7 @@ class AdapterConfig:
     base_fingerprint: str
     prompt_format: PromptFormat | None = None
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
+    head: HeadConfig | None = None
 
     def __post_init__(self) -> None:
         name = require_text(self.base_fingerprint, "base_fingerprint", _MAX_FINGERPRINT_CHARS)
@@ -65,7 +67,7 @@ class AdapterConfig:
             )
 
 
-_KEYS = ("peft_type", "base_fingerprint", "prompt_format", *_METADATA_KEYS)
+_KEYS = ("peft_type", "base_fingerprint", "prompt_format", "head", *_METADATA_KEYS)
 
 
 def parse_config(text: str) -> AdapterConfig:
@@ -90,7 +92,8 @@ def parse_config(text: str) -> AdapterConfig:
     if "prompt_format" in value:
         prompt_format = PromptFormat.from_json(value["prompt_format"])
     metadata = AdapterMetadata(**{key: value[key] for key in _METADATA_KEYS if key in value})
-    return AdapterConfig(value["base_fingerprint"], prompt_format, metadata)
+    head = HeadConfig.from_json(value["head"]) if "head" in value else None
+    return AdapterConfig(value["base_fingerprint"], prompt_format, metadata, head)
 
 
 def format_config(config: AdapterConfig) -> str:
@@ -101,6 +104,8 @@ def format_config(config: AdapterConfig) -> str:
     }
     if config.prompt_format is not None:
         value["prompt_format"] = config.prompt_format.to_json()
+    if config.head is not None:
+        value["head"] = config.head.to_json()
     texts = {key: getattr(config.metadata, key) for key in _METADATA_KEYS}
     value.update((key, text) for key, text in texts.items() if text)
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -17,9 +17,10 @@ from redmux.errors import InvalidAdapterError
 
 from .adapter import Adapter, Edit
 from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
-from .header import Header, Limits, read_header, write_container
+from .head import Head, check_shapes
+from .header import HEAD_PREFIX, Header, Limits, read_header, write_container
 from .strictjson import shown
-from .vectors import check_values, digest_of, read_vectors, site_dims, vector_bytes
+from .vectors import check_values, digest_of, read_head, read_vectors, site_dims, vector_bytes
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DEFAULT = Limits()
@@ -33,11 +34,12 @@ class Summary:
     digest: str
     num_sites: int
     num_parameters: int
+    num_head_parameters: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Size of the vectors in memory."""
-        return 4 * self.num_parameters
+        """Size in memory, of the vectors and of the head."""
+        return 4 * (self.num_parameters + self.num_head_parameters)
 
 
 def read_adapter(
@@ -89,8 +91,19 @@ def parse_adapter(
     """
     header = read_header(safetensors, limits)
     config = _find_config(header, config_json or None, limits)
-    edits = _read_edits(header, safetensors, expected_sites)
-    return Adapter(config.base_fingerprint, edits, config.prompt_format, config.metadata)
+    return _read_adapter(header, safetensors, config, expected_sites)
+
+
+def parse_known(
+    safetensors: bytes,
+    config: AdapterConfig,
+    *,
+    expected_sites: Mapping[str, int] | None = None,
+    limits: Limits = _DEFAULT,
+) -> Adapter:
+    """Returns what `parse_adapter` does, of a file whose configuration is known from before."""
+    header = read_header(safetensors, limits)
+    return _read_adapter(header, safetensors, config, expected_sites)
 
 
 def summarize(
@@ -107,16 +120,24 @@ def summarize(
     header = read_header(safetensors, limits)
     config = _find_config(header, config_json or None, limits)
     _check_sites(header, expected_sites)
-    vectors = read_vectors(header, safetensors)
-    check_values(vectors)
-    digest = digest_of(config.base_fingerprint, config.prompt_format, vectors)
+    _check_head(header, config)
+    vectors, head = read_vectors(header, safetensors), read_head(header, safetensors)
+    check_values(vectors, head)
+    digest = digest_of(config.base_fingerprint, config.prompt_format, vectors, config.head, head)
     num_parameters = sum(2 * len(scale) for scale, _ in vectors.values())
-    return Summary(config, digest, len(vectors), num_parameters)
+    num_head_parameters = sum(array.size for array in head.values())
+    return Summary(config, digest, len(vectors), num_parameters, num_head_parameters)
 
 
 def summary_of(adapter: Adapter) -> Summary:
     """Returns what `summarize` returns for the file of `adapter`."""
-    return Summary(_config(adapter), adapter.digest, len(adapter.edits), adapter.num_parameters)
+    return Summary(
+        _config(adapter),
+        adapter.digest,
+        len(adapter.edits),
+        adapter.num_parameters,
+        0 if adapter.head is None else adapter.head.num_parameters,
+    )
 
 
 def parse_edits(
@@ -213,6 +234,31 @@ def _read_edits(
     return edits
 
 
+def _read_adapter(
+    header: Header,
+    data: bytes,
+    config: AdapterConfig,
+    expected_sites: Mapping[str, int] | None,
+) -> Adapter:
+    edits = _read_edits(header, data, expected_sites)
+    _check_head(header, config)
+    head = None
+    if config.head is not None:
+        arrays = read_head(header, data)
+        head = Head(config.head, {name: torch.tensor(array) for name, array in arrays.items()})
+    return Adapter(config.base_fingerprint, edits, config.prompt_format, config.metadata, head)
+
+
+def _check_head(header: Header, config: AdapterConfig) -> None:
+    entries = header.tensors.head
+    if config.head is not None:
+        check_shapes(config.head, {name: entry.shape for name, entry in entries.items()})
+    elif entries:
+        raise InvalidAdapterError(
+            f"the file has {len(entries)} tensors of a head, but {CONFIG_NAME} has no head"
+        )
+
+
 def _check_sites(header: Header, expected_sites: Mapping[str, int] | None) -> None:
     dims = site_dims(header)
     if expected_sites is not None:
@@ -238,7 +284,12 @@ def _container(adapter: Adapter, metadata: Mapping[str, str]) -> bytes:
     for site, (scale, bias) in adapter.vectors().items():
         tensors[f"{site}.scale"] = vector_bytes(scale)
         tensors[f"{site}.bias"] = vector_bytes(bias)
-    data = write_container(tensors, metadata)
+    shapes = {}
+    if adapter.head is not None:
+        for name, array in adapter.head.arrays().items():
+            tensors[f"{HEAD_PREFIX}{name}"] = vector_bytes(array)
+            shapes[f"{HEAD_PREFIX}{name}"] = array.shape
+    data = write_container(tensors, metadata, shapes)
     read_header(data)  # an adapter too large to be read is refused here, not by its user
     return data
 
@@ -248,7 +299,12 @@ def _config_text(adapter: Adapter) -> str:
 
 
 def _config(adapter: Adapter) -> AdapterConfig:
-    return AdapterConfig(adapter.base_fingerprint, adapter.prompt_format, adapter.metadata)
+    return AdapterConfig(
+        adapter.base_fingerprint,
+        adapter.prompt_format,
+        adapter.metadata,
+        None if adapter.head is None else adapter.head.config,
+    )
 
 
 def _num_bytes(text: str) -> int:

@@ -8,10 +8,11 @@ exactly what redmux writes, and what others write in the same layout.
 import contextlib
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from redmux.errors import InvalidAdapterError
 
@@ -21,6 +22,7 @@ MAX_SITE_CHARS = 256
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _METADATA_KEYS = ("format", "adapter_config")
+HEAD_PREFIX = "head."
 _PATH_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
 _METADATA_FIRST = b'{"__metadata__":'
 _WHAT = "the safetensors header"
@@ -39,19 +41,31 @@ class Limits:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One vector of the file; `start` and `end` count from the end of the header."""
+    """One tensor of the file; `start` and `end` count from the end of the header."""
 
     dtype: str
-    dim: int
+    shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def dim(self) -> int:
+        """The length of a vector."""
+        return self.shape[0]
+
+
+class Tensors(NamedTuple):
+    """The tensors of a file in the order of its header."""
+
+    edits: Mapping[str, TensorEntry]  # "<module path>.scale" or ".bias": a vector
+    head: Mapping[str, TensorEntry]  # "dense.weight" and so on, without "head."
 
 
 @dataclass(frozen=True)
 class Header:
-    """A header that has passed every check; tensors in the order of the file's header."""
+    """A header that has passed every check."""
 
-    tensors: Mapping[str, TensorEntry]
+    tensors: Tensors
     metadata: Mapping[str, str]
 
 
@@ -90,11 +104,15 @@ def read_header(data: bytes, limits: Limits = Limits()) -> Header:
     return Header(_check_tensors(entries, num_bytes, limits.num_tensors), metadata)
 
 
-def write_container(tensors: Mapping[str, bytes], metadata: Mapping[str, str]) -> bytes:
-    """Returns a safetensors file of fp32 vectors (little-endian bytes), sorted by name.
+def write_container(
+    tensors: Mapping[str, bytes],
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> bytes:
+    """Returns a safetensors file of fp32 tensors (little-endian bytes), sorted by name.
 
-    Equal input gives equal bytes, which the safetensors library does not promise: it shuffles the
-    metadata.
+    Tensors without an entry in `shapes` are vectors. Equal input gives equal bytes, which the
+    safetensors library does not promise: it shuffles the metadata.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
@@ -102,7 +120,7 @@ def write_container(tensors: Mapping[str, bytes], metadata: Mapping[str, str]) -
         end = offset + len(tensors[name])
         header[name] = {
             "dtype": "F32",
-            "shape": [len(tensors[name]) // 4],
+            "shape": list(shapes.get(name, [len(tensors[name]) // 4])),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -120,6 +138,11 @@ def split_name(name: str) -> tuple[str, str]:
     return site, kind
 
 
+def is_head(name: str) -> bool:
+    """Whether `name`, a tensor's or a module path, belongs to a classification head."""
+    return name.startswith(HEAD_PREFIX)
+
+
 def check_site(site: str) -> None:
     """Raises InvalidAdapterError unless `site` is a module path of [A-Za-z0-9_] parts and dots."""
     if not site or len(site) > MAX_SITE_CHARS:
@@ -131,6 +154,11 @@ def check_site(site: str) -> None:
         raise InvalidAdapterError(
             f"{shown(site)} is no module path; it has to be parts of A-Z a-z 0-9 _ joined by dots, "
             "such as 'model.layers.0.mlp.down_proj'"
+        )
+    if is_head(site):
+        raise InvalidAdapterError(
+            f"module path {shown(site)} starts with {HEAD_PREFIX!r}, which names the tensors of a "
+            "classification head"
         )
 
 
@@ -153,7 +181,7 @@ def _split(raw: bytes) -> tuple[str, str] | None:
 
 
 @functools.lru_cache(maxsize=32)
-def _known_tensors(rest: str, num_bytes: int, limit: int) -> Mapping[str, TensorEntry]:
+def _known_tensors(rest: str, num_bytes: int, limit: int) -> Tensors:
     """Returns the checked entries of a header's text after its metadata.
 
     Remembered, since this is most of the work of reading a header.
@@ -161,19 +189,23 @@ def _known_tensors(rest: str, num_bytes: int, limit: int) -> Mapping[str, Tensor
     entries = parse_json(f"{{{rest}", _WHAT)
     if "__metadata__" in entries:
         raise InvalidAdapterError(f"duplicate key '__metadata__' in {_WHAT}")
-    return MappingProxyType(_check_tensors(entries, num_bytes, limit))
+    return _check_tensors(entries, num_bytes, limit)
 
 
-def _check_tensors(
-    entries: Mapping[str, object], num_bytes: int, limit: int
-) -> dict[str, TensorEntry]:
+def _check_tensors(entries: Mapping[str, object], num_bytes: int, limit: int) -> Tensors:
     if not entries:
         raise InvalidAdapterError("the file has no tensors; name them '<module path>.scale'")
     if len(entries) > limit:
         raise InvalidAdapterError(f"the file has {len(entries)} tensors; limit {limit}")
     tensors = {name: _check_entry(name, entry) for name, entry in entries.items()}
     _check_layout(tensors, num_bytes)
-    return tensors
+    edits = {name: entry for name, entry in tensors.items() if not is_head(name)}
+    head = {
+        name.removeprefix(HEAD_PREFIX): entry for name, entry in tensors.items() if is_head(name)
+    }
+    if not edits:
+        raise InvalidAdapterError("the file has a head and no edits; an adapter edits a module")
+    return Tensors(MappingProxyType(edits), MappingProxyType(head))
 
 
 def _check_metadata(metadata: object) -> dict[str, str]:
@@ -194,7 +226,12 @@ def _check_metadata(metadata: object) -> dict[str, str]:
 
 
 def _check_entry(name: str, entry: object) -> TensorEntry:
-    split_name(name)
+    if is_head(name):
+        _check_head_name(name)
+        max_dims, meaning = 2, "[outputs] or [outputs, inputs], numbers above 0"
+    else:
+        split_name(name)
+        max_dims, meaning = 1, "[outputs of the module], one number above 0"
     if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
         found = sorted(entry) if isinstance(entry, dict) else entry
         raise InvalidAdapterError(
@@ -206,24 +243,31 @@ def _check_entry(name: str, entry: object) -> TensorEntry:
         raise InvalidAdapterError(
             f"{shown(name)} has dtype {shown(dtype)}; allowed are {', '.join(_ITEM_BYTES)}"
         )
-    if not _is_ints(shape, 1) or shape[0] == 0:
-        raise InvalidAdapterError(
-            f"{shown(name)} has shape {shown(shape)}; it has to be [outputs of the module], one "
-            "number above 0"
-        )
+    if not any(_is_ints(shape, 1 + extra) for extra in range(max_dims)) or 0 in shape:
+        raise InvalidAdapterError(f"{shown(name)} has shape {shown(shape)}; it has to be {meaning}")
     if not _is_ints(offsets, 2):
         raise InvalidAdapterError(
             f"{shown(name)} has data_offsets {shown(offsets)}; they have to be two numbers "
             "from 0 on"
         )
     start, end = offsets
-    size = shape[0] * _ITEM_BYTES[dtype]
+    size = math.prod(shape) * _ITEM_BYTES[dtype]
     if end - start != size:
         raise InvalidAdapterError(
             f"{shown(name)} has {end - start} bytes by its data_offsets {shown(offsets)}; shape "
             f"{shown(shape)} of {dtype} takes {size}"
         )
-    return TensorEntry(dtype, shape[0], start, end)
+    return TensorEntry(dtype, tuple(shape), start, end)
+
+
+def _check_head_name(name: str) -> None:
+    _, *parts = name.split(".")
+    plain = len(name) <= MAX_SITE_CHARS and all(p and _PATH_CHARS.issuperset(p) for p in parts)
+    if not plain or len(parts) < 2 or parts[-1] not in ("weight", "bias"):
+        raise InvalidAdapterError(
+            f"unexpected tensor {shown(name)}; those of a head are named as in transformers, such "
+            "as 'head.dense.weight'"
+        )
 
 
 def _check_layout(tensors: Mapping[str, TensorEntry], num_bytes: int) -> None:

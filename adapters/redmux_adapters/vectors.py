@@ -5,14 +5,18 @@ has dozens of them; a server that checks ten thousand files at start cannot affo
 """
 
 import hashlib
+import json
+import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redmux.errors import InvalidAdapterError
 
-from .header import Header, TensorEntry
+from .head import HeadArrays, HeadConfig
+from .header import HEAD_PREFIX, Header, TensorEntry
 from .prompt import PromptFormat
 from .strictjson import shown
 
@@ -26,7 +30,7 @@ Vectors = Mapping[str, tuple[Vector, Vector]]  # module path -> scale, bias, eac
 def site_dims(header: Header) -> dict[str, int]:
     """Returns {module path: output size}, sorted by path; raises where scale and bias disagree."""
     dims: dict[str, int] = {}
-    for name, entry in header.tensors.items():
+    for name, entry in header.tensors.edits.items():
         site = name.rpartition(".")[0]
         if dims.setdefault(site, entry.dim) != entry.dim:
             raise InvalidAdapterError(
@@ -42,13 +46,7 @@ def read_vectors(header: Header, data: bytes) -> Vectors:
     They are views of `data` where that holds fp32, so they cannot be written to. A missing scale is
     1, a missing bias 0.
     """
-    body = 8 + int.from_bytes(data[:8], "little")
-    tensors = header.tensors
-    if all(entry.dtype == "F32" for entry in tensors.values()):
-        values = np.frombuffer(data, "<f4", offset=body).astype(np.float32, copy=False)
-        given = {name: values[e.start // 4 : e.end // 4] for name, e in tensors.items()}
-    else:
-        given = {name: _read_one(entry, data, body) for name, entry in tensors.items()}
+    given = _read_all(header, header.tensors.edits, data)
     vectors = {}
     for site, dim in site_dims(header).items():
         scale, bias = given.get(f"{site}.scale"), given.get(f"{site}.bias")
@@ -59,16 +57,37 @@ def read_vectors(header: Header, data: bytes) -> Vectors:
     return vectors
 
 
+def read_head(header: Header, data: bytes) -> HeadArrays:
+    """Returns the tensors of the head in a file whose header is checked; the values are not."""
+    entries = header.tensors.head
+    flat = _read_all(header, entries, data)
+    return {name: values.reshape(entries[name].shape) for name, values in flat.items()}
+
+
+def _read_all(header: Header, entries: Mapping[str, TensorEntry], data: bytes) -> dict[str, Vector]:
+    """Returns the values of `entries`, flat: views of `data` where the whole file is fp32."""
+    body = 8 + int.from_bytes(data[:8], "little")
+    everything = (*header.tensors.edits.values(), *header.tensors.head.values())
+    if all(entry.dtype == "F32" for entry in everything):
+        values = np.frombuffer(data, "<f4", offset=body).astype(np.float32, copy=False)
+        return {name: values[e.start // 4 : e.end // 4] for name, e in entries.items()}
+    return {name: _read_one(entry, data, body) for name, entry in entries.items()}
+
+
 def _read_one(entry: TensorEntry, data: bytes, body: int) -> Vector:
+    count = math.prod(entry.shape)
     if entry.dtype == "BF16":  # the upper half of an fp32 value
-        halves = np.frombuffer(data, "<u2", entry.dim, body + entry.start).astype(np.uint32)
+        halves = np.frombuffer(data, "<u2", count, body + entry.start).astype(np.uint32)
         return (halves << 16).view(np.float32)
     kind = "<f4" if entry.dtype == "F32" else "<f2"
-    return np.frombuffer(data, kind, entry.dim, body + entry.start).astype(np.float32)
+    return np.frombuffer(data, kind, count, body + entry.start).astype(np.float32)
 
 
-def check_values(vectors: Vectors) -> None:
+def check_values(vectors: Vectors, head: HeadArrays = MappingProxyType({})) -> None:
     """Raises InvalidAdapterError for values that are not finite or exceed 1e4 in magnitude."""
+    for name, array in head.items():
+        if not np.abs(array).max() <= MAX_MAGNITUDE:
+            _find_bad_value(f"{HEAD_PREFIX}{name}", array.reshape(-1))
     flat = np.concatenate([vector for pair in vectors.values() for vector in pair])
     if np.abs(flat).max() <= MAX_MAGNITUDE:  # false where a NaN is
         return
@@ -93,15 +112,21 @@ def _find_bad_value(name: str, vector: Vector) -> None:
 
 
 def vector_bytes(vector: Vector) -> bytes:
-    """Returns the fp32 values as little-endian bytes, whatever the machine's order."""
+    """Returns the fp32 values, row by row, as little-endian bytes, whatever the machine's order."""
     return vector.astype("<f4", copy=False).tobytes()
 
 
-def digest_of(base_fingerprint: str, prompt_format: PromptFormat | None, vectors: Vectors) -> str:
+def digest_of(
+    base_fingerprint: str,
+    prompt_format: PromptFormat | None,
+    vectors: Vectors,
+    head_config: HeadConfig | None = None,
+    head: HeadArrays = MappingProxyType({}),
+) -> str:
     """Returns "sha256:" and 64 hexadecimal digits over what decides the computation.
 
     The fields are length-prefixed, so that no two adapters share a serialisation; the vectors come
-    in the order of the paths.
+    in the order of the paths, after them the head, whose JSON no path can be taken for.
     """
     prompt = b"" if prompt_format is None else prompt_format.canonical()
     parts: list[bytes | memoryview] = []
@@ -112,4 +137,10 @@ def digest_of(base_fingerprint: str, prompt_format: PromptFormat | None, vectors
         parts += [len(path).to_bytes(8, "little"), path]
         for vector in pair:
             parts += [vector.nbytes.to_bytes(8, "little"), vector.astype("<f4", copy=False).data]
+    if head_config is not None:
+        text = json.dumps(head_config.to_json(), sort_keys=True, separators=(",", ":")).encode()
+        parts += [len(text).to_bytes(8, "little"), text]
+        for name, array in sorted(head.items()):
+            text, data = name.encode(), array.astype("<f4", copy=False).tobytes()
+            parts += [len(text).to_bytes(8, "little"), text, len(data).to_bytes(8, "little"), data]
     return f"sha256:{hashlib.sha256(b''.join(parts)).hexdigest()}"

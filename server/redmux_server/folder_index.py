@@ -88,12 +88,14 @@ def write_index(folder: Path, base_fingerprint: str, entries: Mapping[str, Entry
 
 def _values(entry: Entry) -> list[Any]:
     summary = entry.summary
-    counts = [summary.num_sites, summary.num_parameters]
+    counts = [summary.num_sites, summary.num_parameters, summary.num_head_parameters]
     return [list(entry.stamp), summary.digest, *counts, format_config(summary.config)]
 
 
 def _entry(values: list[Any]) -> Entry:
-    stamp, digest, num_sites, num_parameters, config = values
-    if not isinstance(digest, str) or not isinstance(num_sites + num_parameters, int):
+    stamp, digest, *counts, config = values
+    if not isinstance(digest, str) or not all(isinstance(count, int) for count in counts):
         raise ValueError(f"an entry is {values!r}"[:200])
-    return Entry(Stamp(*stamp), Summary(parse_config(config), digest, num_sites, num_parameters))
+    num_sites, num_parameters, num_head_parameters = counts
+    summary = Summary(parse_config(config), digest, num_sites, num_parameters, num_head_parameters)
+    return Entry(Stamp(*stamp), summary)

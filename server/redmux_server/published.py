@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from redmux.errors import DataLossError, InvalidAdapterError
 from redmux_adapters import Adapter, Limits, Summary
-from redmux_adapters.files import parse_edits, read_file
+from redmux_adapters.files import parse_known, read_file
 from redmux_server.folder_index import Stamp
 
 logger = logging.getLogger(__name__)
@@ -81,12 +81,11 @@ class Published:
                 self._data = read_file(Path(self._path), self._rules.limits.file_bytes)
 
     def _parse(self, data: bytes) -> Adapter:
-        config = self.summary.config
-        adapter = Adapter(
-            config.base_fingerprint,
-            parse_edits(data, expected_sites=self._rules.expected_sites, limits=self._rules.limits),
-            config.prompt_format,
-            config.metadata,
+        adapter = parse_known(
+            data,
+            self.summary.config,
+            expected_sites=self._rules.expected_sites,
+            limits=self._rules.limits,
         )
         if adapter.digest != self.digest:
             raise InvalidAdapterError(f"it holds {adapter.digest}")

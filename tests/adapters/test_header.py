@@ -63,12 +63,13 @@ class Raw(str):
 NAMES = [
     "a.b.scale", "a.bias", "scale", ".scale", "a..scale", "a.weight", "a.scale.x", "../a.scale",
     "a/b.scale", "\u0430.scale", "a\0.scale", " a.scale", "a.scale\n", "", "x" * 300 + ".scale",
-    "__metadata__.scale", "A_9.z.bias", "a.Scale", "-.bias", "m\u00e9.bias", "0.scale",
+    "__metadata__.scale", "A_9.z.bias", "head.a.weight", "head.a.b.bias", "head.bias",
+    "head.a.scale", "head..bias", "a.head.bias", "head", "a.Scale", "-.bias", "m\u00e9.bias", "0.scale",
 ]  # fmt: skip
 DTYPES = ["F16", "BF16", "F32", "F64", "I8", "BOOL", "f32", "", 1, None, True, ["F32"]]
 SHAPES = [
     [], [0], [2**60], [2**64], [-1], [True], [1.0], ["4"], [4, 1], [1, 4], [0, 2**60], None, 4,
-    [None], [[4]], [1], [2], [4], [10**30], {"4": 4}, [1] * 200,
+    [None], [[4]], [2, 2], [1, 4, 1], [1], [2], [4], [10**30], {"4": 4}, [1] * 200,
 ]  # fmt: skip
 OFFSETS = [
     [0, 0], [0, 4], [4, 8], [0, 16], [-4, 0], [8, 4], [0, 4.0], [False, 4], ["0", "4"], [0], None,
@@ -171,26 +172,32 @@ def acceptable(data):
     if set(metadata) - {"format", "adapter_config"} or metadata.get("format") not in (None, "pt"):
         return False
     uses = [0] * (len(data) - 8 - length)
-    return 0 < len(tensors) <= 4096 and all(
+    if all(name.startswith("head.") for name in tensors):
+        return False
+    return len(tensors) <= 4096 and all(
         fits(name, entry, uses) for name, entry in tensors.items()
     ) and set(uses) == {1}  # fmt: skip
 
 
 def fits(name, entry, uses):
-    if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(scale|bias)", name):
+    site = r"(?!head\.)[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*\.(scale|bias)"
+    in_head = r"head(\.[A-Za-z0-9_]+)+\.(weight|bias)"
+    if not re.fullmatch(f"{site}|{in_head}", name):
         return False
     if len(name.rpartition(".")[0]) > 256 or not isinstance(entry, tuple):
         return False
     fields = dict(entry)
     if sorted(fields) != ["data_offsets", "dtype", "shape"]:
         return False
+    columns = r"(?:, ([1-9][0-9]*))?" if name.startswith("head.") else "()"
     numbers = re.fullmatch(
-        r"\[([1-9][0-9]*)\]\[([0-9]+), ([0-9]+)\]", f"{fields['shape']}{fields['data_offsets']}"
+        rf"\[([1-9][0-9]*){columns}\]\[([0-9]+), ([0-9]+)\]",
+        f"{fields['shape']}{fields['data_offsets']}",
     )
     if not numbers or str(fields["dtype"]) not in SIZES:
         return False
-    dim, start, end = (int(text) for text in numbers.groups())
-    if end > len(uses) or end - start != dim * SIZES[fields["dtype"]]:
+    rows, columns, start, end = (int(text or 1) for text in numbers.groups())
+    if end > len(uses) or end - start != rows * columns * SIZES[fields["dtype"]]:
         return False
     for position in range(start, end):
         uses[position] += 1
@@ -218,7 +225,9 @@ def accepted(data):
 
 vectors = st.lists(
     st.tuples(
-        st.sampled_from(["a.scale", "a.bias", "b.c.scale", "b.c.bias", "d.0.e_1.bias"]),
+        st.sampled_from(
+            ["a.scale", "a.bias", "b.c.scale", "b.c.bias", "d.0.e_1.bias", "head.a.weight"]
+        ),
         st.sampled_from(sorted(SIZES)),
         st.integers(1, 5),
     ),
@@ -246,7 +255,8 @@ def test_check_agrees_with_the_slow_checker_and_safetensors(parts, changes):
     assert accepted(data) == acceptable(data)
     if accepted(data):
         names = {name for name, _ in safetensors.deserialize(data)}
-        assert names == set(read_header(data).tensors)
+        tensors = read_header(data).tensors
+        assert names == set(tensors.edits) | {f"head.{name}" for name in tensors.head}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,6 +45,13 @@ def entry(**changes):
         (container({"a.scale": entry(dtype="F64")}), "dtype 'F64'; allowed are F32, F16, BF16"),
         (container({"a.scale": entry(extra=1)}), "exactly the keys dtype, shape and data_offsets"),
         (container({"a.weight": entry()}), "unexpected tensor 'a.weight'; names end in .scale"),
+        (container({"head.a.weight": entry()}), "the file has a head and no edits"),
+        (container({"head.weight": entry()}), "unexpected tensor 'head.weight'; those of a head"),
+        (container({"head.a.scale": entry()}), "unexpected tensor 'head.a.scale'; those of a hea"),
+        (container({"head.../a.bias": entry()}), "unexpected tensor 'head.../a.bias'"),
+        (container({"head.a.bias": entry(shape=[1, 2, 2])}), r"shape \[1, 2, 2\]; .* inputs\]"),
+        (container({"head.a.bias": entry(shape=[4, 0])}), r"shape \[4, 0\]; it has to be \["),
+        (container({"head.a.bias": entry(shape=[2**40] * 2)}), "takes 48357032784585"),
         (container({"../../etc/passwd.scale": entry()}), "no module path"),
         (container({"a\0.scale": entry()}), r"'a\\x00' is no module path"),
         (container({"\u0430.scale": entry()}), r"'\\u0430' is no module path"),
@@ -87,7 +94,7 @@ def test_a_second_metadata_is_found_where_the_first_is_remembered():
 
 def test_remembered_tensors_are_checked_against_every_file():
     usual = b'{"__metadata__":{"format":"pt"},"a.scale":' + json.dumps(entry()).encode() + b"}"
-    assert list(read_header(container(usual)).tensors) == ["a.scale"]
+    assert list(read_header(container(usual)).tensors.edits) == ["a.scale"]
     with pytest.raises(InvalidAdapterError, match="end at byte 16 of 12"):
         read_header(container(usual, b"\0" * 12))
     with pytest.raises(InvalidAdapterError, match="1 tensors; limit 0"):
@@ -98,7 +105,7 @@ def test_a_header_length_that_looks_like_a_pickle_is_fine():
     text = json.dumps({"a.scale": entry()}).encode().ljust(0x280)
     data = container(text)
     assert data.startswith(b"\x80\x02")
-    assert list(read_header(data).tensors) == ["a.scale"]
+    assert list(read_header(data).tensors.edits) == ["a.scale"]
 
 
 def many_tensors(count):

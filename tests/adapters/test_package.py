@@ -41,7 +41,7 @@ def test_documented_configuration_is_valid():
 
 def test_every_configuration_key_is_documented():
     documented = re.findall(r"^\| `(\w+)` \| (?:required|optional)", DOCUMENT, re.MULTILINE)
-    keys = ["peft_type", "base_fingerprint", "prompt_format"]
+    keys = ["peft_type", "base_fingerprint", "prompt_format", "head"]
     assert documented == keys + [field.name for field in fields(AdapterMetadata)]
 
 
