@@ -41,6 +41,48 @@ def load_base(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
+def load_encoder(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Returns (model, tokenizer) of an encoder, as `load_base` does of a decoder.
+
+    The model is the bare one, without any head: module paths start at "encoder" or "transformer".
+    Its pooler is None where the checkpoint holds no weights for it.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    source = resolve(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, info = AutoModel.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError) as err:
+        raise InvalidArgumentError(
+            f"cannot load encoder {spec!r}: {err}; give a folder with config.json or a hub id"
+        ) from err
+    if any(name.startswith("pooler.") for name in info["missing_keys"]):
+        model.pooler = None
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def is_encoder(spec: str) -> bool:
+    """Returns whether the configuration of `spec` is that of an encoder, such as BERT or MPNet.
+
+    False as well where there is no configuration: `load_base` says what is wrong then.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
+        return False
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
+        return False
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 def resolve(spec: str) -> str:
     """Returns the folder or hub id that transformers loads for `spec`."""
     if spec == DEFAULT_MODEL:

@@ -37,6 +37,8 @@ KINDS: Mapping[str, Mapping[str, str]] = {
     },
     # The base model's own pooler -> classifier.
     "bert": {"classifier.weight": "lh", "classifier.bias": "l"},
+    # Mean over all tokens -> classifier.
+    "mean": {"classifier.weight": "lh", "classifier.bias": "l"},
 }
 
 HeadArrays = Mapping[str, NDArray[np.float32]]

@@ -9,7 +9,7 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-from ..base import load_base
+from ..base import load_base, load_encoder, resolve
 from ..fingerprint import fingerprint
 from ..sites import editable_sites, ffn_sites
 from .examples import Kind
@@ -24,8 +24,6 @@ class TrainingBase:
     model: Any
     tokenizer: Any
     fingerprint: str
-    ffn_sites: dict[str, int]
-    editable_sites: dict[str, int]
 
     @classmethod
     def of(
@@ -33,10 +31,7 @@ class TrainingBase:
     ) -> "TrainingBase":
         """Returns the base of a model as transformers loads it, which is frozen by this."""
         model.eval().requires_grad_(False)
-        return cls(
-            name, kind, model, tokenizer, fingerprint(model), ffn_sites(model),
-            editable_sites(model),
-        )  # fmt: skip
+        return cls(name, kind, model, tokenizer, fingerprint(model))
 
     @property
     def num_parameters(self) -> int:
@@ -57,16 +52,15 @@ class TrainingBase:
         Raises InvalidArgumentError where they name none.
         """
         if sites == "ffn":
-            chosen = self.ffn_sites
+            chosen = ffn_sites(self.model)
         elif sites == "all":
-            chosen = self.editable_sites
+            chosen = editable_sites(self.model)
         else:
-            patterns = [pattern.strip() for pattern in sites.split(",")]
-            chosen = {}
-            for pattern in patterns:
-                found = {s: d for s, d in self.editable_sites.items() if fnmatchcase(s, pattern)}
+            editable, chosen = editable_sites(self.model), {}
+            for pattern in (part.strip() for part in sites.split(",")):
+                found = {s: d for s, d in editable.items() if fnmatchcase(s, pattern)}
                 if not found:
-                    example = next(iter(self.editable_sites))
+                    example = next(iter(editable))
                     raise InvalidArgumentError(
                         f"sites: no editable module matches {pattern!r}; one is {example}"
                     )
@@ -85,10 +79,23 @@ class TrainingBase:
 
 def load_training_base(spec: str, kind: Kind, dtype: torch.dtype) -> TrainingBase:
     """Loads a base model; see `redmux_adapters.load_base` for `spec` and what is raised."""
-    model, tokenizer = load_base(spec, dtype)
+    load = {"causal": load_base, "seq2seq": _load_seq2seq, "classifier": load_encoder}[kind]
+    model, tokenizer = load(spec, dtype)
     # Adapters are passed on, folders of this machine mean nothing elsewhere.
     name = Path(spec).resolve().name if Path(spec).expanduser().exists() else spec
     return TrainingBase.of(model, tokenizer, name, kind)
+
+
+def _load_seq2seq(spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    source = resolve(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as err:
+        raise InvalidArgumentError(f"cannot load encoder-decoder {spec!r}: {err}") from err
+    return model, tokenizer
 
 
 def _parse_layers(layers: str) -> set[int] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from redmux.errors import InvalidArgumentError
 
 from .job import DATA_KEYS, RUN_KEYS, Job, make_task, read_job
-from .options import METRICS, OPTION_NAMES, PARTS, SCHEDULES, TrainingOptions
+from .options import HEADS, METRICS, OPTION_NAMES, PARTS, SCHEDULES, TrainingOptions
 
 _Group = argparse._ArgumentGroup
 
@@ -130,6 +130,7 @@ def _add_training(group: _Group) -> None:
     _add(group, "schedule", "of the rate behind the warm-up", choices=SCHEDULES)
     _add(group, "metric", "by which the best vectors are kept", choices=METRICS)
     _add(group, "train", "the vectors that are trained", choices=PARTS)
+    _add(group, "head", "kind of a classification head", choices=HEADS)
     _add(group, "sites", "ffn, all, or patterns of module paths, comma-separated", metavar="NAMES")
     _add(group, "layers", 'all, or numbers and ranges such as "0-5,11"', metavar="RANGES")
 

@@ -16,6 +16,7 @@ from ..config import AdapterMetadata
 from ..prompt import PromptFormat
 from ..vectors import MAX_MAGNITUDE
 from .bank import VectorBank
+from .classifier import TrainedHead
 from .events import Ending, Evaluated, Event, Finished, Stepped
 from .examples import Example
 from .objectives import Row
@@ -47,6 +48,11 @@ class Task:
             )
 
     @property
+    def has_accuracy(self) -> bool:
+        """Whether results are right or wrong, not scores."""
+        return bool(self.labels or self.train[0].targets)
+
+    @property
     def num_steps(self) -> int:
         """Number of optimizer steps that were asked for."""
         per_epoch = -(-len(self.train) // self.options.batch_size)
@@ -71,12 +77,13 @@ class Learner:
         row: int,
         bank: VectorBank,
         sites: Mapping[str, int],
-        head: Mapping[str, nn.Parameter],
+        head: TrainedHead | None = None,
     ) -> None:
         self.task = task
         self.row = row
         self.sites = sites
-        self.head = head  # of a classifier, else empty
+        self.head = head
+        self._head = {} if head is None else head.parameters
         self.step = 0  # optimizer steps taken
         self.num_tokens = 0
         self.ending: Ending | None = None
@@ -93,8 +100,8 @@ class Learner:
         groups: list[dict[str, Any]] = [
             {"params": [self._values], "weight_decay": task.options.weight_decay}
         ]
-        if head:
-            groups.append({"params": list(head.values()), "weight_decay": 0.0})
+        if head is not None:
+            groups.append({"params": list(self._head.values()), "weight_decay": 0.0})
             self._rates.append(task.options.head_learning_rate)
         self._optimizer = torch.optim.AdamW(groups, lr=0.0)
 
@@ -115,15 +122,13 @@ class Learner:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         loss = sum(row.loss * row.weight for row in rows)
-        parameters = [self._values, *self.head.values()]
+        parameters = [self._values, *self._head.values()]
         assert self._values.grad is not None
         self._values.grad[self._frozen] = 0
         norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf).item()
         if math.isfinite(loss) and math.isfinite(norm):
             self._optimizer.step()
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.zero_()
+        self.clear_gradients()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return [self._diverge(f"loss {loss:g}, gradient norm {norm:g}")]
         if not self._values.abs().max() < MAX_MAGNITUDE:
@@ -134,6 +139,12 @@ class Learner:
         rate = self._rates[0] * factor
         done = self.task.num_steps
         return [Stepped(self.task.name, self.step, done, loss, rate, norm, tokens)]
+
+    def clear_gradients(self) -> None:
+        """Forgets what passes have added since the last step."""
+        for parameter in (self._values, *self._head.values()):
+            assert parameter.grad is not None
+            parameter.grad.zero_()
 
     @property
     def wants_evaluation(self) -> bool:
@@ -147,11 +158,11 @@ class Learner:
         """Returns the held-out examples."""
         return [Row(self.row, example) for example in self.task.valid]
 
-    def judge(self, rows: Sequence[Row], has_accuracy: bool) -> list[Event]:
+    def judge(self, rows: Sequence[Row]) -> list[Event]:
         """Takes the held-out results in, and keeps the vectors if they are the best so far."""
         terms = sum(_num_terms(row.example) for row in rows)
         loss = sum(row.loss for row in rows) / terms
-        accuracy = sum(row.num_right for row in rows) / terms if has_accuracy else None
+        accuracy = sum(row.num_right for row in rows) / terms if self.task.has_accuracy else None
         is_best = self._is_better(loss, accuracy)
         result = Evaluated(self.task.name, self.step, loss, accuracy, is_best)
         self._num_worse = 0 if is_best else self._num_worse + 1
@@ -197,13 +208,13 @@ class Learner:
         self.best = None if state["best"] is None else Evaluated(**state["best"])
         self._best_state = state["best_state"]
         self._values.copy_(state["vectors"]["values"])
-        for name, parameter in self.head.items():
+        for name, parameter in self._head.items():
             parameter.copy_(state["vectors"][name])
         self._optimizer.load_state_dict(state["optimizer"])
         self._stream.position = state["position"]
 
     def _vectors(self) -> dict[str, Tensor]:
-        vectors = {"values": self._values, **self.head}
+        vectors = {"values": self._values, **self._head}
         return {name: tensor.detach().cpu().clone() for name, tensor in vectors.items()}
 
     def _diverge(self, what: str) -> Finished:

@@ -46,8 +46,6 @@ class GenerationObjective:
     so logits of a large vocabulary are never all in memory.
     """
 
-    has_accuracy = True
-
     def __init__(self, base: TrainingBase, bank: VectorBank, autocast: bool = False) -> None:
         self._bank = bank
         self._autocast = autocast
@@ -62,7 +60,7 @@ class GenerationObjective:
         """Computes the rows' losses and, if `train`, adds their gradients to the bank."""
         batch = self._collate([row.example for row in rows])
         adapters = torch.tensor([row.adapter for row in rows], device=self._device)
-        with torch.set_grad_enabled(train), self._precision():
+        with torch.set_grad_enabled(train), precision(self._device, self._autocast):
             hidden = self._hidden(batch, adapters)  # [terms, hidden size]
         leaf = hidden.detach().requires_grad_(train)
         weights = torch.tensor([row.weight for row in rows], device=self._device)[batch.owners]
@@ -72,7 +70,7 @@ class GenerationObjective:
         for start in range(0, len(leaf), size):
             part = slice(start, start + size)
             with torch.set_grad_enabled(train):
-                with self._precision():
+                with precision(self._device, self._autocast):
                     # [terms of the chunk, vocabulary]
                     logits = self._logits(leaf[part]).float()
                 losses = F.cross_entropy(logits, batch.targets[part], reduction="none")
@@ -109,26 +107,25 @@ class GenerationObjective:
             handle.remove()
         return kept[0]
 
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast)
-
     def _causal(self, examples: Sequence[Example]) -> _Batch:
         """Pads on the right, where causal attention never looks, so there is no mask."""
         sequences = [example.inputs + example.targets for example in examples]
-        ids = _padded([sequence[:-1] for sequence in sequences], 0)
+        ids = padded([sequence[:-1] for sequence in sequences], 0)
         predicts = torch.zeros(ids.shape, dtype=torch.bool)
         for row, example in enumerate(examples):
             predicts[row, len(example.inputs) - 1 : example.length - 1] = True
         return self._batch({"input_ids": ids}, predicts, examples)
 
     def _seq2seq(self, examples: Sequence[Example]) -> _Batch:
-        ids = _padded([example.inputs for example in examples], 0)
+        ids = padded([example.inputs for example in examples], 0)
         start = self._model.config.get_text_config().decoder_start_token_id
-        decoder = _padded([(start, *example.targets[:-1]) for example in examples], 0)
+        decoder = padded([(start, *example.targets[:-1]) for example in examples], 0)
         lengths = torch.tensor([len(example.targets) for example in examples])
         inputs = {
             "input_ids": ids,
-            "attention_mask": _mask([len(example.inputs) for example in examples], ids.shape[1]),
+            "attention_mask": attention_mask(
+                [len(example.inputs) for example in examples], ids.shape[1]
+            ),
             "decoder_input_ids": decoder,
         }
         predicts = torch.arange(decoder.shape[1])[None] < lengths[:, None]
@@ -175,7 +172,12 @@ def _logits_of(model: Any) -> Callable[[Tensor], Tensor]:
     return logits_of
 
 
-def _padded(sequences: Sequence[Sequence[int]], pad: int) -> Tensor:
+def precision(device: torch.device, autocast: bool) -> torch.autocast:
+    """Returns the context in which the base computes, its products in bf16 if `autocast`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+
+
+def padded(sequences: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Returns the sequences as one matrix [rows, longest], padded on the right."""
     ids = torch.full((len(sequences), max(map(len, sequences))), pad)
     for row, sequence in enumerate(sequences):
@@ -183,5 +185,6 @@ def _padded(sequences: Sequence[Sequence[int]], pad: int) -> Tensor:
     return ids
 
 
-def _mask(lengths: Sequence[int], width: int) -> Tensor:
+def attention_mask(lengths: Sequence[int], width: int) -> Tensor:
+    """Returns [rows, width]: 1 up to each row's length, 0 behind."""
     return (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()

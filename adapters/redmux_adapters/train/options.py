@@ -7,8 +7,11 @@ from typing import Any, Literal
 
 from redmux.errors import InvalidArgumentError
 
+from ..head import KINDS
+
 SCHEDULES = ("linear", "cosine", "constant")
 PARTS = ("both", "scale", "bias")
+HEADS = ("auto", *KINDS)
 METRICS = ("loss", "accuracy")
 
 
@@ -35,6 +38,7 @@ class TrainingOptions:
     eval_every: int = 50  # steps between evaluations, where there is held-out data
     patience: int = 0  # evaluations without improvement before an early stop; 0: never
     metric: Literal["loss", "accuracy"] = "loss"  # what is best on held-out data
+    head: str = "auto"  # kind of a classification head; auto: as transformers has it
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,7 +58,7 @@ class TrainingOptions:
             f"seed {self.seed}"
         )
         defaults = TrainingOptions()
-        for name in ("label_smoothing", "sites", "layers", "train"):
+        for name in ("label_smoothing", "sites", "layers", "train", "head"):
             value = getattr(self, name)
             if value != getattr(defaults, name):
                 text += f", {name} {value}"
@@ -80,6 +84,7 @@ _RULES: dict[str, _Rule] = {
     "eval_every": (int, lambda x: x > 0, "a whole number above 0"),
     "patience": (int, lambda x: x >= 0, "a whole number from 0 on"),
     "metric": (str, lambda x: x in METRICS, f"one of {', '.join(METRICS)}"),
+    "head": (str, lambda x: x in HEADS, f"one of {', '.join(HEADS)}"),
     "seed": (int, lambda x: 0 <= x < 1 << 63, "a whole number from 0 on"),
 }
 OPTION_NAMES = tuple(item.name for item in fields(TrainingOptions))

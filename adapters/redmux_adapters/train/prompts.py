@@ -71,7 +71,13 @@ class PromptWriter:
 
     def text(self, text: str, pair: str | None = None) -> _Ids:
         """Returns the ids of a text, or of two, with the special tokens that the model expects."""
-        return tuple(self._tokenizer(text, pair)["input_ids"])
+        encoded = self._tokenizer(text, pair)
+        if pair is not None and any(encoded.get("token_type_ids") or ()):
+            raise InvalidArgumentError(
+                "text_pair: this base model tells the second text by token types, which are not "
+                "supported; give both as one text"
+            )
+        return tuple(encoded["input_ids"])
 
     def _end_of_answer(self) -> str | None:
         """Returns what follows an answer up to its end token; None if that has to be added."""

@@ -15,6 +15,7 @@ from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from ..adapter import Adapter
 from .bank import VectorBank
 from .base import TrainingBase
+from .classifier import ClassifierObjective, TrainedHead
 from .events import Event, Finished
 from .learner import Learner, Task
 from .objectives import GenerationObjective, Row
@@ -59,10 +60,19 @@ class Trainer:
         sites = [base.choose_sites(t.options.sites, t.options.layers) for t in tasks]
         union = {site: dim for chosen in sites for site, dim in chosen.items()}
         self._bank = VectorBank(base.model, union, len(tasks))
-        self._objective = GenerationObjective(base, self._bank, autocast)
+        self._heads: list[TrainedHead] = []
+        self._objective: GenerationObjective | ClassifierObjective
+        if base.kind == "classifier":
+            self._heads = [
+                TrainedHead(base, t.options.head, t.labels, t.options.seed) for t in tasks
+            ]
+            self._objective = ClassifierObjective(base, self._bank, self._heads, autocast)
+        else:
+            self._objective = GenerationObjective(base, self._bank, autocast)
+        heads: Sequence[TrainedHead | None] = self._heads or [None] * len(tasks)
         self.learners = [
-            Learner(task, row, self._bank, chosen, {})
-            for row, (task, chosen) in enumerate(zip(tasks, sites, strict=True))
+            Learner(task, row, self._bank, chosen, head)
+            for row, (task, chosen, head) in enumerate(zip(tasks, sites, heads, strict=True))
         ]
 
     def close(self) -> None:
@@ -84,7 +94,7 @@ class Trainer:
         due = {item: item.evaluation_rows() for item in self.active if item.wants_evaluation}
         self._run((row for rows in due.values() for row in rows), train=False)
         for learner, rows in due.items():
-            events += learner.judge(rows, self._objective.has_accuracy)
+            events += learner.judge(rows)
         for learner in self.active:
             if learner.step >= learner.task.num_steps:
                 events.append(learner.end("completed"))
@@ -104,7 +114,9 @@ class Trainer:
             raise FailedPreconditionError(f"the training of {name!r} diverged")
         task, result = learner.task, learner.result()
         edits = self._bank.edits(result["values"], learner.sites)
-        return Adapter(self.base.fingerprint, edits, task.prompt_format, self._metadata(learner))
+        head = None if learner.head is None else learner.head.head(result)
+        metadata = self._metadata(learner)
+        return Adapter(self.base.fingerprint, edits, task.prompt_format, metadata, head)
 
     def estimate(self) -> Estimate:
         """Computes two passes that change nothing and returns what the whole run will take."""
@@ -118,7 +130,8 @@ class Trainer:
         start = time.perf_counter()
         self._objective.run(largest, train=True)
         seconds = time.perf_counter() - start
-        self._bank.grads.zero_()
+        for learner in self.learners:
+            learner.clear_gradients()
         rate = sum(row.example.length for row in largest) / seconds
         num_tokens = sum(_num_tokens(learner) for learner in self.active)
         evaluated = sum(_num_evaluated(learner) for learner in self.active)
