@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from reference import edited
+from train.tiny_tasks import examples, furthest, make_task, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
@@ -24,7 +25,6 @@ from redmux_adapters.train import (
 from redmux_adapters.train.options import rate_factor
 from redmux_adapters.train.stream import BatchStream
 
-from .conftest import examples, furthest, make_task, run
 
 
 def by_hand(model, task):
@@ -178,7 +178,7 @@ def test_small_steps_are_not_lost_on_a_bf16_base(base):
 def test_the_best_vectors_are_kept_and_patience_ends_the_training(training_base):
     # The held-out answers are others than those that are learned, so they only get worse.
     task = dataclasses.replace(
-        make_task(steps=200, eval_every=1, patience=3, warmup=0.0, learning_rate=0.1),
+        make_task(steps=200, valid=6, eval_every=1, patience=3, warmup=0.0, learning_rate=0.1),
         train=examples(1, answer=7), valid=examples(2, 6, answer=9),
     )  # fmt: skip
     trainer = Trainer(training_base, [task, make_task("other", steps=12)])

@@ -1,5 +1,6 @@
 """One adapter under training: what it learns from, its optimizer and its end."""
 
+import copy
 import hashlib
 import json
 import math
@@ -186,7 +187,7 @@ class Learner:
         return self._best_state or self._vectors()
 
     def state(self) -> dict[str, Any]:
-        """Returns all that `restore` needs to go on, as tensors and plain values."""
+        """Returns copies of all that `restore` needs to go on, as tensors and plain values."""
         return {
             "identity": self.task.identity(),
             "step": self.step,
@@ -196,7 +197,7 @@ class Learner:
             "num_worse": self._num_worse,
             "best_state": self._best_state,
             "vectors": self._vectors(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "position": self._stream.position,
         }
 
