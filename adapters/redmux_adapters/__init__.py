@@ -11,7 +11,7 @@ from .fingerprint import fingerprint
 from .head import Head, HeadConfig
 from .header import Limits
 from .prompt import PromptFormat, Turn
-from .sites import editable_sites, ffn_sites
+from .sites import Position, addressable_sites, editable_sites, ffn_sites, red_sites
 
 __all__ = [
     "Adapter",
@@ -20,9 +20,11 @@ __all__ = [
     "Head",
     "HeadConfig",
     "Limits",
+    "Position",
     "PromptFormat",
     "Summary",
     "Turn",
+    "addressable_sites",
     "check_base",
     "editable_sites",
     "ffn_sites",
@@ -30,6 +32,7 @@ __all__ = [
     "load_base",
     "parse_adapter",
     "read_adapter",
+    "red_sites",
     "summarize",
     "to_bytes",
     "write_folder",

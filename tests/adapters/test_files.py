@@ -243,6 +243,12 @@ def test_unknown_site_is_refused_with_three_near_ones(tmp_path):
         read_adapter(tmp_path, expected_sites=EXPECTED)
 
 
+def test_sites_that_are_blocks_of_modules_are_named_as_such():
+    data = to_bytes(Adapter.identity({"m.0": 4}, BASE))
+    with pytest.raises(InvalidAdapterError, match=r"'m\.0' is a block of modules; only the outpu"):
+        parse_adapter(data, expected_sites={"m.0.out": 4})
+
+
 def test_wrong_size_is_refused_naming_the_right_one():
     with pytest.raises(InvalidAdapterError, match="have 5 values; this module has 4 outputs"):
         parse_adapter(one("model.layers.3.mlp.down_proj", 5), CONFIG, expected_sites=EXPECTED)

@@ -64,7 +64,8 @@ NAMES = [
     "a.b.scale", "a.bias", "scale", ".scale", "a..scale", "a.weight", "a.scale.x", "../a.scale",
     "a/b.scale", "\u0430.scale", "a\0.scale", " a.scale", "a.scale\n", "", "x" * 300 + ".scale",
     "__metadata__.scale", "A_9.z.bias", "head.a.weight", "head.a.b.bias", "head.bias",
-    "head.a.scale", "head..bias", "a.head.bias", "head", "a.Scale", "-.bias", "m\u00e9.bias", "0.scale",
+    "head.a.scale", "head..bias", "a.head.bias", "head", "a.Scale", "-.bias",
+    "m\u00e9.bias", "0.scale",
 ]  # fmt: skip
 DTYPES = ["F16", "BF16", "F32", "F64", "I8", "BOOL", "f32", "", 1, None, True, ["F32"]]
 SHAPES = [
