@@ -11,7 +11,7 @@ from redmux.errors import InvalidArgumentError
 
 from ..base import load_base, load_encoder, resolve
 from ..fingerprint import fingerprint
-from ..sites import editable_sites, ffn_sites
+from ..sites import POSITIONS, editable_sites, red_sites
 from .examples import Kind
 
 
@@ -51,21 +51,23 @@ class TrainingBase:
 
         Raises InvalidArgumentError where they name none.
         """
-        if sites == "ffn":
-            chosen = ffn_sites(self.model)
-        elif sites == "all":
-            chosen = editable_sites(self.model)
-        else:
-            editable, chosen = editable_sites(self.model), {}
-            for pattern in (part.strip() for part in sites.split(",")):
-                found = {s: d for s, d in editable.items() if fnmatchcase(s, pattern)}
-                if not found:
-                    example = next(iter(editable))
-                    raise InvalidArgumentError(
-                        f"sites: no editable module matches {pattern!r}; one is {example}"
-                    )
-                chosen |= found
         numbers = _parse_layers(layers)
+        if sites in POSITIONS:
+            chosen = red_sites(self.model, sites, layers=numbers)
+            if not chosen.keys() <= editable_sites(self.model).keys():
+                raise InvalidArgumentError(
+                    f"sites: {sites!r} are sums with the residual, which no server edits"
+                )
+            return chosen
+        editable = editable_sites(self.model)
+        chosen = {}
+        for pattern in ("*" if sites == "all" else sites).split(","):
+            found = {s: d for s, d in editable.items() if fnmatchcase(s, pattern.strip())}
+            if not found:
+                raise InvalidArgumentError(
+                    f"sites: no editable module matches {pattern!r}; one is {next(iter(editable))}"
+                )
+            chosen |= found
         if numbers is not None:
             depths = {_layer(site) for site in chosen}
             if not numbers <= depths:

@@ -131,7 +131,12 @@ def _add_training(group: _Group) -> None:
     _add(group, "metric", "by which the best vectors are kept", choices=METRICS)
     _add(group, "train", "the vectors that are trained", choices=PARTS)
     _add(group, "head", "kind of a classification head", choices=HEADS)
-    _add(group, "sites", "ffn, all, or patterns of module paths, comma-separated", metavar="NAMES")
+    _add(
+        group,
+        "sites",
+        "ffn, attn, ffn_attn, more (RED++), all, or patterns of module paths, comma-separated",
+        metavar="NAMES",
+    )
     _add(group, "layers", 'all, or numbers and ranges such as "0-5,11"', metavar="RANGES")
 
 

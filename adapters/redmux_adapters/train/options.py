@@ -32,7 +32,9 @@ class TrainingOptions:
     weight_decay: float = 0.0  # pulls scales to 1 and biases to 0
     clip_norm: float = 1.0  # 0: gradients are not clipped
     label_smoothing: float = 0.0
-    sites: str = "ffn"  # "ffn", "all", or patterns of module paths with *, separated by commas
+    sites: str = (
+        "ffn"  # a position of the paper, "all", or patterns of module paths with *, and commas
+    )
     layers: str = "all"  # "all", or numbers and ranges, as in "0-5,11"
     train: Literal["both", "scale", "bias"] = "both"
     eval_every: int = 50  # steps between evaluations, where there is held-out data
@@ -78,7 +80,11 @@ _RULES: dict[str, _Rule] = {
     "weight_decay": (_NUMBER, lambda x: 0 <= x < 1, "from 0 to below 1"),
     "clip_norm": (_NUMBER, lambda x: 0 <= x < float("inf"), "0 or above"),
     "label_smoothing": (_NUMBER, lambda x: 0 <= x < 1, "from 0 to below 1"),
-    "sites": (str, lambda x: x.strip() != "", '"ffn", "all" or patterns of module paths'),
+    "sites": (
+        str,
+        lambda x: x.strip() != "",
+        '"ffn", "attn", "ffn_attn", "more", "all" or patterns of module paths',
+    ),
     "layers": (str, lambda x: x.strip() != "", '"all" or numbers and ranges such as "0-5,11"'),
     "train": (str, lambda x: x in PARTS, f"one of {', '.join(PARTS)}"),
     "eval_every": (int, lambda x: x > 0, "a whole number above 0"),

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from reference import edited
-from train.tiny_tasks import examples, furthest, make_task, run
+from training.tiny_tasks import examples, furthest, make_task, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
@@ -24,7 +24,6 @@ from redmux_adapters.train import (
 )
 from redmux_adapters.train.options import rate_factor
 from redmux_adapters.train.stream import BatchStream
-
 
 
 def by_hand(model, task):
@@ -86,9 +85,7 @@ def test_three_adapters_in_one_pass_are_those_that_are_trained_by_hand(training_
 
 
 def test_adapters_trained_together_are_those_trained_alone(training_base):
-    tasks = [
-        make_task(f"t{i}", seed=i, valid=4, batch_size=2 + i, steps=5 + i) for i in range(4)
-    ]
+    tasks = [make_task(f"t{i}", seed=i, valid=4, batch_size=2 + i, steps=5 + i) for i in range(4)]
     together = Trainer(training_base, tasks)
     run(together)
     for task in tasks:
@@ -254,8 +251,10 @@ def test_a_cancelled_task_keeps_what_it_has_learned(training_base):
     [
         ([], "no tasks"),
         ([make_task(), make_task()], "occur twice: task"),
-        ([make_task(layers="7")], r"layers: \[7\]"),
+        ([make_task(layers="7")], "no layer 7"),
         ([make_task(layers="x")], "numbers and ranges"),
+        ([make_task(sites="*.up_proj", layers="2-4")], r"layers: \[3, 4\]"),
+        ([make_task(sites="res")], "which no server edits"),
         ([make_task(sites="model.*.nothing")], "no editable module matches"),
         (
             [Task("t", [Example((1,) * 3000, (0,))], TrainingOptions(learning_rate=1.0))],
