@@ -35,7 +35,8 @@ class Faults:
         """Raises InvalidArgumentError with the first faults and the number of all, if any."""
         if not self.found:
             return
-        lines = [f"{where}: {message}" for where, message in self.found[:_MOST_SHOWN]]
+        found = sorted(self.found, key=lambda fault: _in_order_of_lines(fault[0]))
+        lines = [f"{where}: {message}" for where, message in found[:_MOST_SHOWN]]
         if len(self.found) > _MOST_SHOWN:
             lines.append(f"and {len(self.found) - _MOST_SHOWN} more")
         raise InvalidArgumentError(
@@ -70,6 +71,11 @@ def read_records(source: str, columns: Mapping[str, str], faults: Faults) -> lis
     if not records and not faults.found:
         raise InvalidArgumentError(f"{source} has no records")
     return records
+
+
+def _in_order_of_lines(where: str) -> tuple[str, int]:
+    file, _, line = where.rpartition(":")
+    return file, int(line)
 
 
 def _from_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
