@@ -22,7 +22,7 @@ from redmux_adapters.train.metrics_log import MetricsLog
 def data(tmp_path):
     """Twenty questions with the same answer."""
     path = tmp_path / "data.jsonl"
-    lines = [{"prompt": f"question {i}", "completion": "yes"} for i in range(20)]
+    lines = [{"prompt": f"question {i}", "completion": "y"} for i in range(20)]
     path.write_text("\n".join(map(json.dumps, lines)))
     return path
 
@@ -56,7 +56,7 @@ async def test_what_is_trained_is_served(data, common, tmp_path, base, client, p
     await put("yes", adapter)
     message = [{"role": "user", "content": "question 99"}]
     answer = await client.generate(message, adapter="yes", max_tokens=8)
-    assert (answer.text, answer.finish_reason) == ("yes", "eos")
+    assert (answer.text, answer.finish_reason) == ("y", "eos")
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(data, common, tmp_path, capsys):
