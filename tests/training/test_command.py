@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from reference import generate
 
 from redmux.cli import main as redmux
 from redmux.errors import InvalidArgumentError
@@ -56,7 +57,10 @@ async def test_what_is_trained_is_served(data, common, tmp_path, base, client, p
     await put("yes", adapter)
     message = [{"role": "user", "content": "question 99"}]
     answer = await client.generate(message, adapter="yes", max_tokens=8)
-    assert (answer.text, answer.finish_reason) == ("y", "eos")
+    prompt = base.tokenizer("[user]question 99[assistant]", add_special_tokens=False)["input_ids"]
+    tokens, _ = generate(base.model, prompt, 8, adapter.edits, eos=(0,))
+    assert answer.text == base.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert answer.text.startswith("y")
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(data, common, tmp_path, capsys):
