@@ -82,7 +82,7 @@ def _drive(run: Any) -> dict[str, Finished]:
 
     learners = run.trainer.learners
     total = sum(learner.task.num_steps for learner in learners)
-    losses: dict[str, float] = {}
+    losses: dict[str, list[float]] = {}  # of each task since its last evaluation
     endings: dict[str, Finished] = {}
     with tqdm(
         total=total, initial=sum(learner.step for learner in learners), unit="step",
@@ -91,24 +91,25 @@ def _drive(run: Any) -> dict[str, Finished]:
         while run.trainer.active:
             for event in run.advance():
                 _take(event, losses, endings, bar, run)
-            mean = sum(losses.values()) / len(losses) if losses else 0.0
-            bar.set_postfix_str(f"loss {mean:.3f}, {run.tokens_per_s:.0f} tokens/s", refresh=False)
+            last = [values[-1] for values in losses.values() if values]
+            loss = f"loss {sum(last) / len(last):.3f}, " if last else ""
+            bar.set_postfix_str(f"{loss}{run.tokens_per_s:.0f} tokens/s", refresh=False)
     return endings
 
 
 def _take(
-    event: Event, losses: dict[str, float], endings: dict[str, Finished], bar: Any, run: Any
+    event: Event, losses: dict[str, list[float]], endings: dict[str, Finished], bar: Any, run: Any
 ) -> None:
     if isinstance(event, Stepped):
-        old = losses.get(event.task, event.loss)
-        losses[event.task] = 0.9 * old + 0.1 * event.loss
+        losses.setdefault(event.task, []).append(event.loss)
         bar.update()
     elif isinstance(event, Evaluated):
         accuracy = "" if event.accuracy is None else f", accuracy {100 * event.accuracy:.1f} %"
         best = ", best so far" if event.is_best else ""
-        trained = losses.get(event.task, float("nan"))
+        since = losses.pop(event.task, [])
+        trained = f"loss {sum(since) / len(since):.4f}, " if since else ""
         bar.write(
-            f"{event.task} step {event.step}: loss {trained:.4f}, held out {event.loss:.4f}"
+            f"{event.task} step {event.step}: {trained}held out {event.loss:.4f}"
             f"{accuracy}{best} ({_duration(run.elapsed_s)})",
             file=sys.stdout,
         )

@@ -112,7 +112,11 @@ def _add_data(group: _Group) -> None:
 
 def _add_training(group: _Group) -> None:
     numbers: list[tuple[str, type, str]] = [
-        ("learning-rate", float, "default: by the size of the base, 0.02 below a billion"),
+        (
+            "learning-rate",
+            float,
+            "default: 0.02, less for encoders and from a billion parameters on",
+        ),
         ("head-learning-rate", float, "of a classification head"),
         ("steps", int, "optimizer steps; default: what --epochs takes"),
         ("epochs", float, "times through the data"),

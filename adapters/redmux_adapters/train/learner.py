@@ -148,6 +148,11 @@ class Learner:
             parameter.grad.zero_()
 
     @property
+    def wants_baseline(self) -> bool:
+        """Whether the held-out data is due before the first step."""
+        return self.step == 0 and self.best is None and bool(self.task.valid)
+
+    @property
     def wants_evaluation(self) -> bool:
         """Whether the held-out data is due after the step that was taken."""
         if self.ending is not None or not self.task.valid:

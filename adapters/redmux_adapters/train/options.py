@@ -23,7 +23,7 @@ class TrainingOptions:
     """
 
     learning_rate: float | None = None
-    head_learning_rate: float = 5e-3  # of a classification head, which starts from random values
+    head_learning_rate: float = 1e-2  # of a classification head, which starts from random values
     steps: int | None = None  # optimizer steps; None: as many as `epochs` take
     epochs: float = 3.0
     batch_size: int = 16  # examples per optimizer step
@@ -96,13 +96,15 @@ _RULES: dict[str, _Rule] = {
 OPTION_NAMES = tuple(item.name for item in fields(TrainingOptions))
 
 
-def default_learning_rate(num_parameters: int) -> float:
-    """Returns the rate to start with for a base model of this size.
+def default_learning_rate(num_parameters: int, has_head: bool = False) -> float:
+    """Returns the rate to start with for a base model of this size, with a head or without.
 
-    RED takes far larger steps than weights do: the paper's rates go from 1e-3 for 7 billion
-    parameters to 6e-2 for GPT-2. 2e-2 was tried on SmolLM2-135M over several tasks; the values for
-    large models only follow the paper.
+    RED takes far larger steps than weights do: the paper's rates go from 1e-3 to 6e-2. 2e-2 was
+    tried on SmolLM2-135M over several tasks, 5e-3 on an encoder of 23 million parameters; the
+    values for large models only follow the paper's range.
     """
+    if has_head:
+        return 5e-3
     if num_parameters < 1_000_000_000:
         return 2e-2
     return 5e-3 if num_parameters < 4_000_000_000 else 1e-3

@@ -111,7 +111,10 @@ def _task(base: TrainingBase, source: _Source) -> Task:
         source.faults.raise_any()
     options = spec.options
     if options.learning_rate is None:
-        options = replace(options, learning_rate=default_learning_rate(base.num_parameters))
+        options = replace(
+            options,
+            learning_rate=default_learning_rate(base.num_parameters, base.kind == "classifier"),
+        )
     return Task(
         spec.name, train, options, valid,
         writer.prompt_format if base.kind == "causal" else None, tuple(labels),

@@ -85,16 +85,16 @@ class Trainer:
         return [learner for learner in self.learners if learner.ending is None]
 
     def step(self) -> list[Event]:
-        """Takes one optimizer step of every active task and evaluates those that are due."""
-        events: list[Event] = []
+        """Takes one optimizer step of every active task and evaluates those that are due.
+
+        A task with held-out data is evaluated before its first step, too: what no edit gives.
+        """
+        events = self._evaluate([item for item in self.active if item.wants_baseline])
         batches = {learner: learner.next_rows() for learner in self.active}
         self._run((row for rows in batches.values() for row in rows), train=True)
         for learner, rows in batches.items():
             events += learner.update(rows)
-        due = {item: item.evaluation_rows() for item in self.active if item.wants_evaluation}
-        self._run((row for rows in due.values() for row in rows), train=False)
-        for learner, rows in due.items():
-            events += learner.judge(rows)
+        events += self._evaluate([item for item in self.active if item.wants_evaluation])
         for learner in self.active:
             if learner.step >= learner.task.num_steps:
                 events.append(learner.end("completed"))
@@ -169,6 +169,11 @@ class Trainer:
         for learner in self.learners:
             learner.restore(kept[learner.task.name])
 
+    def _evaluate(self, due: Sequence[Learner]) -> list[Event]:
+        held_out = {learner: learner.evaluation_rows() for learner in due}
+        self._run((row for rows in held_out.values() for row in rows), train=False)
+        return [event for learner in due for event in learner.judge(held_out[learner])]
+
     def _run(self, rows: Iterable[Row], train: bool) -> None:
         for part in self._passes(rows):
             self._objective.run(part, train)
@@ -236,7 +241,7 @@ def _num_tokens(learner: Learner) -> int:
 
 def _num_evaluated(learner: Learner) -> int:
     task = learner.task
-    times = -(-(task.num_steps - learner.step) // task.options.eval_every)
+    times = -(-(task.num_steps - learner.step) // task.options.eval_every) + learner.wants_baseline
     return times * sum(example.length for example in task.valid)
 
 
