@@ -171,6 +171,7 @@ def test_a_run_whose_adapter_diverges_fails(data, common, tmp_path, monkeypatch,
         (["--output", "x"], "give DATA and --output"),
         (["d.jsonl", "--output", "x", "--steps", "0"], "steps is 0"),
         (["d.txt", "--output", "x"], "cannot tell the format"),
+        (["d.jsonl", "--output", "x", "--device", "gpu"], "cpu, cuda or cuda:N"),
         (["--job", "none.toml"], "cannot read none.toml"),
         (["--job", "none.toml", "--steps", "3"], "set in the job file"),
         (["d.jsonl", "--output", "x", "--name", "../up"], "task name '../up'"),
@@ -203,15 +204,10 @@ def test_mistakes_in_a_job_file_are_told(text, message, tmp_path):
         read_job(path, {})
 
 
-def test_tasks_of_different_kinds_do_not_go_together(data, tiny_folder, tmp_path):
+def test_labels_need_an_encoder(common, tmp_path, capsys):
     (tmp_path / "labels.csv").write_text("text,label\na,1\nb,2\n")
-    job = tmp_path / "job.json"
-    tasks = [{"name": "a", "data": "data.jsonl"}, {"name": "b", "data": "labels.csv"}]
-    job.write_text(json.dumps({"base": str(tiny_folder), "output": "out", "tasks": tasks}))
-    from redmux_adapters.train.preparation import prepare
-
-    with pytest.raises(InvalidArgumentError, match=r"different kinds \(causal, classifier\)"):
-        prepare(read_job(job, {}))
+    assert main([str(tmp_path / "labels.csv"), "--output", str(tmp_path / "out"), *common]) == 1
+    assert "a decoder, which learns from prompt and completion" in capsys.readouterr().err
 
 
 def test_tensorboard_is_asked_for_only_where_it_is_installed(tmp_path, monkeypatch):

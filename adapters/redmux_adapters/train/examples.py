@@ -15,6 +15,9 @@ Kind = Literal["causal", "seq2seq", "classifier"]
 # The fields of a record by which its form is recognised, the first that fits.
 _FORMS = (("messages",), ("prompt", "completion"), ("text", "label"), ("text", "score"))
 Form = tuple[str, ...]
+_MEANINGS: dict[Kind, str] = {
+    "causal": "a decoder", "seq2seq": "an encoder-decoder", "classifier": "an encoder",
+}  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -49,6 +52,16 @@ def form_of(records: Sequence[Record]) -> Form:
     )
 
 
+def check_form(kind: Kind, form: Form) -> None:
+    """Raises InvalidArgumentError unless data of this form trains a base model of this kind."""
+    if (kind == "classifier") != (form[0] == "text"):
+        right = "text and label or score" if kind == "classifier" else "prompt and completion"
+        raise InvalidArgumentError(
+            f"the data has {' and '.join(form)}; this base model is "
+            f"{_MEANINGS[kind]}, which learns from {right}"
+        )
+
+
 def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
     """Returns the labels that occur, sorted: numbers by value, everything else as text."""
     labels = {str(record.fields["label"]) for record in records if "label" in record.fields}
@@ -75,10 +88,6 @@ class ExampleReader:
             ("text", "score"): self._read_text,
         }
         self._read = read[form]
-        if (kind == "classifier") != (form[0] == "text"):
-            raise InvalidArgumentError(
-                f"data with {' and '.join(form)} cannot train a {kind} base model"
-            )
 
     def read(self, records: Iterable[Record], faults: Faults) -> list[Example]:
         """Returns the examples of the records that have no fault."""

@@ -14,8 +14,10 @@ from redmux.errors import InvalidArgumentError
 
 from ..prompt import PromptFormat
 from .options import OPTION_NAMES, TrainingOptions
+from .records import DATASETS_PREFIX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -100,6 +102,8 @@ class Job:
         dtypes = ("float32", "bfloat16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"one of {', '.join(dtypes)}")
         _require(type(self.autocast) is bool, "autocast", self.autocast, "true or false")
+        is_device = isinstance(self.device, str) and _DEVICE.fullmatch(self.device) is not None
+        _require(is_device, "device", self.device, "cpu, cuda or cuda:N")
         for name in ("max_pass_tokens", "checkpoint_every"):
             value = getattr(self, name)
             _require(type(value) is int and value > 0, name, value, "a whole number above 0")
@@ -153,7 +157,7 @@ def read_job(path: str | Path, overrides: Mapping[str, Any]) -> Job:
         _check_keys(item, ("name", *DATA_KEYS, *OPTION_NAMES), f"task {number} of {path.name}")
         values = {**defaults, **item}
         for name in ("data", "valid"):
-            if isinstance(values.get(name), str) and ":" not in values[name]:
+            if isinstance(values.get(name), str) and not values[name].startswith(DATASETS_PREFIX):
                 values[name] = str(path.parent / Path(values[name]).expanduser())
         tasks.append(make_task(values.pop("name", ""), values))
     run = {key: value[key] for key in RUN_KEYS if key in value}

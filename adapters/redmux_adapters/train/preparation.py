@@ -9,10 +9,10 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-from ..base import resolve
+from ..base import is_encoder, resolve
 from ..config import AdapterMetadata
 from .base import TrainingBase, load_training_base
-from .examples import ExampleReader, Form, Kind, form_of, labels_of
+from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
 from .job import Job, TaskSpec
 from .learner import Task
 from .options import default_learning_rate
@@ -44,14 +44,13 @@ def prepare(job: Job) -> Prepared:
     Raises InvalidArgumentError that lists unusable records by file and line, unless they are to be
     left out; for a base model that cannot be loaded; and for data that does not fit it.
     """
+    if job.device != "cpu" and not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device is {job.device!r}, but torch finds no CUDA device here")
     sources = [_read(spec) for spec in job.tasks]
-    kinds = {_kind(job.base, source.form) for source in sources}
-    if len(kinds) > 1:
-        raise InvalidArgumentError(
-            f"the tasks need base models of different kinds ({', '.join(sorted(kinds))}); train "
-            "them in runs of their own"
-        )
-    base = load_training_base(job.base, kinds.pop(), getattr(torch, job.dtype))
+    kind = _kind(job.base)
+    for source in sources:
+        check_form(kind, source.form)
+    base = load_training_base(job.base, kind, getattr(torch, job.dtype))
     base.model.to(job.device)
     tasks = [_task(base, source) for source in sources]
     refused, skipped = Faults(), []
@@ -86,8 +85,8 @@ def _split(records: list[Record], share: float, seed: int) -> tuple[list[Record]
     return train, [record for i, record in enumerate(records) if i in chosen]
 
 
-def _kind(base: str, form: Form) -> Kind:
-    if form[0] == "text":
+def _kind(base: str) -> Kind:
+    if is_encoder(base):
         return "classifier"
     from transformers import AutoConfig
 
