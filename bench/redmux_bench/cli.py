@@ -14,6 +14,7 @@ from redmux_bench.option_values import (
     points,
     positive,
     positive_float,
+    positive_list,
     sweep_counts,
 )
 
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_floor(commands, [_server(), _common()])
     _add_engine(commands, load)
     _add_nlg(commands, [_common()])
+    _add_train(commands, [_common()])
     return parser
 
 
@@ -138,6 +140,25 @@ def _add_nlg(commands: _Commands, parents: list[argparse.ArgumentParser]) -> Non
         "--references", required=True, metavar="FILE",
         help="the references of each text, one a line, an empty line between two texts",
     )  # fmt: skip
+
+
+def _add_train(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "train", parents=parents, help="adapters trained together against one after the other"
+    )
+    parser.set_defaults(module="training")
+    parser.add_argument("--model", help="as for redmux train --base; default: smollm2")
+    _add(parser, "--tasks", positive, 8, "adapters")
+    _add(
+        parser, "--batch-sizes", positive_list, "1,4", "examples of an adapter in a step", "N,N,..."
+    )
+    _add(parser, "--steps", positive, 2, "optimizer steps of each adapter in a round")
+    _add(parser, "--prompt-tokens", lengths, "32:64", "length, or a range to draw it from", "N|A:B")
+    _add(parser, "--output-tokens", lengths, "8:24", "length, or a range to draw it from", "N|A:B")
+    _add(parser, "--max-pass-tokens", positive, 2048, "as for redmux train")
+    _add(parser, "--threads", count, 0, "of torch; 0 is its own choice")
+    _add(parser, "--seed", count, 0, "of everything that is drawn")
+    _add_rounds(parser, 3)
 
 
 def _common() -> argparse.ArgumentParser:

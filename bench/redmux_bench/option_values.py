@@ -22,6 +22,11 @@ def positive(text: str) -> int:
     return value
 
 
+def positive_list(text: str) -> list[int]:
+    """Returns the numbers, each 1 or more, of "N,N,..."."""
+    return [positive(part) for part in text.split(",")]
+
+
 def positive_float(text: str) -> float:
     """Returns a finite number above 0."""
     try:

@@ -32,6 +32,7 @@ from redmux.types import Adapter, Classifications, Embeddings, GenerationOptions
 # Commands whose arguments another package parses: its function for them and the extra it needs.
 _SERVE = ("redmux_server.cli", "serve", "server")
 _BENCH = ("redmux_bench.cli", "main", "server,bench")
+_TRAIN = ("redmux_adapters.train.cli", "main", "server,train")
 _OFFLINE = ("redmux_adapters.cli", "main", "server")
 _OFFLINE_VERBS = {
     "create": "make an adapter from vectors",
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_extra(*_SERVE, arguments[1:])
         if arguments[:1] == ["bench"]:
             return _run_extra(*_BENCH, arguments[1:])
+        if arguments[:1] == ["train"]:
+            return _run_extra(*_TRAIN, arguments[1:])
         if arguments[:1] == ["adapters"] and arguments[1:2] and arguments[1] in _OFFLINE_VERBS:
             return _run_extra(*_OFFLINE, arguments[1:])
         options = _parser().parse_args(arguments)
@@ -94,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     server = _server_options()
     commands.add_parser("serve", help="start a server", add_help=False)
     commands.add_parser("bench", help="measure a server and this machine", add_help=False)
+    commands.add_parser("train", help="train adapters on a base model", add_help=False)
     _add_generate(commands, server)
     add_classify(commands, server).set_defaults(run=_classify)
     add_embed(commands, server).set_defaults(run=_embed)

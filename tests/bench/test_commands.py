@@ -112,3 +112,17 @@ def test_engine_gets_the_same_tokens_both_ways(bench):
     assert row["streams"] == 3
     assert len(row["engine_rounds"]) == len(row["wire_rounds"]) == 2
     assert min(*row["engine_rounds"], *row["wire_rounds"], row["client_cpu_ms_per_token"]) > 0
+
+
+def test_train_compares_adapters_together_with_one_after_the_other(bench, capsys):
+    code, got = bench(
+        "train", "--tasks", "3", "--batch-sizes", "1,2", "--steps", "2", "--rounds", "2",
+        "--prompt-tokens", "4:8", "--output-tokens", "2",
+    )  # fmt: skip
+    assert code == 0
+    assert [row["batch_size"] for row in got["rows"]] == [1, 2]
+    for row in got["rows"]:
+        assert len(row["together_rounds"]) == len(row["apart_rounds"]) == 2
+        assert row["together_tokens_per_s"] > 0
+        assert row["ratio"] > 0
+    assert "3 together tokens/s" in capsys.readouterr().out

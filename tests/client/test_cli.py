@@ -271,7 +271,9 @@ def test_version_is_that_of_the_package(arguments, capsys):
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("serve", "bench", "generate", "adapters", "info", "health", "version"):
+    for command in (
+        "serve", "bench", "train", "generate", "adapters", "info", "health", "version",
+    ):  # fmt: skip
         assert f"    {command} " in out
     assert main(["adapters", "--help"]) == 0
     out = capsys.readouterr().out
@@ -284,6 +286,7 @@ def test_help_lists_every_command(capsys):
     [
         (["serve", "--model", "x"], "redmux_server.cli", "serve", "server", ["--model", "x"]),
         (["bench", "sweep", "-h"], "redmux_bench.cli", "main", "server,bench", ["sweep", "-h"]),
+        (["train", "d.csv"], "redmux_adapters.train.cli", "main", "server,train", ["d.csv"]),
         (
             ["adapters", "show", "--x", "f"],
             "redmux_adapters.cli",

@@ -16,7 +16,7 @@ from official import official
 
 from redmux import AsyncClient
 from redmux_adapters import Adapter, load_base, to_bytes
-from redmux_adapters.convert import convert_delta_vector
+from redmux_adapters.convert import Options, Target, convert
 
 # Largest difference of a logit, relative to the largest logit of its row: fp32 sums in two orders.
 TOLERANCE = 2e-5
@@ -57,7 +57,7 @@ def by_hand(model, sites):
 
 def imported(name, fingerprint, num_layers, sites):
     """The adapter as our importer makes it of the file, cut to the first layers."""
-    adapter = convert_delta_vector(official(name), fingerprint)
+    adapter = convert(official(name), Target(fingerprint), Options()).adapter
     kept = {site: edit for site, edit in adapter.edits.items() if site in sites}
     assert len(adapter.edits) * num_layers % len(kept) == 0
     return Adapter(fingerprint, kept)

@@ -1,0 +1,119 @@
+"""The frozen base model that adapters are trained on."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redmux.errors import InvalidArgumentError
+
+from ..base import load_base, load_encoder, resolve
+from ..fingerprint import fingerprint
+from ..sites import POSITIONS, editable_sites, red_sites
+from .examples import Kind
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBase:
+    """A frozen model with what training needs to know of it."""
+
+    name: str  # for the adapters' metadata
+    kind: Kind
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, name: str = "", kind: Kind = "causal"
+    ) -> "TrainingBase":
+        """Returns the base of a model as transformers loads it, which is frozen by this."""
+        model.eval().requires_grad_(False)
+        return cls(name, kind, model, tokenizer, fingerprint(model))
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of the model's weights."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end a generation."""
+        config = getattr(self.model, "generation_config", None)
+        eos = None if config is None else config.eos_token_id
+        ids = eos if isinstance(eos, list) else [eos]
+        return sorted({i for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
+
+    def choose_sites(self, sites: str, layers: str) -> dict[str, int]:
+        """Returns {module path: output size} of the sites that the two options name.
+
+        Raises InvalidArgumentError where they name none.
+        """
+        numbers = _parse_layers(layers)
+        if sites in POSITIONS:
+            chosen = red_sites(self.model, sites, layers=numbers)
+            if not chosen.keys() <= editable_sites(self.model).keys():
+                raise InvalidArgumentError(
+                    f"sites: {sites!r} are sums with the residual, which no server edits"
+                )
+            return chosen
+        editable = editable_sites(self.model)
+        chosen = {}
+        for pattern in ("*" if sites == "all" else sites).split(","):
+            found = {s: d for s, d in editable.items() if fnmatchcase(s, pattern.strip())}
+            if not found:
+                raise InvalidArgumentError(
+                    f"sites: no editable module matches {pattern!r}; one is {next(iter(editable))}"
+                )
+            chosen |= found
+        if numbers is not None:
+            depths = {_layer(site) for site in chosen}
+            if not numbers <= depths:
+                raise InvalidArgumentError(
+                    f"layers: {sorted(numbers - depths)} named in {layers!r} are not among the "
+                    f"layers 0 to {max(depths)}"
+                )
+            chosen = {site: dim for site, dim in chosen.items() if _layer(site) in numbers}
+        return dict(sorted(chosen.items()))
+
+
+def load_training_base(spec: str, kind: Kind, dtype: torch.dtype) -> TrainingBase:
+    """Loads a base model; see `redmux_adapters.load_base` for `spec` and what is raised."""
+    load = {"causal": load_base, "seq2seq": _load_seq2seq, "classifier": load_encoder}[kind]
+    model, tokenizer = load(spec, dtype)
+    # Adapters are passed on, folders of this machine mean nothing elsewhere.
+    name = Path(spec).resolve().name if Path(spec).expanduser().exists() else spec
+    return TrainingBase.of(model, tokenizer, name, kind)
+
+
+def _load_seq2seq(spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    source = resolve(spec)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    except (OSError, ValueError) as err:
+        raise InvalidArgumentError(f"cannot load encoder-decoder {spec!r}: {err}") from err
+    return model, tokenizer
+
+
+def _parse_layers(layers: str) -> set[int] | None:
+    if layers == "all":
+        return None
+    numbers: set[int] = set()
+    for part in layers.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise InvalidArgumentError(
+                f'layers is {layers!r}; it has to be "all" or numbers and ranges such as "0-5,11"'
+            )
+        numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _layer(site: str) -> int:
+    """Returns the number of the layer that a site is in, -1 for none."""
+    return next((int(part) for part in site.split(".") if part.isdigit()), -1)

@@ -1,0 +1,133 @@
+"""From a job to tasks that can be trained: reads the data, loads the base, reports what is bad."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from redmux.errors import InvalidArgumentError
+
+from ..base import is_encoder, resolve
+from ..config import AdapterMetadata
+from .base import TrainingBase, load_training_base
+from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
+from .job import Job, TaskSpec
+from .learner import Task
+from .options import default_learning_rate
+from .prompts import PromptWriter
+from .records import Faults, Record, read_records
+
+_MOST_HELD_OUT = 200
+
+
+class Prepared(NamedTuple):
+    """A base and tasks for a Trainer, and the records that were left out."""
+
+    base: TrainingBase
+    tasks: list[Task]
+    skipped: list[tuple[str, str]]  # place, what was wrong
+
+
+class _Source(NamedTuple):
+    spec: TaskSpec
+    train: list[Record]
+    valid: list[Record]
+    form: Form
+    faults: Faults
+
+
+def prepare(job: Job) -> Prepared:
+    """Returns what the job trains on.
+
+    Raises InvalidArgumentError that lists unusable records by file and line, unless they are to be
+    left out; for a base model that cannot be loaded; and for data that does not fit it.
+    """
+    if job.device != "cpu" and not torch.cuda.is_available():
+        raise InvalidArgumentError(f"device is {job.device!r}, but torch finds no CUDA device here")
+    sources = [_read(spec) for spec in job.tasks]
+    kind = _kind(job.base)
+    for source in sources:
+        check_form(kind, source.form)
+    base = load_training_base(job.base, kind, getattr(torch, job.dtype))
+    base.model.to(job.device)
+    tasks = [_task(base, source) for source in sources]
+    refused, skipped = Faults(), []
+    for source in sources:
+        if source.spec.data.skip_bad:
+            skipped += source.faults.found
+        else:
+            refused.found += source.faults.found
+    # The tasks of a sweep share their data: each fault is told once.
+    refused.found = list(dict.fromkeys(refused.found))
+    refused.raise_any()
+    return Prepared(base, tasks, list(dict.fromkeys(skipped)))
+
+
+def _read(spec: TaskSpec) -> _Source:
+    faults, data = Faults(), spec.data
+    train = read_records(data.data, data.columns, faults)
+    valid = read_records(data.valid, data.columns, faults) if data.valid is not None else []
+    if not train:
+        faults.raise_any()
+    form = form_of(train)
+    if data.valid is None:
+        train, valid = _split(train, data.valid_share, spec.options.seed)
+    return _Source(spec, train, valid, form, faults)
+
+
+def _split(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Returns training and held-out records, each in their order."""
+    num_held_out = min(_MOST_HELD_OUT, round(share * len(records)), len(records) - 1)
+    chosen = set(random.Random(f"{seed}/held out").sample(range(len(records)), num_held_out))
+    train = [record for i, record in enumerate(records) if i not in chosen]
+    return train, [record for i, record in enumerate(records) if i in chosen]
+
+
+def _kind(base: str) -> Kind:
+    if is_encoder(base):
+        return "classifier"
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
+    except (OSError, ValueError) as err:
+        raise InvalidArgumentError(f"cannot load model {base!r}: {err}") from None
+    return "seq2seq" if config.is_encoder_decoder else "causal"
+
+
+def _task(base: TrainingBase, source: _Source) -> Task:
+    spec, data = source.spec, source.spec.data
+    labels: Sequence[str] = data.labels or (
+        labels_of(source.train) if "label" in source.form else ()
+    )
+    writer = PromptWriter(base.tokenizer, data.prompt_format, base.eos_ids)
+    reader = ExampleReader(base.kind, source.form, writer, _limit(base, data.max_length), labels)
+    train = reader.read(source.train, source.faults)
+    valid = reader.read(source.valid, source.faults)
+    if not train:
+        source.faults.raise_any()
+    options = spec.options
+    if options.learning_rate is None:
+        options = replace(
+            options,
+            learning_rate=default_learning_rate(base.num_parameters, base.kind == "classifier"),
+        )
+    return Task(
+        spec.name, train, options, valid,
+        writer.prompt_format if base.kind == "causal" else None, tuple(labels),
+        AdapterMetadata(
+            description=data.description, license=data.license, training_data=data.training_data
+        ),
+    )  # fmt: skip
+
+
+def _limit(base: TrainingBase, max_length: int) -> int:
+    """Returns the largest length that the user and the model's positions allow."""
+    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or base.kind == "seq2seq":
+        return max_length
+    # RoBERTa's positions begin behind the padding token's.
+    first = 2 if base.model.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    return min(max_length, int(positions) - first)

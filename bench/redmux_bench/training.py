@@ -1,0 +1,110 @@
+"""`redmux bench train`: K adapters in shared passes against K trainings one after the other."""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from redmux_adapters.base import DEFAULT_MODEL
+from redmux_adapters.train import (
+    Example,
+    Stepped,
+    Task,
+    Trainer,
+    TrainingBase,
+    TrainingOptions,
+    load_training_base,
+)
+from redmux_bench import report
+from redmux_bench.summary import median_ratio
+from redmux_bench.workload import Lengths
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRow:
+    """Both ways with one number of examples per adapter and step; medians over the rounds.
+
+    Rates are of tokens that belong to examples, of all adapters, per second of training steps:
+    loading and setting up is in neither. `ratio` is the median of the rounds' ratios.
+    """
+
+    batch_size: int
+    together_tokens_per_s: float
+    apart_tokens_per_s: float
+    ratio: float
+    together_rounds: Sequence[float]
+    apart_rounds: Sequence[float]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains both ways in turn, in this process."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = options.model or DEFAULT_MODEL
+    base = load_training_base(model, "causal", torch.float32)
+    rows = [_measure(options, base, batch_size) for batch_size in options.batch_sizes]
+    report.print_table(
+        ("examples a step", f"{options.tasks} together tokens/s", "one by one", "ratio"),
+        [(r.batch_size, r.together_tokens_per_s, r.apart_tokens_per_s, r.ratio) for r in rows],
+    )
+    threads = torch.get_num_threads()
+    report.write_json(options, model, {"tasks": options.tasks, "threads": threads, "rows": rows})
+    return 0
+
+
+def _measure(options: argparse.Namespace, base: TrainingBase, batch_size: int) -> TrainingRow:
+    tasks = [_task(options, base, number, batch_size) for number in range(options.tasks)]
+    together, apart = [], []
+    # The first steps, in which libraries set themselves up, are measured in no round.
+    _rate(base, [tasks], 1, options.max_pass_tokens)
+    _rate(base, [[tasks[0]]], 1, options.max_pass_tokens)
+    with report.progress(2 * options.rounds, "turn") as bar:
+        for _ in range(options.rounds):
+            together.append(_rate(base, [tasks], options.steps, options.max_pass_tokens))
+            bar.update()
+            each = [[task] for task in tasks]
+            apart.append(_rate(base, each, options.steps, options.max_pass_tokens))
+            bar.update()
+    return TrainingRow(
+        batch_size, statistics.median(together), statistics.median(apart),
+        median_ratio(together, apart), together, apart,
+    )  # fmt: skip
+
+
+def _rate(
+    base: TrainingBase, runs: Sequence[Sequence[Task]], steps: int, max_pass_tokens: int
+) -> float:
+    """Returns the tokens per second of some steps of each run, one run after the other."""
+    num_tokens, duration_s = 0, 0.0
+    for tasks in runs:
+        trainer = Trainer(base, tasks, max_pass_tokens=max_pass_tokens)
+        start = time.perf_counter()
+        for _ in range(steps):
+            events = trainer.step()
+            num_tokens += sum(e.num_tokens for e in events if isinstance(e, Stepped))
+        duration_s += time.perf_counter() - start
+        trainer.close()
+    return num_tokens / duration_s
+
+
+def _task(options: argparse.Namespace, base: TrainingBase, number: int, batch_size: int) -> Task:
+    drawn = random.Random(f"{options.seed}/{number}")
+    vocabulary = base.model.config.get_text_config().vocab_size
+
+    def tokens(lengths: Lengths) -> tuple[int, ...]:
+        length = drawn.randint(lengths.low, lengths.high)
+        return tuple(drawn.randrange(vocabulary) for _ in range(length))
+
+    examples = [
+        Example(tokens(options.prompt_tokens), tokens(options.output_tokens))
+        for _ in range(max(32, batch_size))
+    ]
+    # More steps than are taken: neither way comes to an end.
+    training = TrainingOptions(
+        learning_rate=1e-3, steps=1_000_000, batch_size=batch_size, seed=number
+    )
+    return Task(f"bench-{number}", examples, training)
