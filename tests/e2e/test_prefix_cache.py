@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 from conftest import save_tiny_model
-from e2e.test_architectures import FAMILIES
 
 from redmux import AsyncClient
 from redmux_adapters import to_bytes
@@ -177,7 +176,19 @@ async def test_info_tells_whether_there_is_a_prefix_cache(on, start_server):
     assert answers[1].usage.cached_prompt_tokens == on * 2 * BLOCK
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+SMALL = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+FAMILIES = {
+    "gpt2": SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gemma2": SMALL | {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 128, "sliding_window": 9, "attn_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 async def test_a_family_s_bits_are_the_same_warm(family, start_server, tmp_path):
     """Learned positions, windows that are shorter than what is cached, and soft caps."""
     from transformers import AutoConfig
