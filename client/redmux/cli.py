@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import redmux
+from redmux._score_command import add_score
 from redmux._side_by_side import SideBySide
 from redmux.aio import AsyncClient
 from redmux.client import Client
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="start a server", add_help=False)
     commands.add_parser("bench", help="measure a server and this machine", add_help=False)
     _add_generate(commands, server)
+    add_score(commands, server, _client)
     _add_adapters(commands, server)
     info = commands.add_parser("info", parents=[server], help="tell what the server is")
     info.set_defaults(run=_info)

@@ -1,7 +1,7 @@
 """The synchronous client."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from types import TracebackType
 from typing import Self, Unpack
@@ -16,9 +16,11 @@ from redmux.types import (
     Adapter,
     Chunk,
     Completion,
+    Continuation,
     GenerationOptions,
     Health,
     Prompt,
+    Scores,
     ServerInfo,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
@@ -95,6 +97,26 @@ class Client:
                 yield chunk
         if not is_finished:
             raise _calls.unfinished()
+
+    def score(
+        self,
+        prompt: Prompt,
+        continuations: Sequence[Continuation] = (),
+        *,
+        adapter: str | None = None,
+        prompt_logprobs: bool = False,
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """Returns how likely each continuation of the prompt is, and with `prompt_logprobs` it too.
+
+        Each continuation is scored as if it were the only one. Takes what `generate` takes for
+        prompts; raises InvalidArgumentError before anything is sent for arguments of a wrong kind.
+        """
+        request = _calls.score_request(
+            prompt, continuations, adapter=adapter, prompt_logprobs=prompt_logprobs
+        )
+        method = self._connection.inference.Score
+        return _calls.scores(self._connection.unary(method, request, timeout_s))
 
     def health(self) -> Health:
         """Returns whether the server is ready to generate."""

@@ -1,5 +1,6 @@
 """What the client takes and returns: frozen values without any protobuf in them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,6 +11,10 @@ Health: TypeAlias = Literal["serving", "not_serving", "unknown"]
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Raw text, token ids, or chat messages with the keys "role" and "content"."""
+
+
+Continuation: TypeAlias = str | Sequence[int]
+"""A text or token ids."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -83,6 +88,44 @@ class Chunk:
     finish_reason: FinishReason | None
     stop: str | None
     usage: Usage | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """How likely each of given tokens is after all those before it.
+
+    `logprobs` are natural logarithms; `is_greedy` tells whether greedy decoding would have chosen
+    the token.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    is_greedy: tuple[bool, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of all these tokens together."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def all_greedy(self) -> bool:
+        """Whether greedy decoding would have given exactly these tokens."""
+        return all(self.is_greedy)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of a prompt's continuations, in their order.
+
+    `prompt` has those of the prompt without its first token, or is None where they were not asked
+    for. `usage` counts the prompt once. `adapter` and `digest` are None for the base model.
+    """
+
+    continuations: tuple[TokenScores, ...]
+    prompt: TokenScores | None
+    usage: Usage
+    adapter: str | None
+    digest: str | None
 
 
 @dataclass(frozen=True, slots=True)

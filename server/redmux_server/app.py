@@ -24,6 +24,7 @@ from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to
 from redmux_adapters.config import CONFIG_NAME
 from redmux_server.api.generation import GenerationService
 from redmux_server.api.interceptor import ApiKeys, Interceptor
+from redmux_server.api.scoring import ScoringService
 from redmux_server.api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.api.validation import Validator
 from redmux_server.config import ServerConfig
@@ -67,10 +68,11 @@ class Server:
             model.runner, scheduler, model.bank, self.metrics,
             max_open=config.max_running + config.max_queue,
         )  # fmt: skip
+        validator = Validator(model.vocab_size, model.max_context)
         self.service = GenerationService(
-            self.engine, registry, model.codec,
-            Validator(model.vocab_size, model.max_context), self.metrics,
-        )  # fmt: skip
+            self.engine, registry, model.codec, validator, self.metrics
+        )
+        self.scoring = ScoringService(self.engine, self.service, validator, self.metrics)
         self.health = HealthServicer()
         self.port = 0
         self.metrics_port = 0
@@ -120,7 +122,9 @@ class Server:
             interceptors=[Interceptor(keys)],
             options=_options(max(_MESSAGE_BYTES, self.registry.max_file_bytes + (1 << 20))),
         )
-        add_InferenceServiceServicer_to_server(InferenceServicer(self.service, keys), self._grpc)
+        add_InferenceServiceServicer_to_server(
+            InferenceServicer(self.service, self.scoring, keys), self._grpc
+        )
         add_AdapterServiceServicer_to_server(
             AdapterServicer(self.registry, self._count_adapters), self._grpc
         )

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates and scores text with the base model or with any RED adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the tokens of a request do not
     depend on what else is in its batch.
@@ -48,10 +48,15 @@ class InferenceServiceStub(object):
                 request_serializer=redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.SerializeToString,
                 response_deserializer=redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/redmux.v1.InferenceService/Score',
+                request_serializer=redmux_dot_v1_dot_inference__service__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=redmux_dot_v1_dot_inference__service__pb2.ScoreResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates and scores text with the base model or with any RED adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the tokens of a request do not
     depend on what else is in its batch.
@@ -71,6 +76,13 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Score returns the log-probabilities of given continuations of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +96,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.FromString,
                     response_serializer=redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=redmux_dot_v1_dot_inference__service__pb2.ScoreRequest.FromString,
+                    response_serializer=redmux_dot_v1_dot_inference__service__pb2.ScoreResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'redmux.v1.InferenceService', rpc_method_handlers)
@@ -93,7 +110,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates and scores text with the base model or with any RED adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the tokens of a request do not
     depend on what else is in its batch.
@@ -143,6 +160,33 @@ class InferenceService(object):
             '/redmux.v1.InferenceService/Complete',
             redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.SerializeToString,
             redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/redmux.v1.InferenceService/Score',
+            redmux_dot_v1_dot_inference__service__pb2.ScoreRequest.SerializeToString,
+            redmux_dot_v1_dot_inference__service__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,8 +57,24 @@ _InferenceServiceCompleteType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType]):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+_InferenceServiceScoreType = typing_extensions.TypeVar(
+    '_InferenceServiceScoreType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
+)
+
+class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType, _InferenceServiceScoreType]):
+    """InferenceService generates and scores text with the base model or with any RED adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the tokens of a request do not
     depend on what else is in its batch.
@@ -74,6 +90,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             redmux.v1.inference_service_pb2.CompleteRequest,
             redmux.v1.inference_service_pb2.CompleteResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.ScoreRequest,
+            redmux.v1.inference_service_pb2.ScoreResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -86,6 +106,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             redmux.v1.inference_service_pb2.CompleteRequest,
             redmux.v1.inference_service_pb2.CompleteResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.ScoreRequest,
+            redmux.v1.inference_service_pb2.ScoreResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
@@ -93,6 +117,9 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Complete: _InferenceServiceCompleteType
     """Complete returns the whole completion in one message."""
+
+    Score: _InferenceServiceScoreType
+    """Score returns the log-probabilities of given continuations of a prompt."""
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -103,10 +130,14 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
         redmux.v1.inference_service_pb2.CompleteRequest,
         redmux.v1.inference_service_pb2.CompleteResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
 ]
 
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
-    """InferenceService generates text with the base model or with any RED adapter that is loaded.
+    """InferenceService generates and scores text with the base model or with any RED adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the tokens of a request do not
     depend on what else is in its batch.
@@ -127,5 +158,13 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.inference_service_pb2.CompleteResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.CompleteResponse]]:
         """Complete returns the whole completion in one message."""
+
+    @abc.abstractmethod
+    def Score(
+        self,
+        request: redmux.v1.inference_service_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.inference_service_pb2.ScoreResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.ScoreResponse]]:
+        """Score returns the log-probabilities of given continuations of a prompt."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

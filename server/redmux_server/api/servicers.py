@@ -13,7 +13,8 @@ from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.api.generation import Delta, Finish, GenerationService
 from redmux_server.api.interceptor import ApiKeys
-from redmux_server.api.validation import Chat, GenerationSpec, Prompt
+from redmux_server.api.scoring import ScoringService, TokenScores
+from redmux_server.api.validation import Chat, GenerationSpec, Prompt, ScoreSpec
 from redmux_server.engine.request import FinishReason
 from redmux_server.published import Published
 from redmux_server.registry import AdapterRegistry
@@ -27,10 +28,11 @@ _REASONS = {
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """Text generation, streamed or whole."""
+    """Text generation, streamed or whole, and the scoring of given texts."""
 
-    def __init__(self, service: GenerationService, keys: ApiKeys) -> None:
+    def __init__(self, service: GenerationService, scoring: ScoringService, keys: ApiKeys) -> None:
         self._service = service
+        self._scoring = scoring
         self._keys = keys
 
     async def Generate(
@@ -73,6 +75,28 @@ class InferenceServicer(InferenceServiceServicer):
             logprobs=whole.logprobs,
             adapter=_applied(published),
             finish=_finish(whole.finish),
+        )
+
+    async def Score(
+        self, request: inference_pb.ScoreRequest, context: Any
+    ) -> inference_pb.ScoreResponse:
+        """Returns the log-probabilities of continuations and of the prompt."""
+        spec = ScoreSpec(
+            prompt=_prompt(request),
+            continuations=[_continuation(i, c) for i, c in enumerate(request.continuations)],
+            adapter=request.adapter,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+        scores = await self._scoring.score(spec, self._keys.tenant(context))
+        return inference_pb.ScoreResponse(
+            continuations=[_token_scores(s) for s in scores.continuations],
+            prompt=None if scores.prompt is None else _token_scores(scores.prompt),
+            adapter=_applied(scores.published),
+            usage=inference_pb.Usage(
+                prompt_tokens=scores.num_prompt_tokens,
+                completion_tokens=sum(len(s.token_ids) for s in scores.continuations),
+                cached_prompt_tokens=scores.num_cached_tokens,
+            ),
         )
 
 
@@ -155,7 +179,7 @@ def _spec(message: inference_pb.Generation) -> GenerationSpec:
     )
 
 
-def _prompt(message: inference_pb.Generation) -> Prompt:
+def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Prompt:
     form = message.WhichOneof("prompt")
     if form == "text":
         return message.text
@@ -167,6 +191,19 @@ def _prompt(message: inference_pb.Generation) -> Prompt:
             raise InvalidArgumentError("chat has no messages; give at least one user message")
         return Chat(messages)
     raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
+
+
+def _continuation(index: int, message: inference_pb.Continuation) -> str | list[int]:
+    form = message.WhichOneof("form")
+    if form is None:
+        raise InvalidArgumentError(f"continuations[{index}] is unset; set text or token_ids")
+    return message.text if form == "text" else list(message.token_ids.ids)
+
+
+def _token_scores(scores: TokenScores) -> inference_pb.TokenScores:
+    return inference_pb.TokenScores(
+        token_ids=scores.token_ids, logprobs=scores.logprobs, is_greedy=scores.is_greedy
+    )
 
 
 def _applied(published: Published | None) -> inference_pb.AppliedAdapter:

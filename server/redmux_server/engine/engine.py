@@ -19,9 +19,19 @@ from redmux.errors import (
     UnavailableError,
 )
 from redmux_server.engine.bank import AdapterBank
-from redmux_server.engine.request import Event, Failed, Finished, Request, Token, Work
+from redmux_server.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    Scored,
+    Token,
+    Work,
+)
 from redmux_server.engine.sampling import NonFinite, sample
 from redmux_server.engine.scheduler import Scheduler
+from redmux_server.engine.scoring import score
 from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -36,7 +46,7 @@ class Runner(Protocol):
         """Is called once on the engine thread, before the first step."""
 
     def forward(self, work: Sequence[Work]) -> Tensor:
-        """Computes a step and returns [n, vocab] logits, a row per work item that samples."""
+        """Computes a step and returns [n, vocab] logits, the rows that the work items want."""
 
 
 @dataclass(slots=True)
@@ -169,7 +179,7 @@ class Engine:
                 else:
                     self._metrics.inter_token_s.observe(now - stamps.last_token_s)
                 stamps.last_token_s = now
-            else:
+            elif not isinstance(event, Scored):
                 del self._open[request]
                 self._metrics.ended(event, now - stamps.submitted_s)
             request.sink(event)
@@ -242,27 +252,30 @@ class Engine:
     def _compute(self, work: Sequence[Work]) -> None:
         try:
             logits = self._runner.forward(work)
-            drawn = sample(logits, [item.request for item in work if item.samples])
+            results = _evaluate(logits, work)
         except Exception as err:
             self._recover(work, err)
             return
-        results = iter(drawn)
-        for item in work:
-            is_sampled = item.samples
+        for item, result in zip(work, results, strict=True):
             item.request.num_computed += item.count
-            if is_sampled:
-                self._append(item.request, next(results))
+            if isinstance(result, NonFinite):
+                self._fail_not_finite(item.request)
+            elif isinstance(result, Scored):
+                self._add_scores(item.request, result)
+            elif result is not None:
+                self._append(item.request, result)
 
-    def _append(self, request: Request, result: Token | NonFinite) -> None:
-        if isinstance(result, NonFinite):
-            name = "the base model" if request.adapter is None else request.adapter.digest
-            self._fail(
-                request,
-                FailedPreconditionError(
-                    f"{name} produced a value that is not finite for this prompt"
-                ),
-            )
-            return
+    def _fail_not_finite(self, request: Request) -> None:
+        name = "the base model" if request.adapter is None else request.adapter.digest
+        message = f"{name} produced a value that is not finite for this prompt"
+        self._fail(request, FailedPreconditionError(message))
+
+    def _add_scores(self, request: Request, result: Scored) -> None:
+        self._events.append((request, result))
+        if request.num_computed == len(request.prompt_ids):
+            self._end(request, Finished(FinishReason.SCORED))
+
+    def _append(self, request: Request, result: Token) -> None:
         request.token_ids.append(result.token_id)
         self._events.append((request, result))
         reason = request.finish_reason()
@@ -293,3 +306,25 @@ class Engine:
         logger.error("a step of %d requests failed, running them one by one", len(work))
         for item in work:
             self._compute([item])
+
+
+def _evaluate(logits: Tensor, work: Sequence[Work]) -> list[Token | Scored | NonFinite | None]:
+    """Returns what the wanted rows of each work item come to, None for those that want none."""
+    results: list[Token | Scored | NonFinite | None] = [None] * len(work)
+    drawing: list[int] = []  # work items that draw a token
+    rows: list[int] = []  # of their logits
+    row = 0
+    for i, item in enumerate(work):
+        wanted = item.wanted
+        if item.request.targets and wanted:
+            results[i] = score(logits[row : row + len(wanted)], item)
+        elif wanted:
+            drawing.append(i)
+            rows.append(row)
+        row += len(wanted)
+    drawn_logits = logits if len(rows) == len(logits) else logits[rows]
+    if drawing:
+        tokens = sample(drawn_logits, [work[i].request for i in drawing])
+        for i, token in zip(drawing, tokens, strict=True):
+            results[i] = token
+    return results

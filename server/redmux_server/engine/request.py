@@ -1,7 +1,7 @@
 """Request: one generation, from its acceptance to its one end."""
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    SCORED = "scored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,14 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The next of a request's targets: log-probabilities, and which are the likeliest token."""
+
+    logprobs: list[float]
+    is_greedy: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The request ended by itself."""
 
@@ -50,7 +59,7 @@ class Failed:
     error: RedmuxError
 
 
-Event = Token | Finished | Failed
+Event = Token | Scored | Finished | Failed
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +77,10 @@ class Request:
     tenant: str  # whom the scheduler charges
     adapter: "Adapter | None"  # pinned: replacing or deleting its name changes nothing here
     logprobs: bool
-    sink: Callable[[Event], None]  # called on the event loop, in order; its last is no Token
+    sink: Callable[[Event], None]  # called on the event loop, in order; its last ends the request
+    # Tokens to score instead of generating any: the last follows the whole prompt, each of the
+    # others is the prompt's token behind the one that it follows. `max_tokens` is 0 then.
+    targets: Sequence[int] = ()
     # ---------------------------------------------------------------------------------------
     early_end: Finished | Failed | None = None  # how its reader has ended it
     token_ids: list[int] = field(default_factory=list)  # prompt and output
@@ -92,6 +104,11 @@ class Request:
         return len(self.prompt_ids) + self.max_tokens
 
     @property
+    def first_wanted(self) -> int:
+        """Position of the first token whose logits are wanted."""
+        return len(self.token_ids) - max(1, len(self.targets))
+
+    @property
     def is_decoding(self) -> bool:
         """Whether only the newest token is left to compute."""
         return self.num_computed == len(self.token_ids) - 1 and self.num_output > 0
@@ -111,6 +128,13 @@ class Work:
     count: int
 
     @property
+    def wanted(self) -> range:
+        """Which of these tokens' logits are wanted, counted from the first token of this work."""
+        first = self.request.first_wanted - self.request.num_computed
+        return range(max(0, first), self.count)
+
+    @property
     def samples(self) -> bool:
         """Whether this work ends at the newest token, so that the next one is drawn."""
-        return self.request.num_computed + self.count == len(self.request.token_ids)
+        r = self.request
+        return not r.targets and r.num_computed + self.count == len(r.token_ids)

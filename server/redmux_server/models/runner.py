@@ -93,7 +93,7 @@ class CausalRunner:
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
-        """Computes the step and returns [n, vocab] logits, one row per work item that samples.
+        """Computes the step and returns [n, vocab] logits, the rows that the work items want.
 
         Decodes must come first in `work`. Every request holds its cache blocks and bank slot.
         """
@@ -104,10 +104,9 @@ class CausalRunner:
         for item in work:
             r, first = item.request, item.request.num_computed
             segments.append(Segment(len(ids), item.count, first, r.blocks))
+            last += [len(ids) + i for i in item.wanted]
             ids += r.token_ids[first : first + item.count]
             positions += range(first, first + item.count)
-            if item.samples:
-                last.append(len(ids) - 1)
         # One row at least: an empty selection is not what every model expects.
         tokens, places, kept = (
             torch.tensor(x, device=self._device) for x in (ids, positions, last or [0])
