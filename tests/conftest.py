@@ -14,8 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
 
-def save_tiny_model(folder: Path, config, seed: int = 0) -> Path:
-    """A random model of a real architecture with a byte-level tokenizer, as a model folder."""
+def save_tiny_model(folder: Path, config, seed: int = 0, kind=None) -> Path:
+    """A random model of a real architecture with a byte-level tokenizer, as a model folder.
+
+    `kind` is the auto class that makes it, AutoModelForCausalLM if left out.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -29,7 +32,7 @@ def save_tiny_model(folder: Path, config, seed: int = 0) -> Path:
     fast.save_pretrained(folder)
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (kind or AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms of their own, so that the fingerprint is, too

@@ -4,13 +4,13 @@ Importing this package imports torch, not transformers.
 """
 
 from .adapter import Adapter, Edit, check_base
-from .base import load_base
+from .base import load_base, load_seq2seq_base, read_config
 from .config import AdapterMetadata
 from .files import Summary, parse_adapter, read_adapter, summarize, to_bytes, write_folder
 from .fingerprint import fingerprint
 from .header import Limits
 from .prompt import PromptFormat, Turn
-from .sites import editable_sites, ffn_sites
+from .sites import editable_sites, ffn_sites, seq2seq_sites
 
 __all__ = [
     "Adapter",
@@ -25,8 +25,11 @@ __all__ = [
     "ffn_sites",
     "fingerprint",
     "load_base",
+    "load_seq2seq_base",
     "parse_adapter",
     "read_adapter",
+    "read_config",
+    "seq2seq_sites",
     "summarize",
     "to_bytes",
     "write_folder",

@@ -27,18 +27,45 @@ def load_base(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
     Raises InvalidArgumentError where nothing of that name can be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, spec, dtype)
+
+
+def load_seq2seq_base(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Returns (model, tokenizer) of an encoder-decoder language model; else like `load_base`."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _load(AutoModelForSeq2SeqLM, spec, dtype)
+
+
+def read_config(spec: str) -> Any:
+    """Returns the transformers config of a model; raises what `load_base` does."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(spec), trust_remote_code=False)
+    except (OSError, ValueError) as err:
+        raise _cannot_load(spec, err) from err
+
+
+def _load(kind: Any, spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
 
     source = resolve(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        model = kind.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as err:
-        raise InvalidArgumentError(
-            f"cannot load model {spec!r}: {err}; give a folder with config.json, a .gguf file, "
-            f"a hub id, or {DEFAULT_MODEL!r}"
-        ) from err
+        raise _cannot_load(spec, err) from err
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _cannot_load(spec: str, err: Exception) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"cannot load model {spec!r}: {err}; give a folder with config.json, a .gguf file, "
+        f"a hub id, or {DEFAULT_MODEL!r}"
+    )
 
 
 def resolve(spec: str) -> str:

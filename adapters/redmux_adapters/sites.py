@@ -64,6 +64,14 @@ def editable_sites(model: nn.Module) -> dict[str, int]:
     return _projections(model, stacks[0])
 
 
+def seq2seq_sites(model: nn.Module) -> dict[str, int]:
+    """Returns {module path: output size} of every linear in the blocks of both of T5's stacks.
+
+    RED's own sites are those that end in `DenseReluDense.wo`.
+    """
+    return _projections(model, "encoder.block") | _projections(model, "decoder.block")
+
+
 def _layout(model: nn.Module) -> tuple[str, str]:
     config: Any = model.config
     layout = _FFN_OUTPUTS.get(config.model_type)

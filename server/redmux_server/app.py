@@ -21,6 +21,7 @@ from redmux.v1 import adapter_service_pb2, admin_service_pb2, inference_service_
 from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_server
 from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from redmux_adapters import read_config
 from redmux_adapters.config import CONFIG_NAME
 from redmux_server.api.generation import GenerationService
 from redmux_server.api.interceptor import ApiKeys, Interceptor
@@ -28,12 +29,14 @@ from redmux_server.api.scoring import ScoringService
 from redmux_server.api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.api.validation import Validator
 from redmux_server.config import ServerConfig
-from redmux_server.device import choose
+from redmux_server.device import Choices, choose
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
+from redmux_server.models.kind import model_kind
 from redmux_server.models.load import BaseModel, load_causal
+from redmux_server.models.load_seq2seq import load_seq2seq
 from redmux_server.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,7 @@ class Server:
             BlockPool(model.num_blocks, model.block_size),
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
-            prefix_cache=config.prefix_cache,
+            prefix_cache=config.prefix_cache and model.decoder_start is None,
         )
         self.engine = Engine(
             model.runner, scheduler, model.bank, self.metrics,
@@ -70,7 +73,7 @@ class Server:
         )  # fmt: skip
         validator = Validator(model.vocab_size, model.max_context)
         self.service = GenerationService(
-            self.engine, registry, model.codec, validator, self.metrics
+            self.engine, registry, model.codec, validator, self.metrics, model.decoder_start
         )
         self.scoring = ScoringService(self.engine, self.service, validator, self.metrics)
         self.health = HealthServicer()
@@ -88,9 +91,7 @@ class Server:
         # The thread ends with the loading: compute threads that wait for its next call would count
         # as competitors of the engine's, which OpenMP then puts to sleep after every product.
         with ThreadPoolExecutor(1, "loader") as loader:
-            loading = asyncio.get_running_loop().run_in_executor(
-                loader, load_causal, config, choices
-            )
+            loading = asyncio.get_running_loop().run_in_executor(loader, _load, config, choices)
             model = await loading
         folder = Path(config.adapter_dir) if config.adapter_dir else None
         registry = AdapterRegistry(model.fingerprint, model.sites, folder, config.host_cache_bytes)
@@ -211,6 +212,13 @@ class Server:
             num_waiting=max(0, self.engine.num_open - self.engine.num_running),
             uptime_s=time.monotonic() - self._started_s,
         )
+
+
+def _load(config: ServerConfig, choices: Choices) -> BaseModel:
+    kind = model_kind(read_config(config.model))
+    if kind == "encoder":
+        raise FailedPreconditionError(f"{config.model} is an encoder, which is not served")
+    return load_causal(config, choices) if kind == "causal" else load_seq2seq(config, choices)
 
 
 async def run(config: ServerConfig) -> bool:

@@ -126,7 +126,7 @@ class Generation:
         return Finish(
             reason=reason,
             stop=self._matcher.matched or "",
-            num_prompt_tokens=len(self._request.prompt_ids),
+            num_prompt_tokens=len(self._request.source_ids or self._request.prompt_ids),
             num_cached_tokens=self._request.num_cached,
             num_completion_tokens=self._num_tokens,
         )
@@ -151,7 +151,10 @@ class GenerationService:
         codec: TextCodec,
         validator: Validator,
         metrics: Metrics,
+        decoder_start: int | None = None,
     ) -> None:
+        """`decoder_start` is what an encoder-decoder's answers start with, else None."""
+        self.decoder_start = decoder_start
         self._engine = engine
         self._registry = registry
         self._codec = codec
@@ -183,7 +186,8 @@ class GenerationService:
         published = prepared.published
         events = EventInbox()
         request = Request(
-            prompt_ids=prepared.ids,
+            prompt_ids=prepared.ids if self.decoder_start is None else [self.decoder_start],
+            source_ids=() if self.decoder_start is None else prepared.ids,
             max_tokens=self._validator.max_tokens(spec.max_tokens, len(prepared.ids)),
             sampling=sampling,
             stop_token_ids=frozenset(spec.stop_token_ids)

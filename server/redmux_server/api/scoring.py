@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from redmux.errors import RedmuxError, RequestCancelledError
+from redmux.errors import RedmuxError, RequestCancelledError, UnimplementedError
 from redmux_server.api.generation import EventInbox, GenerationService, Prepared
 from redmux_server.api.validation import ScoreSpec, Validator
 from redmux_server.engine.engine import Engine
@@ -57,6 +57,8 @@ class ScoringService:
         `tenant` is who the scheduler charges; empty charges the adapter.
         """
         try:
+            if self._service.decoder_start is not None:
+                raise UnimplementedError("encoder-decoder models cannot score yet")
             self._validator.continuations(spec)
             prepared = await self._service.prepare(spec.adapter, spec.prompt)
             continuations = [

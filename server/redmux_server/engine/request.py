@@ -62,7 +62,7 @@ class Failed:
 Event = Token | Scored | Finished | Failed
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """What crosses the borders between service, scheduler and engine.
 
@@ -81,6 +81,8 @@ class Request:
     # Tokens to score instead of generating any: the last follows the whole prompt, each of the
     # others is the prompt's token behind the one that it follows. `max_tokens` is 0 then.
     targets: Sequence[int] = ()
+    # What the encoder of an encoder-decoder model reads; the prompt is its decoder's start then.
+    source_ids: Sequence[int] = ()
     # ---------------------------------------------------------------------------------------
     early_end: Finished | Failed | None = None  # how its reader has ended it
     token_ids: list[int] = field(default_factory=list)  # prompt and output
@@ -100,8 +102,8 @@ class Request:
 
     @property
     def max_length(self) -> int:
-        """Most tokens the request can ever hold: prompt and output."""
-        return len(self.prompt_ids) + self.max_tokens
+        """Most tokens the request can ever hold: source, prompt and output."""
+        return len(self.source_ids) + len(self.prompt_ids) + self.max_tokens
 
     @property
     def first_wanted(self) -> int:
