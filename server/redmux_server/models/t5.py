@@ -90,7 +90,7 @@ class T5:
             h = h + module.o(self._join(outs))
             h = h + _feed(feed, h)
         h = decoder.final_layer_norm(h)
-        if self._model.config.scale_decoder_outputs:
+        if getattr(self._model.config, "scale_decoder_outputs", False):  # mT5 never does
             h = h * self._model.config.d_model**-0.5
         logits: Tensor = self._model.lm_head(h)
         return logits
