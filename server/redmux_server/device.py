@@ -45,8 +45,8 @@ def choose(config: ServerConfig) -> Choices:
 
     if config.quantization != "none" and (name, dtype) != ("cpu", torch.float32):
         raise FailedPreconditionError(
-            f"quantization is {config.quantization}, which needs device cpu and dtype float32, not {name} and "
-            f"{str(dtype).removeprefix('torch.')}; use quantization none here"
+            f"quantization is {config.quantization}, which needs device cpu and dtype float32, "
+            f"not {name} and {str(dtype).removeprefix('torch.')}; use quantization none here"
         )
 
     cores = len(os.sched_getaffinity(0))

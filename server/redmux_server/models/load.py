@@ -16,6 +16,7 @@ from redmux_adapters import editable_sites, fingerprint, load_base
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.engine import Runner
 from redmux_server.models.accelerate import pack_linears, unmap
 from redmux_server.models.attention import LayerRule, attach, discover
 from redmux_server.models.context_limit import ContextLimit, context_limit
@@ -49,7 +50,7 @@ _LINEARS = PackedLinear | nn.Linear | Conv1D
 class BaseModel:
     """A model that is ready to serve, and what the rest of the server must know of it."""
 
-    runner: CausalRunner
+    runner: Runner
     bank: AdapterBank
     codec: TextCodec
     fingerprint: str
@@ -66,6 +67,7 @@ class BaseModel:
     linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
     bit_identical: bool
     reasons: Sequence[str]
+    decoder_start: int | None = None  # of an encoder-decoder: what its decoder starts with
 
 
 def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
