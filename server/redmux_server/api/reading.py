@@ -139,7 +139,7 @@ class ReadingService:
     def _resolve_head(self, name: str) -> tuple[Published, HeadConfig]:
         if self._model.heads is None:
             raise FailedPreconditionError(
-                f"the model ({self._model.architecture}) is of kind {self._model.kind}, which "
+                f"the model is of kind {self._model.kind} ({self._model.architecture}), which "
                 "classifies nothing; use Generate or Complete"
             )
         if not name:
