@@ -14,11 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
 
 
-def save_tiny_model(folder: Path, config, seed: int = 0, gain: float = 4) -> Path:
+def save_tiny_model(folder: Path, config, seed: int = 0, gain: float = 4, kind=None) -> Path:
     """A random model of a real architecture with a byte-level tokenizer, as a model folder.
 
     Weights are `gain` times what the architecture starts training with: logits of small models
-    are then far from uniform.
+    are then far from uniform. `kind` is the auto class that makes it, AutoModelForCausalLM if
+    left out.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -33,7 +34,7 @@ def save_tiny_model(folder: Path, config, seed: int = 0, gain: float = 4) -> Pat
     fast.save_pretrained(folder)
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = (kind or AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms of their own, so that the fingerprint is, too

@@ -4,7 +4,7 @@ Importing this package imports torch, not transformers.
 """
 
 from .adapter import Adapter, Edit, check_base
-from .base import load_base
+from .base import load_base, load_seq2seq_base, read_config
 from .config import AdapterMetadata
 from .files import Summary, parse_adapter, read_adapter, summarize, to_bytes, write_folder
 from .fingerprint import fingerprint
@@ -30,8 +30,10 @@ __all__ = [
     "ffn_sites",
     "fingerprint",
     "load_base",
+    "load_seq2seq_base",
     "parse_adapter",
     "read_adapter",
+    "read_config",
     "red_sites",
     "summarize",
     "to_bytes",

@@ -4,7 +4,8 @@ from typing import Any
 
 from redmux.errors import InvalidArgumentError
 
-from .base import is_encoder, load_base, load_encoder, resolve
+from .base import load_base, load_encoder, load_seq2seq_base, read_config, resolve
+from .kind import model_kind
 
 
 def load_any(spec: str) -> Any:
@@ -13,11 +14,12 @@ def load_any(spec: str) -> Any:
     `spec` is as for `load_base`, also for encoders and encoder-decoders. Raises
     InvalidArgumentError where nothing of that name can be loaded.
     """
-    if is_encoder(spec):
-        return load_encoder(spec)[0]
-    if _is_encoder_decoder(spec):
-        return _load_encoder_decoder(spec)
-    return load_base(spec)[0]
+    loaders = {
+        "causal": load_base,
+        "encoder": load_encoder,
+        "encoder_decoder": load_seq2seq_base,
+    }
+    return loaders[model_kind(read_config(spec))](spec)[0]
 
 
 def load_tokenizer(spec: str) -> Any:
@@ -28,26 +30,3 @@ def load_tokenizer(spec: str) -> Any:
         return AutoTokenizer.from_pretrained(resolve(spec), trust_remote_code=False)
     except (OSError, ValueError) as err:
         raise InvalidArgumentError(f"cannot load the tokenizer of {spec!r}: {err}") from err
-
-
-def _is_encoder_decoder(spec: str) -> bool:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=False)
-    except (OSError, ValueError):
-        return False  # load_base says what is wrong
-    return bool(config.is_encoder_decoder)
-
-
-def _load_encoder_decoder(spec: str) -> Any:
-    import torch
-    from transformers import AutoModelForSeq2SeqLM
-
-    try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            resolve(spec), dtype=torch.float32, trust_remote_code=False
-        )
-    except (OSError, ValueError) as err:
-        raise InvalidArgumentError(f"cannot load model {spec!r}: {err}") from err
-    return model.eval().requires_grad_(False)

@@ -13,6 +13,8 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
+from .kind import model_kind
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2"
@@ -27,17 +29,37 @@ def load_base(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
     Raises InvalidArgumentError where nothing of that name can be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, spec, dtype)
+
+
+def load_seq2seq_base(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Returns (model, tokenizer) of an encoder-decoder language model; else like `load_base`."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    return _load(AutoModelForSeq2SeqLM, spec, dtype)
+
+
+def read_config(spec: str) -> Any:
+    """Returns the transformers config of a model; raises what `load_base` does."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(spec), trust_remote_code=False)
+    except (OSError, ValueError) as err:
+        raise _cannot_load(spec, err) from err
+
+
+def _load(kind: Any, spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
 
     source = resolve(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        model = kind.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError) as err:
-        raise InvalidArgumentError(
-            f"cannot load model {spec!r}: {err}; give a folder with config.json, a .gguf file, "
-            f"a hub id, or {DEFAULT_MODEL!r}"
-        ) from err
+        raise _cannot_load(spec, err) from err
     return model.eval().requires_grad_(False), tokenizer
 
 
@@ -69,18 +91,17 @@ def is_encoder(spec: str) -> bool:
 
     False as well where there is no configuration: `load_base` says what is wrong then.
     """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     try:
-        config = AutoConfig.from_pretrained(resolve(spec), trust_remote_code=False)
-    except (OSError, ValueError):
+        return model_kind(read_config(spec)) == "encoder"
+    except InvalidArgumentError:
         return False
-    if config.is_encoder_decoder or getattr(config, "is_decoder", False):
-        return False
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ()):
-        return False
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _cannot_load(spec: str, err: Exception) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"cannot load model {spec!r}: {err}; give a folder with config.json, a .gguf file, "
+        f"a hub id, or {DEFAULT_MODEL!r}"
+    )
 
 
 def resolve(spec: str) -> str:

@@ -15,14 +15,17 @@ from redmux.types import (
     Classification,
     Classifications,
     Completion,
+    Continuation,
     Embeddings,
     FinishReason,
     Health,
     Pooling,
     ProblemType,
     Prompt,
+    Scores,
     ServerInfo,
     TextInput,
+    TokenScores,
     Usage,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
@@ -95,7 +98,40 @@ def generation(
     return message
 
 
-def _set_prompt(message: inference_pb2.Generation, prompt: Prompt) -> None:
+def score_request(
+    prompt: Prompt,
+    continuations: Sequence[Continuation],
+    *,
+    adapter: str | None,
+    prompt_logprobs: bool,
+) -> inference_pb2.ScoreRequest:
+    """Returns the message that asks for scores.
+
+    Raises InvalidArgumentError for what no message can hold.
+    """
+    if adapter == "":
+        raise InvalidArgumentError("adapter is empty; leave it out for the base model")
+    if isinstance(continuations, str):
+        raise InvalidArgumentError(
+            f"continuations is a sequence; write continuations=[{continuations!r}]"
+        )
+    try:
+        message = inference_pb2.ScoreRequest(adapter=adapter, prompt_logprobs=prompt_logprobs)
+        _set_prompt(message, prompt)
+        for given in continuations:
+            added = message.continuations.add()
+            if isinstance(given, str):
+                added.text = given
+            else:
+                added.token_ids.CopyFrom(inference_pb2.TokenIds(ids=given))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"an argument has a wrong type or range: {error}") from None
+    return message
+
+
+def _set_prompt(
+    message: inference_pb2.Generation | inference_pb2.ScoreRequest, prompt: Prompt
+) -> None:
     if isinstance(prompt, str):
         message.text = prompt
         return
@@ -216,6 +252,21 @@ def completion(message: inference_pb2.CompleteResponse, with_logprobs: bool) -> 
         adapter=message.adapter.name or None,
         digest=message.adapter.digest or None,
     )
+
+
+def scores(message: inference_pb2.ScoreResponse) -> Scores:
+    """Returns the value of a scoring."""
+    return Scores(
+        continuations=tuple(map(_token_scores, message.continuations)),
+        prompt=_token_scores(message.prompt) if message.HasField("prompt") else None,
+        usage=_usage(message.usage),
+        adapter=message.adapter.name or None,
+        digest=message.adapter.digest or None,
+    )
+
+
+def _token_scores(message: inference_pb2.TokenScores) -> TokenScores:
+    return TokenScores(tuple(message.token_ids), tuple(message.logprobs), tuple(message.is_greedy))
 
 
 def chunk(message: inference_pb2.GenerateResponse, with_logprobs: bool) -> Chunk:

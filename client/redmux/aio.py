@@ -18,11 +18,13 @@ from redmux.types import (
     Chunk,
     Classifications,
     Completion,
+    Continuation,
     Embeddings,
     GenerationOptions,
     Health,
     Pooling,
     Prompt,
+    Scores,
     ServerInfo,
     TextInput,
 )
@@ -134,6 +136,26 @@ class AsyncClient:
             self._connection.inference.Embed, request, timeout_s
         )
         return _calls.embeddings(response)
+
+    async def score(
+        self,
+        prompt: Prompt,
+        continuations: Sequence[Continuation] = (),
+        *,
+        adapter: str | None = None,
+        prompt_logprobs: bool = False,
+        timeout_s: float | None = None,
+    ) -> Scores:
+        """Returns how likely each continuation of the prompt is, and with `prompt_logprobs` it too.
+
+        Each continuation is scored as if it were the only one. Takes what `generate` takes for
+        prompts; raises InvalidArgumentError before anything is sent for arguments of a wrong kind.
+        """
+        request = _calls.score_request(
+            prompt, continuations, adapter=adapter, prompt_logprobs=prompt_logprobs
+        )
+        method = self._connection.inference.Score
+        return _calls.scores(await self._connection.unary(method, request, timeout_s))
 
     async def health(self) -> Health:
         """Returns whether the server is ready to generate."""

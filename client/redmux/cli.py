@@ -23,6 +23,7 @@ from redmux._readings import (
     inputs_of,
     print_answers,
 )
+from redmux._score_command import add_score
 from redmux._side_by_side import SideBySide
 from redmux.aio import AsyncClient
 from redmux.client import Client
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands, server)
     add_classify(commands, server).set_defaults(run=_classify)
     add_embed(commands, server).set_defaults(run=_embed)
+    add_score(commands, server, _client)
     _add_adapters(commands, server)
     info = commands.add_parser("info", parents=[server], help="tell what the server is")
     info.set_defaults(run=_info)

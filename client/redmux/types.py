@@ -1,5 +1,6 @@
 """What the client takes and returns: frozen values without any protobuf in them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -8,7 +9,7 @@ from typing import Literal, TypeAlias, TypedDict
 FinishReason: TypeAlias = Literal["stop", "length"]
 Health: TypeAlias = Literal["serving", "not_serving", "unknown"]
 
-ModelKind: TypeAlias = Literal["decoder", "encoder"]
+ModelKind: TypeAlias = Literal["decoder", "encoder", "encoder_decoder"]
 Pooling: TypeAlias = Literal["mean", "cls", "last"]
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
 
@@ -17,6 +18,10 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
 """A text, token ids, or two texts in one input."""
+
+
+Continuation: TypeAlias = str | Sequence[int]
+"""A text or token ids."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -136,6 +141,44 @@ class Embeddings:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScores:
+    """How likely each of given tokens is after all those before it.
+
+    `logprobs` are natural logarithms; `is_greedy` tells whether greedy decoding would have chosen
+    the token.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    is_greedy: tuple[bool, ...]
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of all these tokens together."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def all_greedy(self) -> bool:
+        """Whether greedy decoding would have given exactly these tokens."""
+        return all(self.is_greedy)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of a prompt's continuations, in their order.
+
+    `prompt` has those of the prompt without its first token, or is None where they were not asked
+    for. `usage` counts the prompt once. `adapter` and `digest` are None for the base model.
+    """
+
+    continuations: tuple[TokenScores, ...]
+    prompt: TokenScores | None
+    usage: Usage
+    adapter: str | None
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A published adapter. `size_bytes` is the size of its vectors in the server's memory."""
 
@@ -156,7 +199,8 @@ class ServerInfo:
     `choices` says why device, dtype, threads and kernels are what they are. `bit_identical` tells
     whether the start-up check found logits bit-identical alone and in mixed batches. `max_context`
     counts prompt and completion together; `max_running` and `max_batch_tokens` bound one forward
-    pass. A decoder generates and embeds, an encoder classifies and embeds.
+    pass. A decoder generates, scores and embeds, an encoder classifies and embeds, an
+    encoder-decoder generates.
     """
 
     version: str

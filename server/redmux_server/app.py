@@ -21,11 +21,13 @@ from redmux.v1 import adapter_service_pb2, admin_service_pb2, inference_service_
 from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_server
 from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
-from redmux_adapters.base import is_encoder
+from redmux_adapters import read_config
 from redmux_adapters.config import CONFIG_NAME
+from redmux_adapters.kind import model_kind
 from redmux_server.api.generation import GenerationService
 from redmux_server.api.interceptor import ApiKeys, Interceptor
 from redmux_server.api.reading import ReadableModel, ReadingService
+from redmux_server.api.scoring import ScoringService
 from redmux_server.api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.api.validation import Validator
 from redmux_server.config import ServerConfig
@@ -38,6 +40,7 @@ from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
 from redmux_server.models.load import BaseModel, load_causal
 from redmux_server.models.load_encoder import EncoderModel, load_encoder
+from redmux_server.models.load_seq2seq import load_seq2seq
 from redmux_server.registry import AdapterRegistry
 
 logger = logging.getLogger(__name__)
@@ -67,13 +70,14 @@ class Server:
         self.engine = _engine(config, model, self.metrics)
         # One thread: tokenizing a long prompt must not hold up the event loop.
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        parts = (
-            self.engine, registry, model.codec,
-            Validator(model.vocab_size, model.max_context), self.metrics, self._tokenizing,
-        )  # fmt: skip
-        is_decoder = isinstance(model, BaseModel)
-        self.generation = GenerationService(*parts) if is_decoder else None
+        validator = Validator(model.vocab_size, model.max_context)
+        parts = self.engine, registry, model.codec, validator, self.metrics, self._tokenizing
         self.reading = ReadingService(_readable(model), *parts)
+        self.generation: GenerationService | None = None
+        self.scoring: ScoringService | None = None
+        if isinstance(model, BaseModel):
+            self.generation = GenerationService(*parts, model.decoder_start)
+            self.scoring = ScoringService(self.engine, self.generation, validator, self.metrics)
         self.health = HealthServicer()
         self.port = 0
         self.metrics_port = 0
@@ -125,7 +129,7 @@ class Server:
             options=_options(max(_MESSAGE_BYTES, self.registry.max_file_bytes + (1 << 20))),
         )
         add_InferenceServiceServicer_to_server(
-            InferenceServicer(self.generation, self.reading, keys), self._grpc
+            InferenceServicer(self.generation, self.scoring, self.reading, keys), self._grpc
         )
         add_AdapterServiceServicer_to_server(
             AdapterServicer(self.registry, self._count_adapters), self._grpc
@@ -223,8 +227,13 @@ class Server:
 
 
 def _load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:
-    load = load_encoder if is_encoder(config.model) else load_causal
-    return load(config, choices)
+    match model_kind(read_config(config.model)):
+        case "causal":
+            return load_causal(config, choices)
+        case "encoder":
+            return load_encoder(config, choices)
+        case "encoder_decoder":
+            return load_seq2seq(config, choices)
 
 
 def _engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metrics) -> Engine:
@@ -234,7 +243,8 @@ def _engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metr
             BlockPool(model.num_blocks, model.block_size),
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
-            prefix_cache=config.prefix_cache,
+            # What a decoder keeps of an answer depends on the source as well.
+            prefix_cache=config.prefix_cache and model.decoder_start is None,
         )
         return Engine(model.runner, scheduler, model.bank, metrics, max_open=max_open)
     # Nothing is kept from step to step, so a request holds one block that stands for its place.
@@ -251,7 +261,8 @@ def _engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metr
 
 def _readable(model: BaseModel | EncoderModel) -> ReadableModel:
     if isinstance(model, BaseModel):
-        return ReadableModel("decoder", model.architecture, model.hidden_size, Pooling.LAST, None)
+        kind = "decoder" if model.decoder_start is None else "encoder_decoder"
+        return ReadableModel(kind, model.architecture, model.hidden_size, Pooling.LAST, None)
     return ReadableModel(
         "encoder", model.architecture, model.hidden_size, Pooling.MEAN, model.heads
     )

@@ -43,10 +43,10 @@ def choose(config: ServerConfig) -> Choices:
         dtype, why = torch.bfloat16, "auto: the native precision of current GPUs"
     reasons.append(f"dtype {str(dtype).removeprefix('torch.')} ({why})")
 
-    if config.quantization == "int8" and (name, dtype) != ("cpu", torch.float32):
+    if config.quantization != "none" and (name, dtype) != ("cpu", torch.float32):
         raise FailedPreconditionError(
-            f"quantization is int8, which needs device cpu and dtype float32, not {name} and "
-            f"{str(dtype).removeprefix('torch.')}; use quantization none here"
+            f"quantization is {config.quantization}, which needs device cpu and dtype float32, "
+            f"not {name} and {str(dtype).removeprefix('torch.')}; use quantization none here"
         )
 
     cores = len(os.sched_getaffinity(0))

@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from redmux.errors import DataLossError, InvalidAdapterError
-from redmux_adapters import Adapter, Limits, Summary
+from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError
+from redmux_adapters import Adapter, Limits, Summary, check_base
+from redmux_adapters.config import AdapterConfig
 from redmux_adapters.files import parse_known, read_file
 from redmux_server.folder_index import Stamp
 
@@ -18,8 +19,19 @@ logger = logging.getLogger(__name__)
 class Rules(NamedTuple):
     """What every file of one base has to keep to."""
 
+    base_fingerprint: str
     expected_sites: Mapping[str, int]
     limits: Limits
+    applies_heads: bool
+
+    def check(self, adapter: Adapter | AdapterConfig) -> None:
+        """Raises WrongBaseError, or FailedPreconditionError for a head that nothing would apply."""
+        check_base(adapter, self.base_fingerprint)
+        if adapter.head is not None and not self.applies_heads:
+            raise FailedPreconditionError(
+                "the adapter brings a classification head, which needs an encoder, and this server "
+                "does not serve one; put it to one that does, or put the adapter without its head"
+            )
 
 
 class Published:

@@ -20,7 +20,7 @@ from redmux.errors import (
     NotFoundError,
     RedmuxError,
 )
-from redmux_adapters import Adapter, Limits, Summary, check_base, parse_adapter, summarize, to_bytes
+from redmux_adapters import Adapter, Limits, Summary, parse_adapter, summarize, to_bytes
 from redmux_adapters.files import read_file, read_parts, summary_of
 from redmux_adapters.head import KINDS, MAX_LABELS
 from redmux_server.folder_index import Entry, Stamp, read_index, write_index
@@ -88,7 +88,7 @@ class AdapterRegistry:
             file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
             num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
         )  # fmt: skip
-        self._rules = Rules(sites, self._limits)
+        self._rules = Rules(base_fingerprint, sites, self._limits, head_size > 0)
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -123,9 +123,9 @@ class AdapterRegistry:
         """Checks and publishes an adapter; returns it and whether anything changed.
 
         The same vectors with other metadata are published as a new version that needs no
-        `replace`, since they compute the same. Raises InvalidAdapterError, WrongBaseError, or
-        AlreadyExistsError where the name holds other content and `replace` is false. Nothing is
-        published then.
+        `replace`, since they compute the same. Raises InvalidAdapterError, WrongBaseError,
+        FailedPreconditionError for a head where none are applied, or AlreadyExistsError where the
+        name holds other content and `replace` is false. Nothing is published then.
         """
         check_name(name)
         adapter = await asyncio.to_thread(self._parse, safetensors, config_json)
@@ -216,7 +216,7 @@ class AdapterRegistry:
         try:
             check_name(name)
             if known is not None and known.stamp == stamp:
-                check_base(known.summary.config, self._base_fingerprint)
+                self._rules.check(known.summary.config)
                 return Published(name, known.summary, path, self._rules, stamp)
             summary = self._summarize(read_file(path, self._limits.file_bytes), None)
         except RedmuxError as err:
@@ -247,14 +247,14 @@ class AdapterRegistry:
         adapter = parse_adapter(
             safetensors, config_json, expected_sites=self._rules.expected_sites, limits=self._limits
         )
-        check_base(adapter, self._base_fingerprint)
+        self._rules.check(adapter)
         return adapter
 
     def _summarize(self, safetensors: bytes, config_json: str | None) -> Summary:
         summary = summarize(
             safetensors, config_json, expected_sites=self._rules.expected_sites, limits=self._limits
         )
-        check_base(summary.config, self._base_fingerprint)
+        self._rules.check(summary.config)
         return summary
 
     def _store(

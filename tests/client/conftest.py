@@ -167,6 +167,18 @@ class FakeServer(
             usage=inference_pb.Usage(prompt_tokens=7),
         )
 
+    def Score(self, request, context):
+        self._enter("Score", request, context)
+        scores = inference_pb.TokenScores(
+            token_ids=[7, 8], logprobs=[-0.5, -0.25], is_greedy=[True, False]
+        )
+        return inference_pb.ScoreResponse(
+            continuations=[scores for _ in request.continuations],
+            prompt=scores if request.prompt_logprobs else None,
+            adapter=inference_pb.AppliedAdapter(name=request.adapter),
+            usage=inference_pb.Usage(prompt_tokens=4, completion_tokens=2),
+        )
+
     def PutAdapter(self, request, context):
         self._enter("PutAdapter", request, context)
         created = request.name not in self.adapters

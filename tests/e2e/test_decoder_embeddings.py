@@ -29,12 +29,16 @@ async def check(base, client):
     work = [(name, pooling) for name in (None, *adapters) for pooling in ("mean", "cls", None)]
     alone = [await client.embed(TEXTS, adapter=name, pooling=pooling) for name, pooling in work]
     tokens = await client.generate(TEXTS[1], max_tokens=8, adapter="one", ignore_eos=True)
-    *mixed, among = await asyncio.gather(
+    given = [" and more", "!"]
+    scores = await client.score(TEXTS[1], given, adapter="one", prompt_logprobs=True)
+    *mixed, among, scored = await asyncio.gather(
         *(client.embed(TEXTS, adapter=name, pooling=pooling) for name, pooling in work),
         client.generate(TEXTS[1], max_tokens=8, adapter="one", ignore_eos=True),
+        client.score(TEXTS[1], given, adapter="one", prompt_logprobs=True),
     )
     assert mixed == alone  # exactly
     assert among == tokens
+    assert (scored.continuations, scored.prompt) == (scores.continuations, scores.prompt)
     for (name, pooling), got in zip(work, alone, strict=True):
         assert got.digest == (name and adapters[name].digest)
         for text, have in zip(TEXTS, got.vectors, strict=True):

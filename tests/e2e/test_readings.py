@@ -48,6 +48,8 @@ async def test_an_encoder_refuses_to_generate(client):
     with pytest.raises(FailedPreconditionError, match="encoder, which generates nothing"):
         async for _ in client.stream("x"):
             pass
+    with pytest.raises(FailedPreconditionError, match="encoder, which generates nothing"):
+        await client.score("x", ["y"])
 
 
 async def test_classify_says_why_an_adapter_cannot(encoder, client, put):

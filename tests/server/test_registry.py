@@ -4,17 +4,19 @@ import asyncio
 import difflib
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redmux.errors import (
     AlreadyExistsError,
+    FailedPreconditionError,
     InvalidAdapterError,
     InvalidArgumentError,
     NotFoundError,
     WrongBaseError,
 )
-from redmux_adapters import AdapterMetadata, to_bytes
+from redmux_adapters import AdapterMetadata, Head, HeadConfig, to_bytes
 from redmux_server.registry import check_name
 
 
@@ -163,6 +165,16 @@ async def test_the_largest_head_fits_where_heads_are_applied(
     assert published.read().head.hidden_size == 400
     with pytest.raises(InvalidAdapterError, match="limit"):
         await open_registry().put("a", file, "", replace=False)
+
+
+async def test_a_head_is_refused_where_none_are_applied(tmp_path, open_registry, make_adapter):
+    tensors = {"classifier.weight": torch.ones(2, 4), "classifier.bias": torch.ones(2)}
+    head = Head(HeadConfig("mean", ["a", "b"], "single_label_classification"), tensors)
+    file = to_bytes(make_adapter(0, sites={"model.layers.0.mlp.down_proj": 4}, head=head))
+    with pytest.raises(FailedPreconditionError, match="head, which needs an encoder"):
+        await open_registry().put("a", file, "", replace=False)
+    await open_registry(tmp_path, head_size=4).put("a", file, "", replace=False)
+    assert [path.name for path in open_registry(tmp_path).unusable] == ["a.safetensors"]
 
 
 def test_an_adapter_that_edits_every_site_with_a_long_card_fits(registry, make_adapter):

@@ -9,7 +9,7 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-from ..base import load_base, load_encoder, resolve
+from ..base import load_base, load_encoder, load_seq2seq_base
 from ..fingerprint import fingerprint
 from ..sites import POSITIONS, editable_sites, red_sites
 from .examples import Kind
@@ -81,23 +81,11 @@ class TrainingBase:
 
 def load_training_base(spec: str, kind: Kind, dtype: torch.dtype) -> TrainingBase:
     """Loads a base model; see `redmux_adapters.load_base` for `spec` and what is raised."""
-    load = {"causal": load_base, "seq2seq": _load_seq2seq, "classifier": load_encoder}[kind]
+    load = {"causal": load_base, "seq2seq": load_seq2seq_base, "classifier": load_encoder}[kind]
     model, tokenizer = load(spec, dtype)
     # Adapters are passed on, folders of this machine mean nothing elsewhere.
     name = Path(spec).resolve().name if Path(spec).expanduser().exists() else spec
     return TrainingBase.of(model, tokenizer, name, kind)
-
-
-def _load_seq2seq(spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-    source = resolve(spec)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model = AutoModelForSeq2SeqLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError) as err:
-        raise InvalidArgumentError(f"cannot load encoder-decoder {spec!r}: {err}") from err
-    return model, tokenizer
 
 
 def _parse_layers(layers: str) -> set[int] | None:

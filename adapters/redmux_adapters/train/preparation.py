@@ -9,8 +9,9 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-from ..base import is_encoder, resolve
+from ..base import read_config
 from ..config import AdapterMetadata
+from ..kind import ModelKind, model_kind
 from .base import TrainingBase, load_training_base
 from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
 from .job import Job, TaskSpec
@@ -86,15 +87,12 @@ def _split(records: list[Record], share: float, seed: int) -> tuple[list[Record]
 
 
 def _kind(base: str) -> Kind:
-    if is_encoder(base):
-        return "classifier"
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
-    except (OSError, ValueError) as err:
-        raise InvalidArgumentError(f"cannot load model {base!r}: {err}") from None
-    return "seq2seq" if config.is_encoder_decoder else "causal"
+    kinds: dict[ModelKind, Kind] = {
+        "causal": "causal",
+        "encoder": "classifier",
+        "encoder_decoder": "seq2seq",
+    }
+    return kinds[model_kind(read_config(base))]
 
 
 def _task(base: TrainingBase, source: _Source) -> Task:

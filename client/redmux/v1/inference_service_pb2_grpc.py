@@ -26,13 +26,14 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    """InferenceService generates, scores, classifies and embeds text with the base model or with any RED
     adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the result of a request does not
     depend on what else is in its batch. Which calls there are depends on the kind of the model (see
-    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
-    are refused with FAILED_PRECONDITION.
+    ServerInfo.kind): a decoder generates, scores and embeds, an encoder classifies and embeds, an
+    encoder-decoder generates. The others are refused with FAILED_PRECONDITION, or with UNIMPLEMENTED
+    where only this version lacks them.
     """
 
     def __init__(self, channel):
@@ -51,6 +52,11 @@ class InferenceServiceStub(object):
                 request_serializer=redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.SerializeToString,
                 response_deserializer=redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/redmux.v1.InferenceService/Score',
+                request_serializer=redmux_dot_v1_dot_inference__service__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=redmux_dot_v1_dot_inference__service__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Classify = channel.unary_unary(
                 '/redmux.v1.InferenceService/Classify',
                 request_serializer=redmux_dot_v1_dot_inference__service__pb2.ClassifyRequest.SerializeToString,
@@ -64,13 +70,14 @@ class InferenceServiceStub(object):
 
 
 class InferenceServiceServicer(object):
-    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    """InferenceService generates, scores, classifies and embeds text with the base model or with any RED
     adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the result of a request does not
     depend on what else is in its batch. Which calls there are depends on the kind of the model (see
-    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
-    are refused with FAILED_PRECONDITION.
+    ServerInfo.kind): a decoder generates, scores and embeds, an encoder classifies and embeds, an
+    encoder-decoder generates. The others are refused with FAILED_PRECONDITION, or with UNIMPLEMENTED
+    where only this version lacks them.
     """
 
     def Generate(self, request, context):
@@ -82,6 +89,13 @@ class InferenceServiceServicer(object):
 
     def Complete(self, request, context):
         """Complete returns the whole completion in one message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Score returns the log-probabilities of given continuations of a prompt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +128,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.FromString,
                     response_serializer=redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=redmux_dot_v1_dot_inference__service__pb2.ScoreRequest.FromString,
+                    response_serializer=redmux_dot_v1_dot_inference__service__pb2.ScoreResponse.SerializeToString,
+            ),
             'Classify': grpc.unary_unary_rpc_method_handler(
                     servicer.Classify,
                     request_deserializer=redmux_dot_v1_dot_inference__service__pb2.ClassifyRequest.FromString,
@@ -133,13 +152,14 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    """InferenceService generates, scores, classifies and embeds text with the base model or with any RED
     adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the result of a request does not
     depend on what else is in its batch. Which calls there are depends on the kind of the model (see
-    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
-    are refused with FAILED_PRECONDITION.
+    ServerInfo.kind): a decoder generates, scores and embeds, an encoder classifies and embeds, an
+    encoder-decoder generates. The others are refused with FAILED_PRECONDITION, or with UNIMPLEMENTED
+    where only this version lacks them.
     """
 
     @staticmethod
@@ -186,6 +206,33 @@ class InferenceService(object):
             '/redmux.v1.InferenceService/Complete',
             redmux_dot_v1_dot_inference__service__pb2.CompleteRequest.SerializeToString,
             redmux_dot_v1_dot_inference__service__pb2.CompleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/redmux.v1.InferenceService/Score',
+            redmux_dot_v1_dot_inference__service__pb2.ScoreRequest.SerializeToString,
+            redmux_dot_v1_dot_inference__service__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

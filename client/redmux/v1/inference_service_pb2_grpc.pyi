@@ -57,6 +57,22 @@ _InferenceServiceCompleteType = typing_extensions.TypeVar(
     ],
 )
 
+_InferenceServiceScoreType = typing_extensions.TypeVar(
+    '_InferenceServiceScoreType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
+)
+
 _InferenceServiceClassifyType = typing_extensions.TypeVar(
     '_InferenceServiceClassifyType',
     grpc.UnaryUnaryMultiCallable[
@@ -89,14 +105,15 @@ _InferenceServiceEmbedType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType, _InferenceServiceClassifyType, _InferenceServiceEmbedType]):
-    """InferenceService generates, classifies and embeds text with the base model or with any RED
+class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType, _InferenceServiceScoreType, _InferenceServiceClassifyType, _InferenceServiceEmbedType]):
+    """InferenceService generates, scores, classifies and embeds text with the base model or with any RED
     adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the result of a request does not
     depend on what else is in its batch. Which calls there are depends on the kind of the model (see
-    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
-    are refused with FAILED_PRECONDITION.
+    ServerInfo.kind): a decoder generates, scores and embeds, an encoder classifies and embeds, an
+    encoder-decoder generates. The others are refused with FAILED_PRECONDITION, or with UNIMPLEMENTED
+    where only this version lacks them.
     """
 
     @typing.overload
@@ -108,6 +125,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
         grpc.UnaryUnaryMultiCallable[
             redmux.v1.inference_service_pb2.CompleteRequest,
             redmux.v1.inference_service_pb2.CompleteResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.ScoreRequest,
+            redmux.v1.inference_service_pb2.ScoreResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             redmux.v1.inference_service_pb2.ClassifyRequest,
@@ -130,6 +151,10 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             redmux.v1.inference_service_pb2.CompleteResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.ScoreRequest,
+            redmux.v1.inference_service_pb2.ScoreResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             redmux.v1.inference_service_pb2.ClassifyRequest,
             redmux.v1.inference_service_pb2.ClassifyResponse,
         ],
@@ -144,6 +169,9 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Complete: _InferenceServiceCompleteType
     """Complete returns the whole completion in one message."""
+
+    Score: _InferenceServiceScoreType
+    """Score returns the log-probabilities of given continuations of a prompt."""
 
     Classify: _InferenceServiceClassifyType
     """Classify applies the classification head that an adapter brings to each of some inputs."""
@@ -161,6 +189,10 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
         redmux.v1.inference_service_pb2.CompleteResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.ScoreRequest,
+        redmux.v1.inference_service_pb2.ScoreResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         redmux.v1.inference_service_pb2.ClassifyRequest,
         redmux.v1.inference_service_pb2.ClassifyResponse,
     ],
@@ -171,13 +203,14 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
 ]
 
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
-    """InferenceService generates, classifies and embeds text with the base model or with any RED
+    """InferenceService generates, scores, classifies and embeds text with the base model or with any RED
     adapter that is loaded.
 
     Requests with different adapters share the same forward passes; the result of a request does not
     depend on what else is in its batch. Which calls there are depends on the kind of the model (see
-    ServerInfo.kind): a decoder generates and embeds, an encoder classifies and embeds. The others
-    are refused with FAILED_PRECONDITION.
+    ServerInfo.kind): a decoder generates, scores and embeds, an encoder classifies and embeds, an
+    encoder-decoder generates. The others are refused with FAILED_PRECONDITION, or with UNIMPLEMENTED
+    where only this version lacks them.
     """
 
     @abc.abstractmethod
@@ -195,6 +228,14 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.inference_service_pb2.CompleteResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.CompleteResponse]]:
         """Complete returns the whole completion in one message."""
+
+    @abc.abstractmethod
+    def Score(
+        self,
+        request: redmux.v1.inference_service_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.inference_service_pb2.ScoreResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.ScoreResponse]]:
+        """Score returns the log-probabilities of given continuations of a prompt."""
 
     @abc.abstractmethod
     def Classify(

@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from redmux.errors import RedmuxError, RequestCancelledError
-from redmux_adapters import PromptFormat
+from redmux_adapters import Adapter, PromptFormat
 from redmux_server.api.validation import Chat, GenerationSpec, Prompt, Validator
 from redmux_server.engine.detokenize import Detokenizer, StopMatcher
 from redmux_server.engine.engine import Engine
@@ -110,7 +110,7 @@ class Generation:
             return self._finish(
                 event.reason if self._matcher.matched is None else FinishReason.STOP
             )
-        assert isinstance(event, Token)
+        assert isinstance(event, Token)  # it scores nothing
         self._num_tokens += 1
         delta.token_ids.append(event.token_id)
         if event.logprob is not None:
@@ -126,10 +126,19 @@ class Generation:
         return Finish(
             reason=reason,
             stop=self._matcher.matched or "",
-            num_prompt_tokens=len(self._request.prompt_ids),
+            num_prompt_tokens=len(self._request.source_ids or self._request.prompt_ids),
             num_cached_tokens=self._request.num_cached,
             num_completion_tokens=self._num_tokens,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt for the engine, and the adapter that it is pinned to."""
+
+    ids: list[int]
+    published: Published | None
+    adapter: Adapter | None
 
 
 class GenerationService:
@@ -143,8 +152,13 @@ class GenerationService:
         validator: Validator,
         metrics: Metrics,
         tokenizing: Executor,
+        decoder_start: int | None = None,
     ) -> None:
-        """`tokenizing` has one thread, the only one that encodes with `codec`."""
+        """`tokenizing` has one thread, the only one that encodes with `codec`.
+
+        `decoder_start` is what an encoder-decoder's answers start with, else None.
+        """
+        self.decoder_start = decoder_start
         self._engine = engine
         self._registry = registry
         self._codec = codec
@@ -169,27 +183,47 @@ class GenerationService:
     async def _submit(
         self, spec: GenerationSpec, tenant: str
     ) -> tuple[Generation, Published | None]:
-        published = self._registry.resolve(spec.adapter) if spec.adapter else None
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
-        self._validator.prompt(spec.prompt)
-        config = published.summary.config if published else None
-        prompt_ids = await self._encode(spec.prompt, config.prompt_format if config else None)
-        adapter = await self._registry.fetch(published) if published else None
+        prepared = await self.prepare(spec.adapter, spec.prompt)
+        published = prepared.published
         events = EventInbox()
         request = Request(
-            prompt_ids=prompt_ids,
-            max_tokens=self._validator.max_tokens(spec.max_tokens, len(prompt_ids)),
+            prompt_ids=prepared.ids if self.decoder_start is None else [self.decoder_start],
+            source_ids=() if self.decoder_start is None else prepared.ids,
+            max_tokens=self._validator.max_tokens(spec.max_tokens, len(prepared.ids)),
             sampling=sampling,
             stop_token_ids=frozenset(spec.stop_token_ids)
             | (frozenset() if spec.ignore_eos else self._codec.eos_token_ids),
             tenant=tenant or (published.name if published else ""),
-            adapter=adapter,
+            adapter=prepared.adapter,
             logprobs=spec.logprobs,
             sink=events.put,
         )
         self._engine.submit(request)
         return Generation(request, events, self._engine, self._codec, spec.stop), published
+
+    async def prepare(self, adapter: str, prompt: Prompt) -> Prepared:
+        """Returns the prompt as token ids, beside the adapter of this name ("" is the base model).
+
+        Raises a RedmuxError for an adapter that is not there or a prompt that cannot be served.
+        """
+        published = self._registry.resolve(adapter) if adapter else None
+        self._validator.prompt(prompt)
+        config = published.summary.config if published else None
+        ids = await self._encode(prompt, config.prompt_format if config else None)
+        vectors = await self._registry.fetch(published) if published else None
+        return Prepared(ids, published, vectors)
+
+    async def encode_continuation(
+        self, prompt: Prompt, prompt_ids: list[int], text: str
+    ) -> list[int]:
+        """Returns the ids of a text that follows a prompt; see TextCodec.encode_continuation."""
+        before = prompt if isinstance(prompt, str) else None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._tokenizing, self._codec.encode_continuation, before, prompt_ids, text
+        )
 
     async def _encode(self, prompt: Prompt, prompt_format: PromptFormat | None) -> list[int]:
         loop = asyncio.get_running_loop()

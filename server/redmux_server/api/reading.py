@@ -14,6 +14,7 @@ from redmux.errors import (
     InvalidArgumentError,
     RedmuxError,
     RequestCancelledError,
+    UnimplementedError,
 )
 from redmux_adapters import Adapter, HeadConfig
 from redmux_server.api.validation import ReadInput, TextPair, Validator
@@ -63,7 +64,7 @@ class Classifications:
 class ReadableModel:
     """What of a model matters for reading it."""
 
-    kind: str  # "encoder" or "decoder"
+    kind: str  # "encoder", "decoder" or "encoder_decoder"
     architecture: str
     hidden_size: int
     default_pooling: Pooling
@@ -108,6 +109,8 @@ class ReadingService:
         RedmuxError for whatever cannot be served; nothing is queued then.
         """
         try:
+            if self._model.kind == "encoder_decoder":
+                raise UnimplementedError("encoder-decoder models cannot embed yet")
             published = self._registry.resolve(adapter) if adapter else None
             reading = Reading(pooling or self._model.default_pooling, normalize)
             calls = await self._submit(inputs, published, reading, tenant)
@@ -136,8 +139,8 @@ class ReadingService:
     def _resolve_head(self, name: str) -> tuple[Published, HeadConfig]:
         if self._model.heads is None:
             raise FailedPreconditionError(
-                f"the model is a {self._model.kind} ({self._model.architecture}), which classifies "
-                "nothing; use Generate, Complete or Embed"
+                f"the model is of kind {self._model.kind} ({self._model.architecture}), which "
+                "classifies nothing; use Generate or Complete"
             )
         if not name:
             raise InvalidArgumentError(

@@ -14,7 +14,15 @@ from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.api.generation import Delta, Finish, GenerationService
 from redmux_server.api.interceptor import ApiKeys
 from redmux_server.api.reading import ReadingService
-from redmux_server.api.validation import Chat, GenerationSpec, Prompt, ReadInput, TextPair
+from redmux_server.api.scoring import ScoringService, TokenScores
+from redmux_server.api.validation import (
+    Chat,
+    GenerationSpec,
+    Prompt,
+    ReadInput,
+    ScoreSpec,
+    TextPair,
+)
 from redmux_server.engine.request import FinishReason, Pooling
 from redmux_server.published import Published
 from redmux_server.registry import AdapterRegistry
@@ -39,13 +47,18 @@ _PROBLEM_TYPES = {
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """Text generation, streamed or whole; classification and embedding."""
+    """Text generation, streamed or whole; scoring, classification and embedding of given texts."""
 
     def __init__(
-        self, generation: GenerationService | None, reading: ReadingService, keys: ApiKeys
+        self,
+        generation: GenerationService | None,
+        scoring: ScoringService | None,
+        reading: ReadingService,
+        keys: ApiKeys,
     ) -> None:
-        """`generation` is None for a model that generates nothing."""
+        """`generation` and `scoring` are None for a model that generates nothing."""
         self._generation = generation
+        self._scoring = scoring
         self._reading = reading
         self._keys = keys
 
@@ -91,6 +104,28 @@ class InferenceServicer(InferenceServiceServicer):
             finish=_finish(whole.finish),
         )
 
+    async def Score(
+        self, request: inference_pb.ScoreRequest, context: Any
+    ) -> inference_pb.ScoreResponse:
+        """Returns the log-probabilities of continuations and of the prompt."""
+        spec = ScoreSpec(
+            prompt=_prompt(request),
+            continuations=[_continuation(i, c) for i, c in enumerate(request.continuations)],
+            adapter=request.adapter,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+        scores = await self._scores().score(spec, self._keys.tenant(context))
+        return inference_pb.ScoreResponse(
+            continuations=[_token_scores(s) for s in scores.continuations],
+            prompt=None if scores.prompt is None else _token_scores(scores.prompt),
+            adapter=_applied(scores.published),
+            usage=inference_pb.Usage(
+                prompt_tokens=scores.num_prompt_tokens,
+                completion_tokens=sum(len(s.token_ids) for s in scores.continuations),
+                cached_prompt_tokens=scores.num_cached_tokens,
+            ),
+        )
+
     async def Classify(
         self, request: inference_pb.ClassifyRequest, context: Any
     ) -> inference_pb.ClassifyResponse:
@@ -129,10 +164,19 @@ class InferenceServicer(InferenceServiceServicer):
 
     def _generates(self) -> GenerationService:
         if self._generation is None:
-            raise FailedPreconditionError(
-                "the model is an encoder, which generates nothing; use Classify or Embed"
-            )
+            raise _generates_nothing()
         return self._generation
+
+    def _scores(self) -> ScoringService:
+        if self._scoring is None:
+            raise _generates_nothing()
+        return self._scoring
+
+
+def _generates_nothing() -> FailedPreconditionError:
+    return FailedPreconditionError(
+        "the model is an encoder, which generates nothing; use Classify or Embed"
+    )
 
 
 class AdapterServicer(AdapterServiceServicer):
@@ -214,7 +258,7 @@ def _spec(message: inference_pb.Generation) -> GenerationSpec:
     )
 
 
-def _prompt(message: inference_pb.Generation) -> Prompt:
+def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Prompt:
     form = message.WhichOneof("prompt")
     if form == "text":
         return message.text
@@ -241,6 +285,19 @@ def _input(index: int, message: inference_pb.Input) -> ReadInput:
     if form == "pair":
         return TextPair(message.pair.first, message.pair.second)
     raise InvalidArgumentError(f"inputs[{index}] is empty; set text, token_ids or pair")
+
+
+def _continuation(index: int, message: inference_pb.Continuation) -> str | list[int]:
+    form = message.WhichOneof("form")
+    if form is None:
+        raise InvalidArgumentError(f"continuations[{index}] is unset; set text or token_ids")
+    return message.text if form == "text" else list(message.token_ids.ids)
+
+
+def _token_scores(scores: TokenScores) -> inference_pb.TokenScores:
+    return inference_pb.TokenScores(
+        token_ids=scores.token_ids, logprobs=scores.logprobs, is_greedy=scores.is_greedy
+    )
 
 
 def _applied(published: Published | None) -> inference_pb.AppliedAdapter:

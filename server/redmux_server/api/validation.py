@@ -13,6 +13,7 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
+MAX_CONTINUATIONS = 128
 # More bytes than any tokenizer packs into one token on average; checked before tokenizing, which
 # is slow for megabytes.
 _MAX_BYTES_PER_TOKEN = 16
@@ -56,6 +57,16 @@ class GenerationSpec:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreSpec:
+    """What a caller wants scored, as it came in."""
+
+    prompt: Prompt
+    continuations: Sequence[str | list[int]]
+    adapter: str = ""
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +171,38 @@ class Validator:
                 f"they must be at most {self.max_context}"
             )
         return requested
+
+    def continuations(self, spec: ScoreSpec) -> None:
+        """Checks what is to be scored before it is tokenized."""
+        if not spec.continuations and not spec.prompt_logprobs:
+            raise InvalidArgumentError("nothing to score; give continuations or prompt_logprobs")
+        if len(spec.continuations) > MAX_CONTINUATIONS:
+            raise InvalidArgumentError(
+                f"{len(spec.continuations)} continuations; limit {MAX_CONTINUATIONS}"
+            )
+        for continuation in spec.continuations:
+            self.prompt(continuation)
+
+    def scored(self, num_prompt_tokens: int, continuations: Sequence[Sequence[int]]) -> None:
+        """Checks prompt and continuations once they are tokens."""
+        if num_prompt_tokens == 0:
+            raise InvalidArgumentError("the prompt is empty; give at least one token")
+        for i, continuation in enumerate(continuations):
+            if not continuation:
+                raise InvalidArgumentError(f"continuations[{i}] is empty; give at least one token")
+            if num_prompt_tokens + len(continuation) > self.max_context:
+                raise InvalidArgumentError(
+                    f"prompt has {num_prompt_tokens} tokens and continuations[{i}] has "
+                    f"{len(continuation)}; together they must be at most {self.max_context}"
+                )
+        if num_prompt_tokens > self.max_context:
+            raise InvalidArgumentError(
+                f"prompt has {num_prompt_tokens} tokens, must be at most {self.max_context}"
+            )
+        if not continuations and num_prompt_tokens < 2:
+            raise InvalidArgumentError(
+                "the prompt has one token, which follows nothing; give at least two to score it"
+            )
 
     def _token_ids(self, name: str, ids: Sequence[int]) -> None:
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):

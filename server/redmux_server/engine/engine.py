@@ -21,9 +21,20 @@ from redmux.errors import (
 )
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.reading import Reader
-from redmux_server.engine.request import Event, Failed, Finished, Read, Request, Token, Work
+from redmux_server.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Read,
+    Request,
+    Scored,
+    Token,
+    Work,
+)
 from redmux_server.engine.sampling import NonFinite, sample
 from redmux_server.engine.scheduler import Scheduler
+from redmux_server.engine.scoring import score
 from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -38,7 +49,7 @@ class Runner(Protocol):
         """Is called once on the engine thread, before the first step."""
 
     def forward(self, work: Sequence[Work]) -> Tensor:
-        """Computes a step and returns [n, vocab] logits, a row per work item that samples."""
+        """Computes a step and returns [n, vocab] logits, the rows that the work items want."""
 
     def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
         """Computes a step and returns the last hidden states [count, hidden] of each work item."""
@@ -180,7 +191,7 @@ class Engine:
                 else:
                     self._metrics.inter_token_s.observe(now - stamps.last_token_s)
                 stamps.last_token_s = now
-            else:
+            elif not isinstance(event, Scored):
                 del self._open[request]
                 self._metrics.ended(event, now - stamps.submitted_s)
             request.sink(event)
@@ -261,14 +272,10 @@ class Engine:
         for item in work:
             item.request.num_computed += item.count
             if item in results:
-                self._append(item.request, results[item])
+                self._take(item.request, results[item])
 
-    def _draw(self, work: Sequence[Work]) -> dict[Work, Token | NonFinite]:
-        if not work:
-            return {}
-        ends = [item for item in work if item.samples]
-        drawn = sample(self._runner.forward(work), [item.request for item in ends])
-        return dict(zip(ends, drawn, strict=True))
+    def _draw(self, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
+        return _evaluate(self._runner.forward(work), work) if work else {}
 
     def _read(self, work: Sequence[Work]) -> dict[Work, Read | NonFinite]:
         if not work:
@@ -283,19 +290,22 @@ class Engine:
             item.request.states = [] if item.samples else [*item.request.states, part]
         return dict(zip(ends, read, strict=True))
 
-    def _append(self, request: Request, result: Token | Read | NonFinite) -> None:
-        if isinstance(result, NonFinite):
-            name = "the base model" if request.adapter is None else request.adapter.digest
-            self._fail(
-                request,
-                FailedPreconditionError(
-                    f"{name} produced a value that is not finite for this prompt"
-                ),
-            )
-            return
-        if isinstance(result, Read):
-            self._end(request, result)
-            return
+    def _take(self, request: Request, result: Token | Scored | Read | NonFinite) -> None:
+        match result:
+            case NonFinite():
+                name = "the base model" if request.adapter is None else request.adapter.digest
+                message = f"{name} produced a value that is not finite for this prompt"
+                self._fail(request, FailedPreconditionError(message))
+            case Scored():
+                self._events.append((request, result))
+                if request.num_computed == len(request.prompt_ids):
+                    self._end(request, Finished(FinishReason.SCORED))
+            case Read():
+                self._end(request, result)
+            case Token():
+                self._append(request, result)
+
+    def _append(self, request: Request, result: Token) -> None:
         request.token_ids.append(result.token_id)
         self._events.append((request, result))
         reason = request.finish_reason()
@@ -326,3 +336,24 @@ class Engine:
         logger.error("a step of %d requests failed, running them one by one", len(work))
         for item in work:
             self._compute([item])
+
+
+def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
+    """Returns what the wanted rows of each work item come to, of those that want any."""
+    results: dict[Work, Token | Scored | NonFinite] = {}
+    drawing: list[Work] = []
+    rows: list[int] = []  # of the logits of those that draw a token
+    row = 0
+    for item in work:
+        wanted = item.wanted
+        if item.request.targets and wanted:
+            results[item] = score(logits[row : row + len(wanted)], item)
+        elif wanted:
+            drawing.append(item)
+            rows.append(row)
+        row += len(wanted)
+    if drawing:
+        drawn_logits = logits if len(rows) == len(logits) else logits[rows]
+        tokens = sample(drawn_logits, [item.request for item in drawing])
+        results.update(zip(drawing, tokens, strict=True))
+    return results

@@ -1,4 +1,4 @@
-"""Request: one generation or one reading, from its acceptance to its one end."""
+"""Request: one generation, scoring or reading, from its acceptance to its one end."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ class FinishReason(enum.Enum):
 
     STOP = "stop"
     LENGTH = "length"
+    SCORED = "scored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,14 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """The next of a request's targets: log-probabilities, and which are the likeliest token."""
+
+    logprobs: list[float]
+    is_greedy: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The request ended by itself."""
 
@@ -79,10 +88,10 @@ class Failed:
     error: RedmuxError
 
 
-Event = Token | Finished | Read | Failed
+Event = Token | Scored | Finished | Read | Failed
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """What crosses the borders between service, scheduler and engine.
 
@@ -97,8 +106,13 @@ class Request:
     tenant: str  # whom the scheduler charges
     adapter: "Adapter | None"  # pinned: replacing or deleting its name changes nothing here
     logprobs: bool
-    sink: Callable[[Event], None]  # called on the event loop, in order; its last is no Token
-    reading: Reading | None = None  # where nothing is generated: max_tokens is 0 then
+    sink: Callable[[Event], None]  # called on the event loop, in order; its last ends the request
+    # Tokens to score instead of generating any: the last follows the whole prompt, each of the
+    # others is the prompt's token behind the one that it follows. `max_tokens` is 0 then.
+    targets: Sequence[int] = ()
+    reading: Reading | None = None  # what to read instead; `max_tokens` is 0 then, too
+    # What the encoder of an encoder-decoder model reads; the prompt is its decoder's start then.
+    source_ids: Sequence[int] = ()
     # ---------------------------------------------------------------------------------------
     early_end: Finished | Failed | None = None  # how its reader has ended it
     token_ids: list[int] = field(default_factory=list)  # prompt and output
@@ -119,8 +133,13 @@ class Request:
 
     @property
     def max_length(self) -> int:
-        """Most tokens the request can ever hold: prompt and output."""
-        return len(self.prompt_ids) + self.max_tokens
+        """Most tokens the request can ever hold: source, prompt and output."""
+        return len(self.source_ids) + len(self.prompt_ids) + self.max_tokens
+
+    @property
+    def first_wanted(self) -> int:
+        """Position of the first token whose logits are wanted."""
+        return len(self.token_ids) - max(1, len(self.targets))
 
     @property
     def is_decoding(self) -> bool:
@@ -142,6 +161,13 @@ class Work:
     count: int
 
     @property
+    def wanted(self) -> range:
+        """Which of these tokens' logits are wanted, counted from the first token of this work."""
+        first = self.request.first_wanted - self.request.num_computed
+        return range(max(0, first), self.count)
+
+    @property
     def samples(self) -> bool:
         """Whether this work ends at the newest token, so that it draws or reads."""
-        return self.request.num_computed + self.count == len(self.request.token_ids)
+        r = self.request
+        return not r.targets and r.num_computed + self.count == len(r.token_ids)

@@ -92,7 +92,7 @@ class Scheduler:
         """
         if not is_sound:
             self._blocks.forget(request.blocks)
-        elif request.num_output:
+        elif request.num_computed >= len(request.prompt_ids):
             self.share(request)
         if request in self.running:
             self.running.remove(request)
@@ -151,14 +151,14 @@ class Scheduler:
         return request
 
     def _find_prefix(self, request: Request) -> list[int]:
-        """Returns the cached blocks that the prompt begins with, but for its last token.
+        """Returns the cached blocks that the prompt begins with, up to where logits are wanted.
 
-        That one is always computed: its logits are needed. Of a reading, every token is.
+        Those tokens are always computed, the last one of the prompt at least; of a reading, all.
         """
         if request.reading is not None:
             return []
         self._extend_keys(request, len(request.prompt_ids))
-        num_usable = (len(request.prompt_ids) - 1) // self._blocks.block_size
+        num_usable = request.first_wanted // self._blocks.block_size
         return self._blocks.find(request.block_keys[:num_usable])
 
     def _extend_keys(self, request: Request, num_tokens: int) -> None:

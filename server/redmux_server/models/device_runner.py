@@ -35,7 +35,7 @@ class _HostStep:
     ids: Ints  # [tokens]
     positions: Ints  # [tokens]
     rows: Ints  # [tokens] of the bank's table
-    last: Ints  # [samples] tokens whose logits are wanted
+    last: Ints  # [wanted] tokens whose logits are wanted
     index: HostIndex
 
 
@@ -136,10 +136,9 @@ class DeviceRunner(CausalRunner):
         for item in work:
             r, first = item.request, item.request.num_computed
             segments.append(Segment(len(ids), item.count, first, r.blocks))
+            last += [len(ids) + i for i in item.wanted]
             ids += r.token_ids[first : first + item.count]
             positions += range(first, first + item.count)
-            if item.samples:
-                last.append(len(ids) - 1)
         slots = _slots([item.request for item in work])
         rows = np.repeat(self._bank.table_rows(slots), [item.count for item in work])
         index = HostIndex.of(segments, self.cache.block_size)
@@ -183,8 +182,8 @@ class DeviceRunner(CausalRunner):
 
 
 def _is_decode(work: Sequence[Work]) -> bool:
-    """Whether there is one token per request and all of them draw."""
-    return all(item.count == 1 and item.samples for item in work)
+    """Whether there is one token per request and the logits of all of them are wanted."""
+    return all(item.count == 1 and bool(item.wanted) for item in work)
 
 
 def _slots(requests: Sequence[Request]) -> list[int]:

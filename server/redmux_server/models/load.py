@@ -16,6 +16,7 @@ from redmux_adapters import editable_sites, fingerprint, load_base
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.engine import Runner
 from redmux_server.models.accelerate import pack_linears, unmap
 from redmux_server.models.attention import LayerRule, attach, discover
 from redmux_server.models.context_limit import ContextLimit, context_limit
@@ -26,7 +27,7 @@ from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
 from redmux_server.models.runner import CausalRunner, Decoder, TransformersDecoder
 from redmux_server.models.selfcheck import (
-    INT8_TOLERANCE,
+    ROUNDED_TOLERANCE,
     Reference,
     SelfCheck,
     min_cache_tokens,
@@ -37,7 +38,11 @@ from redmux_server.models.text import TextCodec
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE_BYTES = 2 << 30
-_PRECISIONS = {"none": "fp32", "int8": "int8 weights and activations"}
+_PRECISIONS = {
+    "none": "fp32",
+    "bf16": "bf16 weights and activations",
+    "int8": "int8 weights and activations",
+}
 _LINEARS = PackedLinear | nn.Linear | Conv1D
 
 
@@ -45,7 +50,7 @@ _LINEARS = PackedLinear | nn.Linear | Conv1D
 class BaseModel:
     """A model that is ready to serve, and what the rest of the server must know of it."""
 
-    runner: CausalRunner
+    runner: Runner
     bank: AdapterBank
     codec: TextCodec
     fingerprint: str
@@ -62,6 +67,7 @@ class BaseModel:
     linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
     bit_identical: bool
     reasons: Sequence[str]
+    decoder_start: int | None = None  # of an encoder-decoder: what its decoder starts with
 
 
 def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
@@ -240,9 +246,10 @@ def _fuse(
     except FailedPreconditionError as err:
         logger.warning("not fused: %s", err)
         return None
-    if quantization == "int8":  # only now: rounded weights would hide what else is wrong
-        decoder = FusedDecoder(model, rules, cache, "int8")
-        error, bit_identical = _check(decoder, cache, sites, expected, choices, INT8_TOLERANCE)
+    if quantization != "none":  # only now: rounded weights would hide what else is wrong
+        decoder = FusedDecoder(model, rules, cache, quantization)
+        tolerance = ROUNDED_TOLERANCE[quantization]
+        error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     linears = decoder.linears
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
@@ -262,10 +269,10 @@ def _keep(
     if choices.dtype != torch.float32:
         reason = "linears: torch's own (not fp32)"
     else:
-        if quantization == "int8":
+        if quantization != "none":
             _check(decoder, cache, sites, expected, choices)
-            tolerance = INT8_TOLERANCE
-        count = pack_linears(model, "int8" if quantization == "int8" else "fp32")
+            tolerance = ROUNDED_TOLERANCE[quantization]
+        count = pack_linears(model, "fp32" if quantization == "none" else quantization)
         reason = f"linears: {count} packed, {_PRECISIONS[quantization]}"
     error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     return _Checked(decoder, _linears(model), bit_identical, f"{reason}, {_off_by(error)}")

@@ -113,7 +113,7 @@ class CausalRunner:
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
-        """Computes the step and returns [n, vocab] logits, one row per work item that samples.
+        """Computes the step and returns [n, vocab] logits, the rows that the work items want.
 
         Decodes must come first in `work`. Every request holds its cache blocks and bank slot.
         """
@@ -128,7 +128,7 @@ class CausalRunner:
     def _run(
         self, work: Sequence[Work], compute: Callable[..., Tensor], wants_all: bool = False
     ) -> Tensor:
-        """Returns a row of each work item that samples, or with `wants_all` of each token."""
+        """Returns the rows that the work items want, or with `wants_all` one of each token."""
         segments: list[Segment] = []
         ids: list[int] = []
         positions: list[int] = []
@@ -136,12 +136,10 @@ class CausalRunner:
         for item in work:
             r, first = item.request, item.request.num_computed
             segments.append(Segment(len(ids), item.count, first, r.blocks))
+            wanted = range(item.count) if wants_all else item.wanted
+            last += [len(ids) + i for i in wanted]
             ids += r.token_ids[first : first + item.count]
             positions += range(first, first + item.count)
-            if wants_all:
-                last += range(len(ids) - item.count, len(ids))
-            elif item.samples:
-                last.append(len(ids) - 1)
         # One row at least: an empty selection is not what every model expects.
         tokens, places, kept = (
             torch.tensor(x, device=self._device) for x in (ids, positions, last or [0])

@@ -47,6 +47,22 @@ class TextCodec:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def encode_continuation(
+        self, prompt: str | None, prompt_ids: Sequence[int], text: str
+    ) -> list[int]:
+        """Returns the ids of a text behind a prompt, without special tokens.
+
+        The two are tokenized together, as a tokenizer may treat the beginning of a text in its own
+        way, unless the prompt is no text or would get other tokens than `prompt_ids`.
+        """
+        if prompt is not None:
+            together = self._tokenizer(prompt + text)["input_ids"]
+            if together[: len(prompt_ids)] == list(prompt_ids):
+                ids: list[int] = together[len(prompt_ids) :]
+                return ids
+        alone: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return alone
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of these ids, without special tokens."""
         return self._decode(list(token_ids))

@@ -1,0 +1,50 @@
+"""`redmux score`: how likely continuations of a prompt are."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+from redmux.client import Client
+from redmux.types import Prompt, TokenScores
+
+
+def add_score(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    server: argparse.ArgumentParser,
+    connect: Callable[[argparse.Namespace], Client],
+) -> None:
+    """Adds the command; `server` has the options that `connect` reads."""
+    parser = commands.add_parser(
+        "score", parents=[server], help="tell how likely continuations of a prompt are"
+    )
+    parser.set_defaults(run=lambda options: _score(options, connect))
+    parser.add_argument("prompt", metavar="PROMPT", help="the text before the continuations")
+    parser.add_argument("continuations", metavar="CONTINUATION", nargs="*")
+    parser.add_argument("--adapter", metavar="NAME", help="default: the base model")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+    parser.add_argument("--prompt-logprobs", action="store_true", help="score the prompt, too")
+
+
+def _score(options: argparse.Namespace, connect: Callable[[argparse.Namespace], Client]) -> int:
+    prompt: Prompt = options.prompt
+    if options.chat:
+        prompt = [{"role": "user", "content": options.prompt}]
+    with connect(options) as client:
+        scores = client.score(
+            prompt, options.continuations, adapter=options.adapter,
+            prompt_logprobs=options.prompt_logprobs,
+        )  # fmt: skip
+    if options.json:
+        print(json.dumps(asdict(scores)))
+        return 0
+    if scores.prompt is not None:
+        _print_line(scores.prompt, "(prompt)")
+    for found, text in zip(scores.continuations, options.continuations, strict=True):
+        _print_line(found, json.dumps(text, ensure_ascii=False))
+    return 0
+
+
+def _print_line(scores: TokenScores, name: str) -> None:
+    greedy = "greedy" if scores.all_greedy else "-"
+    print(f"{scores.logprob:.4f}\t{len(scores.token_ids)} tokens\t{greedy}\t{name}")

@@ -1,0 +1,71 @@
+"""Seq2SeqRunner: steps of an encoder-decoder model for requests with different adapters."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+from weakref import WeakKeyDictionary
+
+import numba
+import torch
+from torch import Tensor
+
+from redmux_server.engine.bank import IDENTITY, AdapterBank
+from redmux_server.engine.request import Request, Work
+from redmux_server.models.editing import Editing, StepRows
+from redmux_server.models.t5 import T5, SourceState
+
+
+class Seq2SeqRunner:
+    """Encodes the sources of new requests packed, then computes one token of every request.
+
+    What a request keeps goes with the request itself. A decoder's prompt is one token, so every
+    work item is one token of the decoder.
+    """
+
+    def __init__(self, model: T5, editing: Editing, bank: AdapterBank, num_threads: int) -> None:
+        self._model = model
+        self._editing = editing
+        self._bank = bank
+        self._num_threads = num_threads
+        self._states: WeakKeyDictionary[Request, SourceState] = WeakKeyDictionary()
+
+    def enter_thread(self) -> None:
+        """Sets the number of compute threads, which is a property of the calling thread."""
+        torch.set_num_threads(self._num_threads)
+        numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+
+    @torch.inference_mode()
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        """Computes the step and returns logits [work items, vocab]."""
+        requests = [item.request for item in work]
+        fresh = [r for r in requests if r not in self._states]
+        if fresh:
+            self._encode(fresh)
+        ids = torch.tensor([r.token_ids[r.num_computed] for r in requests])
+        positions = [r.num_computed for r in requests]
+        with self._editing.step(self._rows(requests, [1] * len(requests))):
+            return self._model.decode(ids, positions, [self._states[r] for r in requests])
+
+    def hidden(self, work: Sequence[Work]) -> NoReturn:
+        """Nothing is read off an encoder-decoder yet."""
+        raise AssertionError("an encoder-decoder reads nothing")
+
+    def _encode(self, requests: Sequence[Request]) -> None:
+        lengths = [len(r.source_ids) for r in requests]
+        room = [len(r.prompt_ids) + r.max_tokens for r in requests]
+        ids = torch.tensor([i for r in requests for i in r.source_ids])
+        with self._editing.step(self._rows(requests, lengths)):
+            states = self._model.encode(ids, lengths, room)
+        self._states.update(zip(requests, states, strict=True))
+
+    def _rows(self, requests: Sequence[Request], lengths: Sequence[int]) -> StepRows | None:
+        slots = [IDENTITY if r.slot is None else r.slot for r in requests]
+        if not any(slots):
+            return None
+        self._editing.install(self._bank.layout)
+        rows = self._bank.rows(slots)
+        if max(lengths) == 1:
+            return StepRows(rows, len(slots), [])
+        stops = torch.tensor(lengths).cumsum(0).tolist()
+        spans = [(stop - n, stop, i) for i, (n, stop) in enumerate(zip(lengths, stops, strict=True))
+                 if slots[i] != IDENTITY]  # fmt: skip
+        return StepRows(rows, 0, spans)
