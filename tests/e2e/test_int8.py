@@ -1,4 +1,4 @@
-"""A server with int8 weights: near to fp32, and still the same bits alone and in any batch."""
+"""A server with rounded products: near to fp32, the same bits alone and in any batch."""
 
 import asyncio
 
@@ -8,8 +8,9 @@ from reference import edited
 
 from redmux import AsyncClient
 from redmux.errors import FailedPreconditionError
+from redmux_adapters import to_bytes
 from redmux_server.models import packed_linear
-from redmux_server.models.arithmetic import HAS_AVX2
+from redmux_server.models.arithmetic import HAS_AVX2, HAS_BF16
 
 needs_int8 = pytest.mark.skipif(not HAS_AVX2, reason="int8 needs AVX2")
 
@@ -89,3 +90,20 @@ async def test_a_cpu_without_int8_is_refused(start_server, monkeypatch):
     monkeypatch.setattr(packed_linear, "HAS_AVX2", False)
     with pytest.raises(FailedPreconditionError, match=r"int8 need a CPU with AVX2"):
         await start_server(quantization="int8")
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no products of bf16")
+async def test_bf16_products_are_nearer_to_fp32_and_the_same_in_any_batch(base, start_server):
+    server = await start_server(quantization="bf16", max_running=16)
+    assert any("bf16 weights" in reason for reason in server.model.reasons)
+    adapter = base.adapter(0)
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        await client.adapters.put("mine", to_bytes(adapter))
+        work = [(prompt, name) for prompt in PROMPTS for name in (None, "mine")]
+        alone = [await ask(client, *item) for item in work]
+        mixed = await asyncio.gather(*(ask(client, *item) for item in work))
+    for (prompt, name), one, other in zip(work, alone, mixed, strict=True):
+        assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+        with edited(base.model, adapter.edits if name else {}):
+            near = logprobs(base.model, base.tokenizer(prompt)["input_ids"], one.token_ids)
+        assert 0 < distance(one.logprobs, near) < 0.02
