@@ -1,5 +1,6 @@
 """The real SmolLM2-135M with the bundled adapters, in a real server process."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -20,10 +21,10 @@ pytestmark = pytest.mark.model
 TOKENS = 20
 
 
-@pytest.fixture(scope="module")
-def target():
+@contextlib.contextmanager
+def serving(*options):
     command = [sys.executable, "-m", "redmux", "serve", "--adapters", "zoo", "--port", "0",
-               "--metrics-port", "0"]  # fmt: skip
+               "--metrics-port", "0", *options]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = []
         for line in process.stderr:
@@ -35,6 +36,12 @@ def target():
         yield f"localhost:{found[1]}"
         process.terminate()
         process.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def target():
+    with serving() as target:
+        yield target
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +123,26 @@ def test_adapters_change_what_is_said(alone, work):
     pairs = [texts for texts in by_prompt.values() if len(texts) == 2]
     assert pairs
     assert all(len(set(texts.values())) == 2 for texts in pairs)
+
+
+def scores(target, alone, work):
+    """The log-probabilities of the answers that fp32 gave, token by token."""
+    rows = []
+    with redmux.Client(target) as client:
+        for (name, prompt), answer in zip(work, alone, strict=True):
+            messages = [{"role": "user", "content": prompt}]
+            scored = client.score(messages, [list(answer.token_ids)], adapter=name)
+            rows.append(scored.continuations[0].logprobs)
+    return rows
+
+
+def test_scoring_an_answer_gives_the_bits_that_generating_it_gave(target, alone, work):
+    assert scores(target, alone, work) == [answer.logprobs for answer in alone]
+
+
+def test_int8_finds_the_same_answers_about_as_likely(alone, work):
+    with serving("--quantization", "int8") as target:
+        rounded = scores(target, alone, work)
+    for got, answer in zip(rounded, alone, strict=True):
+        distance = torch.tensor(got) - torch.tensor(answer.logprobs)
+        assert 0 < distance.abs().mean() < 0.2
