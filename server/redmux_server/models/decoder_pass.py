@@ -5,7 +5,7 @@ lock once per step, where a call per kernel would wait for it hundreds of times 
 server, and threads are started once.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -22,9 +22,7 @@ from redmux_server.models.row_kernels import (
     norm_some,
     pick_some,
 )
-from redmux_server.models.vector import FASTMATH
-
-Array = np.ndarray[Any, Any]
+from redmux_server.models.vector import FASTMATH, Array
 
 LINEARS_PER_LAYER = 4  # q k v, o, gate up, down
 # Columns of `Step.starts`: where the vectors of a layer's sites lie in a row of the bank.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from redmux_server.models.accelerate import joined
 from redmux_server.models.attention import LayerRule
-from redmux_server.models.decoder_pass import SITES, Array, Model, Room, Step, run
+from redmux_server.models.decoder_pass import SITES, Model, Room, Step, run
 from redmux_server.models.editing import OwnedRows, SiteColumns, StepRows
 from redmux_server.models.kvcache import NumbaKVCache
 from redmux_server.models.packed_linear import PackedLinear, Packing, num_parts
+from redmux_server.models.vector import Array
 
 # Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
 # down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.

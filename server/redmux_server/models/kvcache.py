@@ -14,11 +14,11 @@ from torch import Tensor
 from redmux_server.models.paged_attention import (
     BLOCK,
     TILE,
-    Array,
     PagedAttention,
     StepIndex,
     new_blocks,
 )
+from redmux_server.models.vector import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from redmux_server.models.vector import FASTMATH
 LEVELS = 127  # steps of an 8-bit value to either side of zero
 PART = 64  # inputs that share a step: an outlier spoils no others; multiple of every group
 OFFSET = 128  # of an activation where products take it unsigned
-_SMALLEST_STEP = np.float32(1e-30)  # far below what any sum can show; keeps zeros from 0 / 0
+SMALLEST_STEP = np.float32(1e-30)  # far below what any sum can show; keeps zeros from 0 / 0
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -24,27 +24,17 @@ def _step_of(x):
     for d in range(x.size):
         highest = max(highest, bits[d] & np.int32(0x7FFFFFFF))
     step = np.int32(highest).view(np.float32) / np.float32(LEVELS)
-    return _SMALLEST_STEP if step < _SMALLEST_STEP else step
+    return SMALLEST_STEP if step < SMALLEST_STEP else step
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _to_uint8(x, out, steps):
+def _to_whole(x, out, steps, offset):
     for p in range(-(-x.size // PART)):
         part, target = x[p * PART : (p + 1) * PART], out[p * PART : (p + 1) * PART]
         steps[p] = _step_of(part)
         inverse = np.float32(1.0) / steps[p]
         for d in range(part.size):
-            target[d] = np.uint8(np.int32(np.rint(part[d] * inverse)) + np.int32(OFFSET))
-
-
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _to_int16(x, out, steps):
-    for p in range(-(-x.size // PART)):
-        part, target = x[p * PART : (p + 1) * PART], out[p * PART : (p + 1) * PART]
-        steps[p] = _step_of(part)
-        inverse = np.float32(1.0) / steps[p]
-        for d in range(part.size):
-            target[d] = np.int16(np.int32(np.rint(part[d] * inverse)))
+            target[d] = np.int32(np.rint(part[d] * inverse)) + offset
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -69,9 +59,9 @@ def narrow_row(x, out, steps):
 @overload(narrow_row)
 def _narrow_row(x, out, steps):
     if out.dtype is types.uint8:
-        return lambda x, out, steps: _to_uint8(x, out, steps)
+        return lambda x, out, steps: _to_whole(x, out, steps, np.int32(OFFSET))
     if out.dtype is types.int16:
-        return lambda x, out, steps: _to_int16(x, out, steps)
+        return lambda x, out, steps: _to_whole(x, out, steps, np.int32(0))
     if out.dtype is types.uint16:
         return lambda x, out, steps: _to_bf16(x, out, steps)
     return lambda x, out, steps: None

@@ -1,7 +1,7 @@
 """Frozen linear layers for the CPU, their weights laid out as they are read."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -13,17 +13,14 @@ from torch import Tensor, nn
 
 from redmux.errors import FailedPreconditionError
 from redmux_server.models.arithmetic import HAS_AVX2, HAS_BF16, HAS_VNNI, PANEL, ROWS
-from redmux_server.models.narrow import LEVELS, OFFSET, PART, narrow_row
+from redmux_server.models.narrow import LEVELS, OFFSET, PART, SMALLEST_STEP, narrow_row
 from redmux_server.models.phases import claim, counters_of, finish
-from redmux_server.models.vector import FASTMATH, product, step_product, store_panel
-
-Array = np.ndarray[Any, Any]
+from redmux_server.models.vector import FASTMATH, Array, product, step_product, store_panel
 
 # Groups of a panel that are multiplied with every row before the next ones: they stay in the L2.
 _DEPTH = 2048
 # Rows of x that a thread takes on at a time.
 TALL = 16 * ROWS
-_SMALLEST_STEP = 1e-30
 
 
 class Packed(NamedTuple):
@@ -122,7 +119,7 @@ class Packing:
             packed.bias[some] = bias.float().numpy()
         values = weight.float()
         if self.precision == "int8":
-            steps = (values.abs().amax(1) / LEVELS).clamp_min(_SMALLEST_STEP)
+            steps = (values.abs().amax(1) / LEVELS).clamp_min(float(SMALLEST_STEP))
             values = (values / steps[:, None]).round_().to(torch.int8)
             packed.scale[some] = steps.numpy()
         elif self.precision == "bf16":

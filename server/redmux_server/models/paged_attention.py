@@ -11,7 +11,6 @@ both products then run over contiguous lanes without a horizontal reduction.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numba
 import numpy as np
@@ -19,14 +18,12 @@ from numba import njit, prange
 
 from redmux_server.models.arithmetic import PANEL
 from redmux_server.models.phases import claim, counters_of, finish, num_threads_of
-from redmux_server.models.vector import FASTMATH, exp, product
+from redmux_server.models.vector import FASTMATH, Array, exp, product
 
 BLOCK = 32  # tokens in a cache block, a multiple of PANEL
 TILE = 4  # query tokens that share one pass over the keys
 _MANY = 4  # requests for each thread
 _HALVES = (16, 8, 4, 2, 1)  # of BLOCK lanes
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

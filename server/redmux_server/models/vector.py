@@ -26,6 +26,7 @@ from redmux_server.models.arithmetic import (
     step_kernel,
 )
 
+Array = np.ndarray[Any, Any]
 LANES = 16  # one AVX-512 register of fp32, or two AVX2 ones
 # Contraction to fused multiply-add is the same in every lane; nothing may be reordered.
 FASTMATH = {"contract", "nsz"}
