@@ -118,7 +118,7 @@ def graphed_decode(shape: str, device: torch.device, dtype: torch.dtype) -> list
         assert error < _TOLERANCE[dtype], f"{n} requests: {error:.1e}"
         rows.append({"requests": n, "relative error": f"{error:.1e}",
                      "bit-equal": torch.equal(graphed, eager)})  # fmt: skip
-    rows.append({"attention": reasons[0]})
+    rows += [{"what ran": reason} for reason in reasons]
     return rows
 
 
@@ -145,7 +145,7 @@ def tokens(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """
     plain = random_model(shape, device, dtype, layers=4)
     engine = Engine(random_model(shape, device, dtype, layers=4), max_running=8, max_context=128)
-    adapters = [None, *(engine.adapter(seed) for seed in range(1, 5))]
+    adapters = [None, *(engine.adapter(seed, all_sites=seed > 2) for seed in range(1, 5))]
     requests = [engine.request(range(10 + i, 30 + 5 * i), 16, a) for i, a in enumerate(adapters)]
     logits = engine.step([(r, len(r.prompt_ids)) for r in requests])
     for _ in range(15):
@@ -166,6 +166,7 @@ def tokens(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
         assert error < _TOLERANCE[dtype], f"request {i}: logits are off by {error:.1e}"
         rows.append({"adapter": i or "none", "equal tokens": f"{equal} of {len(steps)}",
                      "largest gap": f"{gap:.1e}", "logit error": f"{error:.1e}"})  # fmt: skip
+    rows += [{"what ran": reason} for reason in engine.reasons]
     return rows
 
 
@@ -174,10 +175,10 @@ def _plain_logits(model: Any, ids: list[int], adapter: Adapter | None) -> Tensor
     edits = {} if adapter is None else adapter.edits
     handles = []
     for site, edit in edits.items():
-        scale, bias = (x.to(model.device, model.dtype) for x in (edit.scale, edit.bias))
+        scale, bias = (x.to(model.device) for x in (edit.scale, edit.bias))
         handles.append(
             model.get_submodule(site).register_forward_hook(
-                lambda module, args, h, s=scale, b=bias: h * s + b
+                lambda module, args, h, s=scale, b=bias: (h * s + b).to(h.dtype)
             )
         )
     try:

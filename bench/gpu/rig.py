@@ -57,7 +57,8 @@ class Engine:
         self.sites = ffn_sites(model)
         self._fingerprint = fingerprint(model)
         sites, expected = editable_sites(model), reference(model)
-        shapes, _ = discover(model)
+        self._all_sites = sites
+        shapes, rules = discover(model)
         runtime = DeviceRuntime.choose(shapes, model.device, model.dtype, num_threads=1)
         if not uses_graphs:
             runtime = dataclasses.replace(runtime, uses_graphs=False)
@@ -72,21 +73,21 @@ class Engine:
         cache = runtime.make_cache(shapes, tokens)
         attach(model, cache)
         parts = runtime.assemble(
-            model, cache, sites, expected, max_running=max_running, max_context=max_context,
+            model, rules, cache, sites, expected, max_running=max_running, max_context=max_context,
             bank_bytes=256 << 20,
         )  # fmt: skip
         self.runner, self.bank, self.reasons = parts.runner, parts.bank, parts.reasons
         self._pool = BlockPool(cache.num_blocks, block)
 
-    def adapter(self, seed: int) -> Adapter:
-        """Returns a random adapter of the magnitude of trained ones."""
+    def adapter(self, seed: int, all_sites: bool = False) -> Adapter:
+        """Returns a random adapter of the magnitude of trained ones, of the FFN or of all sites."""
         generator = torch.Generator().manual_seed(seed)
         edits = {
             site: Edit(
                 1 + 0.2 * torch.randn(dim, generator=generator),
                 0.1 * torch.randn(dim, generator=generator),
             )
-            for site, dim in self.sites.items()
+            for site, dim in (self._all_sites if all_sites else self.sites).items()
         }
         return Adapter(self._fingerprint, edits)
 

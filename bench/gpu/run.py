@@ -31,6 +31,7 @@ import torch  # noqa: E402
 from redmux_server.models.kvcache import LayerShape  # noqa: E402
 
 Row = dict[str, Any]
+_HALF_ONLY = ("FlashInfer", "torch varlen")
 _HEADS = (LayerShape(32, 8, 64), LayerShape(32, 8, 128), LayerShape(9, 3, 64))
 
 
@@ -122,8 +123,8 @@ def run_checks(report: Report, device: torch.device, smoke: bool) -> None:
     report.part("check: edits", lambda: checks.edit_kernel(device, smoke))
     for dtype in dict.fromkeys((half, torch.float32)):
         for name, make in checks.libraries(device, dtype):
-            if dtype == torch.float32 and name != "torch over gathered pages":
-                continue  # the libraries are for half precision
+            if dtype == torch.float32 and name in _HALF_ONLY:
+                continue
             for shape in heads:
                 report.part(
                     f"check: attention by {name}, {str(dtype)[6:]}, {shape.num_heads} heads "
@@ -155,6 +156,11 @@ def run_timings(report: Report, device: torch.device, shapes: Sequence[str], smo
         return [{"copy GB/s, read + write": round(bytes_per_s / 1e9, 1)}]
 
     report.part("time: bandwidth", measure)
+    for name, make in [] if smoke else checks.libraries(device, dtype):
+        report.part(
+            f"time: attention by {name}",
+            lambda make=make: timings.attention(make, _HEADS[1], device, dtype),
+        )
     for shape in shapes:
         if bytes_per_s is not None:
             report.part(

@@ -1,14 +1,20 @@
 """Times of decode steps: over the number of adapters, and against the bytes that must move."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rig import Engine, random_model
 
 from redmux_server.engine.request import Request
+from redmux_server.models.graphed_decode import CudaCapture
+from redmux_server.models.kvcache import LayerShape, Segment
+from redmux_server.models.paged_cache import AttentionRule, PagedAttention, PagedKVCache
+from redmux_server.models.paged_step import HostIndex, PagedStep, to_device
 
 Row = dict[str, Any]
 
@@ -21,10 +27,48 @@ def bandwidth(device: torch.device, num_bytes: int) -> float:
     return 2 * num_bytes / statistics.median(times[2:])
 
 
+@torch.inference_mode()
+def attention(
+    make: Callable[[], PagedAttention], shape: LayerShape, device: torch.device, dtype: torch.dtype
+) -> list[Row]:
+    """Times one layer's attention of decodes, alone and launched from a graph where that can be."""
+    library = make()
+    rows = []
+    for batch, context in ((1, 256), (1, 4096), (64, 256), (64, 2048)):
+        width = -(-context // library.block_size)
+        cache = PagedKVCache([shape], batch * width, library, device, dtype)
+        blocks = [list(range(i, batch * width, batch)) for i in range(batch)]
+        host = HostIndex.of(
+            [Segment(i, 1, context - 1, own) for i, own in enumerate(blocks)], library.block_size
+        )
+        step = replace(PagedStep.of(host, to_device(host.arrays(), device)), is_static=True)
+        query = torch.randn(batch, shape.num_heads, shape.head_dim, device=device).to(dtype)
+        (layer,) = cache.layers
+        rule = AttentionRule(shape, shape.head_dim**-0.5, 0, 0.0)
+
+        def call() -> None:
+            library(step, rule, query, layer.keys, layer.values)  # noqa: B023
+
+        library.plan(step)
+        launch = CudaCapture()(call) if library.can_graph else call
+        seconds = statistics.median(
+            _timed(functools.partial(_repeat, launch, 20), device) for _ in range(7)
+        )
+        moved = 2 * batch * context * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+        rows.append({"batch": batch, "context": context, "us": round(1e6 * seconds / 20, 1),
+                     "GB/s of keys and values": round(20 * moved / seconds / 1e9)})  # fmt: skip
+    return rows
+
+
+def _repeat(call: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        call()
+
+
 def decode_steps(
     shape: str, device: torch.device, dtype: torch.dtype, *, smoke: bool, bytes_per_s: float
-) -> tuple[list[Row], list[Row], Sequence[str]]:
-    """Returns (adapters sweep, batch sweep, what ran) of one model shape.
+) -> tuple[Any, ...]:
+    """Returns (adapters sweep, batch sweep, prefills, profiles, what ran) of one model shape.
 
     Every step decodes one token per request at a fixed context and picks the largest logit on the
     host, as the engine does; packing and launching are part of the time.
@@ -33,6 +77,7 @@ def decode_steps(
     engine = Engine(
         random_model(shape, device, dtype), max_running=largest, max_context=context + 8
     )
+    prefills = [] if smoke else prefill(engine)
     requests = _prefilled(engine, largest, context)
     repeats, rounds = (1, 2) if smoke else (20, 7)
     sweep = _adapter_sweep(engine, requests, (0, 1, 4, 8) if smoke else (0, 1, 16, 64, 128, 256),
@@ -40,7 +85,51 @@ def decode_steps(
     sizes = [1 << i for i in range(largest.bit_length())]
     floors = [_batch_row(engine, requests[:n], context, bytes_per_s, repeats, rounds)
               for n in sizes]  # fmt: skip
-    return sweep, floors, engine.reasons
+    profiles = [] if smoke else [_profile(engine, requests[:n]) for n in (1, largest)]
+    return sweep, floors, prefills, *profiles, engine.reasons
+
+
+def _profile(engine: Engine, requests: Sequence[Request], num_kernels: int = 9) -> list[Row]:
+    """Returns where a decode step's time on the device goes, largest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(4):
+            _decode(engine, requests)
+    kernels = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
+    total = sum(k.self_device_time_total for k in kernels)
+    rows = [
+        {"batch": len(requests), "us": round(k.self_device_time_total / 4, 1),
+         "launches": k.count // 4, "kernel": k.key[:70]}
+        for k in kernels[:num_kernels]
+    ]  # fmt: skip
+    return [{"batch": len(requests), "us": round(total / 4, 1), "launches": "", "kernel": "all"},
+            *rows]  # fmt: skip
+
+
+def prefill(engine: Engine) -> list[Row]:
+    """Times the prefill of prompts together, as a share of the products' own arithmetic."""
+    rows = []
+    vocab = engine.model.config.vocab_size
+    weights = sum(p.numel() for p in engine.model.model.layers.parameters())
+    for count, length in ((1, 256), (8, 256)):
+        requests = [
+            engine.request([(7 * i + 13 * j) % vocab for j in range(length)], 2, engine.adapter(i))
+            for i in range(count)
+        ]
+
+        def step() -> None:
+            engine.step([(r, length) for r in requests]).argmax(-1).tolist()  # noqa: B023
+            for request in requests:  # noqa: B023
+                request.num_computed = 0
+
+        step()
+        seconds = statistics.median(_timed(step, engine.model.device) for _ in range(7))
+        engine.release(requests)
+        tokens = count * length
+        rate = 2 * weights * tokens / seconds / 1e12
+        rows.append({"prompts": count, "tokens": tokens, "ms": round(1e3 * seconds, 2),
+                     "TFLOP/s of layers": round(rate, 1)})  # fmt: skip
+    return rows
 
 
 def _prefilled(engine: Engine, count: int, context: int) -> list[Request]:

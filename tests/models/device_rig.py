@@ -7,6 +7,7 @@ from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models.attention import attach, discover
+from redmux_server.models.device_decoder import HookedDecoder
 from redmux_server.models.device_runner import DeviceRunner, Graphs
 from redmux_server.models.paged_cache import PagedKVCache
 from redmux_server.models.paged_torch import TorchAttention
@@ -54,8 +55,9 @@ class DeviceRig:
         self.log = []
         self.pool = BlockPool(num_blocks, self.cache.block_size)
         width = -(-max_context // self.cache.block_size)
+        decoder = HookedDecoder(self.model, self.cache, torch_edit)
         self.runner = DeviceRunner(
-            self.model, self.cache, self.bank, 2, edit=torch_edit,
+            self.model, decoder, self.cache, self.bank, 2,
             graphs=Graphs(self.new_capture, max_running, width) if graphs else None,
         )  # fmt: skip
 

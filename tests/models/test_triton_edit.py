@@ -1,27 +1,13 @@
 """The Triton kernel equals torch, run by Triton's interpreter on the CPU."""
 
-import importlib
-import sys
-
 import pytest
 import torch
 
 from redmux_server.models.editing import SiteColumns
 from redmux_server.models.row_edit import choose_edit, torch_edit
 
-NAME = "redmux_server.models.triton_edit"
+triton_edit = pytest.importorskip("redmux_server.models.triton_edit").triton_edit
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(scope="module")
-def triton_edit():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        # Read when the kernel is defined: the module must be new, and is not left to others.
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, NAME, raising=False)
-        yield importlib.import_module(NAME).triton_edit
-        del sys.modules[NAME]
 
 
 def make(dim, dtype, table_dtype=None, tokens=7, start=3):
@@ -45,7 +31,7 @@ def by_hand(h, table, rows, columns):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("dim", [1, 7, 64, 576, 1000, 1024, 2050])
-def test_each_token_is_edited_by_its_row(triton_edit, dim, dtype):
+def test_each_token_is_edited_by_its_row(dim, dtype):
     h, *step = make(dim, dtype)
     want = by_hand(h, *step)
     triton_edit(h, *step)
@@ -53,7 +39,7 @@ def test_each_token_is_edited_by_its_row(triton_edit, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_the_kernel_equals_its_twin_in_torch(triton_edit, dtype):
+def test_the_kernel_equals_its_twin_in_torch(dtype):
     h, *step = make(100, dtype, tokens=33)
     twin = h.clone()
     triton_edit(h, *step)
@@ -61,7 +47,7 @@ def test_the_kernel_equals_its_twin_in_torch(triton_edit, dtype):
     torch.testing.assert_close(h, twin, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_the_identity_row_keeps_every_bit(triton_edit):
+def test_the_identity_row_keeps_every_bit():
     h, table, rows, columns = make(70, torch.bfloat16)
     h[0, :3] = torch.tensor([-0.0, float("inf"), float("nan")])
     before = h.clone()
@@ -71,7 +57,7 @@ def test_the_identity_row_keeps_every_bit(triton_edit):
     assert not torch.equal(h[1], before[1])
 
 
-def test_rows_apart_in_memory_are_edited_and_nothing_between_them(triton_edit):
+def test_rows_apart_in_memory_are_edited_and_nothing_between_them():
     h, *step = make(40, torch.float32)
     wide = torch.full((7, 64), 7.0)
     wide[:, :40] = h
@@ -80,7 +66,7 @@ def test_rows_apart_in_memory_are_edited_and_nothing_between_them(triton_edit):
     assert (wide[:, 40:] == 7).all()
 
 
-def test_fp32_vectors_edit_an_fp16_output_with_their_full_precision(triton_edit):
+def test_fp32_vectors_edit_an_fp16_output_with_their_full_precision():
     # Not bf16: the interpreter rounds it toward zero, which a GPU does not.
     h, *step = make(64, torch.float16, torch.float32)
     want = by_hand(h, *step)
@@ -88,7 +74,7 @@ def test_fp32_vectors_edit_an_fp16_output_with_their_full_precision(triton_edit)
     assert torch.equal(h, want)
 
 
-def test_the_table_and_the_rows_are_not_written(triton_edit):
+def test_the_table_and_the_rows_are_not_written():
     h, table, rows, columns = make(64, torch.float32)
     kept = table.clone(), rows.clone()
     triton_edit(h, table, rows, columns)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.request import Request, Work
-from redmux_server.models.editing import RowEdit, TableRows
-from redmux_server.models.graphed_decode import Capture, GraphedDecode, StepTensors, batch_sizes
-from redmux_server.models.kvcache import Segment
+from redmux_server.models.device_decoder import DeviceDecoder, StepTensors
+from redmux_server.models.graphed_decode import Capture, GraphedDecode, batch_sizes
+from redmux_server.models.kvcache import KVCache, Segment
 from redmux_server.models.paged_cache import PagedKVCache
 from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, block_table, to_device
-from redmux_server.models.runner import CausalRunner, TransformersDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class _HostStep:
     index: HostIndex
 
 
-class DeviceRunner(CausalRunner):
+class DeviceRunner:
     """Runs a step with the adapters read from the bank's table and pages from a PagedKVCache.
 
     Steps of decodes replay a graph if `graphs` is given, everything else is launched eagerly. The
@@ -49,27 +48,34 @@ class DeviceRunner(CausalRunner):
     fail, steps are launched eagerly from then on.
     """
 
-    cache: PagedKVCache
-
     def __init__(
         self,
         model: Any,
+        decoder: DeviceDecoder,
         cache: PagedKVCache,
         bank: AdapterBank,
         num_threads: int,
         *,
-        edit: RowEdit,
         graphs: Graphs | None,
     ) -> None:
-        decoder = TransformersDecoder(model)
-        super().__init__(decoder, cache, bank, model.device, num_threads)
         self.model = model
-        self._editing = decoder.editing
-        self._edit = edit
+        self.cache: KVCache = cache
+        self._pages = cache
+        self._decoder = decoder
+        self._bank = bank
+        self._num_threads = num_threads
         self._graphs = graphs
         self._decode: GraphedDecode | None = None
         self._table: Tensor | None = None  # for which hooks and graphs were made
         self._batch: tuple[list[Request], Ints] = [], np.zeros((0, 0), np.int32)
+
+    def enter_thread(self) -> None:
+        """Sets the number of compute threads, which is a property of the calling thread."""
+        torch.set_num_threads(self._num_threads)
+
+    def forget_sites(self) -> None:
+        """See CachedRunner."""
+        self._decoder.forget_sites()
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -80,7 +86,7 @@ class DeviceRunner(CausalRunner):
         if self._bank.table is self._table:
             return
         self._table = self._bank.table
-        self._editing.install(self._bank.layout)
+        self._decoder.install(self._bank.layout)
         self._decode = None  # the old graphs' memory goes before the new ones take theirs
         if self._graphs is not None:
             graphs, self._graphs = self._graphs, None
@@ -89,26 +95,22 @@ class DeviceRunner(CausalRunner):
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
-        """See CausalRunner.forward."""
+        """See Runner.forward."""
         self._prepare_or_go_on()
         if self._decode is not None and self._decode.fits(len(work)) and _is_decode(work):
             return self._replay(self._decode, [item.request for item in work])
         step = self._host_step(work)
         tensors = self._tensors(step)
-        self.cache.attention.plan(tensors.paged)
+        self._pages.attention.plan(tensors.paged)
         return self._compute(tensors)[: len(step.last)]
 
     @torch.inference_mode()
     def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
-        """See CausalRunner.hidden; always launched eagerly."""
+        """See Runner.hidden; always launched eagerly."""
         self._prepare_or_go_on()
         step = self._tensors(self._host_step(work))
-        self.cache.attention.plan(step.paged)
-        rows = TableRows(self._bank.table, step.rows, self._edit)
-        with self.cache.use(step.paged), self._editing.step(rows):
-            states: Tensor = self.model.base_model(
-                input_ids=step.ids[None], position_ids=step.positions[None], use_cache=False
-            ).last_hidden_state[0]
+        self._pages.attention.plan(step.paged)
+        states = self._decoder.hidden(step, self._bank.table)
         return torch.split(states, [item.count for item in work])
 
     def _prepare_or_go_on(self) -> None:
@@ -157,20 +159,12 @@ class DeviceRunner(CausalRunner):
 
     def _compute(self, step: StepTensors) -> Tensor:
         """Launches the forward pass; returns [samples, vocab] logits."""
-        rows = TableRows(self._bank.table, step.rows, self._edit)
-        with self.cache.use(step.paged), self._editing.step(rows):
-            logits: Tensor = self.model(
-                input_ids=step.ids[None],
-                position_ids=step.positions[None],
-                use_cache=False,
-                logits_to_keep=0 if step.last is None else step.last,
-            ).logits[0]
-        return logits
+        return self._decoder.logits(step, self._bank.table)
 
     def _capture(self, graphs: Graphs) -> GraphedDecode:
         embedding = self.model.get_output_embeddings().weight
         return GraphedDecode(
-            self.cache,
+            self._pages,
             self._compute,
             graphs.new_capture(),
             sizes=batch_sizes(graphs.max_running),

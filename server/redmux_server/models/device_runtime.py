@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +11,20 @@ import torch
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_adapters import ffn_sites
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.models.attention import LayerRule
+from redmux_server.models.device_decoder import (
+    DeviceDecoder,
+    FusedDeviceDecoder,
+    HookedDecoder,
+    why_not_fused_on_device,
+)
 from redmux_server.models.device_runner import DeviceRunner, Graphs
 from redmux_server.models.editing import RowEdit
 from redmux_server.models.graphed_decode import CudaCapture
 from redmux_server.models.kvcache import LayerShape
 from redmux_server.models.paged_cache import PagedAttention, PagedKVCache
 from redmux_server.models.paged_choice import candidates, choose_attention
-from redmux_server.models.row_edit import choose_edit
+from redmux_server.models.row_edit import choose_edit, torch_edit
 from redmux_server.models.selfcheck import MAX_CONTEXT, MAX_RUNNING, Reference, SelfCheck
 
 logger = logging.getLogger(__name__)
@@ -66,6 +73,7 @@ class DeviceRuntime:
     def assemble(
         self,
         model: Any,
+        rules: Sequence[LayerRule],
         cache: PagedKVCache,
         sites: Mapping[str, int],
         expected: Reference,
@@ -76,59 +84,86 @@ class DeviceRuntime:
     ) -> DeviceEngine:
         """Returns bank and runner for this model, whose attention runs over `cache` already.
 
-        The bank is laid out for the FFN sites, so that their adapters never move its table. Without
-        graphs if capturing or checking them fails; raises FailedPreconditionError if the check
-        fails without them, too.
+        The fastest that computes what the model computes: fused kernels before transformers' own
+        modules, captured graphs before eager launches. The bank is laid out for the FFN sites, so
+        that their adapters never move its table. Raises FailedPreconditionError if even the
+        plainest fails its check.
         """
-        try:
-            bit_identical = self._check(model, cache, sites, expected)
-            bank = AdapterBank(
-                sites, device=self.device, dtype=self.dtype, max_bytes=bank_bytes,
-                min_slots=max_running + 1, preallocated=True,
+        limits = max_running, max_context
+        refused: list[str] = []
+        for decoder, reason in self._decoders(model, rules, cache, max_context):
+            for uses_graphs in (True, False) if self.uses_graphs else (False,):
+                make = self._maker(model, decoder, cache, uses_graphs)
+                try:
+                    bit_identical = self._check(make, sites, expected)
+                    bank = AdapterBank(
+                        sites, device=self.device, dtype=self._table_dtype, max_bytes=bank_bytes,
+                        min_slots=max_running + 1, preallocated=True,
+                    )  # fmt: skip
+                    bank.reserve(_expected_sites(model))
+                    runner = make(bank, *limits)
+                except (RuntimeError, FailedPreconditionError) as err:
+                    what = f"{reason}, {_launches(uses_graphs)}"
+                    logger.warning("not used (%s): %s", what, err)
+                    refused.append(f"not {what}: {err}".splitlines()[0][:200])
+                    failed = err
+                    continue
+                launches = f"decode steps: {_launches(uses_graphs)}"
+                if not self.attention.can_graph:
+                    launches += " (this attention has no fixed shape)"
+                reasons = (*self.reasons, reason, launches, *refused)
+                return DeviceEngine(runner, bank, bit_identical, reasons)
+        raise failed
+
+    @property
+    def _table_dtype(self) -> torch.dtype:
+        # A scale near 1 has steps of 0.008 in bf16; the kernels take vectors as they were trained.
+        return self.dtype if self.edit is torch_edit else torch.float32
+
+    def _decoders(
+        self, model: Any, rules: Sequence[LayerRule], cache: PagedKVCache, max_context: int
+    ) -> Iterator[tuple[DeviceDecoder, str]]:
+        """Yields decoders, the fastest first, and what is to be said of each."""
+        why = why_not_fused_on_device(model, rules)
+        if self.edit is torch_edit:
+            why = "its kernels are Triton's"
+        if why is None:
+            try:
+                positions = max(max_context, MAX_CONTEXT)
+                yield FusedDeviceDecoder(model, rules, cache, positions), "layers: fused by Triton"
+            except (ImportError, ValueError) as err:
+                why = str(err)
+        hooked = HookedDecoder(model, cache, self.edit)
+        yield hooked, "layers: transformers' own" + (f" ({why})" if why else "")
+
+    def _maker(
+        self, model: Any, decoder: DeviceDecoder, cache: PagedKVCache, uses_graphs: bool
+    ) -> Callable[[AdapterBank, int, int], DeviceRunner]:
+        def make(bank: AdapterBank, max_running: int, max_context: int) -> DeviceRunner:
+            graphs = Graphs(CudaCapture, max_running, -(-max_context // cache.block_size))
+            runner = DeviceRunner(
+                model, decoder, cache, bank, self.num_threads,
+                graphs=graphs if uses_graphs else None,
             )  # fmt: skip
-            bank.reserve(_expected_sites(model))
-            runner = self._runner(model, cache, bank, max_running, max_context)
-        except (RuntimeError, FailedPreconditionError) as err:
-            if not self.uses_graphs:
-                raise
-            logger.warning("CUDA graphs are not used: %s", err)
-            why = f"decode steps: launched eagerly (graphs failed: {err})".splitlines()[0][:200]
-            return replace(self, uses_graphs=False, reasons=(*self.reasons, why)).assemble(
-                model, cache, sites, expected,
-                max_running=max_running, max_context=max_context, bank_bytes=bank_bytes,
-            )  # fmt: skip
-        reasons = self.reasons
-        if self.uses_graphs:
-            reasons += ("decode steps: CUDA graphs, one per batch size",)
-        elif not self.attention.can_graph:
-            reasons += ("decode steps: launched eagerly (this attention has no fixed shape)",)
-        return DeviceEngine(runner, bank, bit_identical, reasons)
+            runner.prepare()
+            return runner
+
+        return make
 
     def _check(
-        self, model: Any, cache: PagedKVCache, sites: Mapping[str, int], expected: Reference
-    ) -> bool:
-        def make(bank: AdapterBank) -> DeviceRunner:
-            return self._runner(model, cache, bank, MAX_RUNNING, MAX_CONTEXT)
+        self, make: Callable[[AdapterBank, int, int], DeviceRunner], sites: Mapping[str, int],
+        expected: Reference,
+    ) -> bool:  # fmt: skip
+        def runner(bank: AdapterBank) -> DeviceRunner:
+            return make(bank, MAX_RUNNING, MAX_CONTEXT)
 
-        with contextlib.closing(SelfCheck(make, sites, self.device, self.dtype)) as check:
+        with contextlib.closing(SelfCheck(runner, sites, self.device, self.dtype)) as check:
             check.compare(expected)
             return check.is_bit_identical(expected.prompts)
 
-    def _runner(
-        self,
-        model: Any,
-        cache: PagedKVCache,
-        bank: AdapterBank,
-        max_running: int,
-        max_context: int,
-    ) -> DeviceRunner:
-        graphs = Graphs(CudaCapture, max_running, -(-max_context // cache.block_size))
-        runner = DeviceRunner(
-            model, cache, bank, self.num_threads,
-            edit=self.edit, graphs=graphs if self.uses_graphs else None,
-        )  # fmt: skip
-        runner.prepare()
-        return runner
+
+def _launches(uses_graphs: bool) -> str:
+    return "CUDA graphs, one per batch size" if uses_graphs else "launched eagerly"
 
 
 def _expected_sites(model: Any) -> Mapping[str, int]:

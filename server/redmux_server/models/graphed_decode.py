@@ -2,27 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY
+from redmux_server.models.device_decoder import StepTensors
 from redmux_server.models.paged_cache import PagedKVCache
 from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, split, staged
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepTensors:
-    """What one forward pass reads."""
-
-    ids: Tensor  # [tokens] int64
-    positions: Tensor  # [tokens] int64
-    rows: Tensor  # [tokens] int32, of the adapter bank's table
-    paged: PagedStep
-    last: Tensor | None  # [samples] int64, tokens whose logits are wanted; None for all
-
 
 Compute = Callable[[StepTensors], Tensor]
 # Takes what launches the work of a step and returns what launches it again.

@@ -25,7 +25,7 @@ from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
 from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.runner import CausalRunner, Decoder, TransformersDecoder
+from redmux_server.models.runner import CachedRunner, CausalRunner, Decoder, TransformersDecoder
 from redmux_server.models.selfcheck import (
     ROUNDED_TOLERANCE,
     Reference,
@@ -118,7 +118,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    runner: CausalRunner
+    runner: CachedRunner
     bank: AdapterBank
     linears: Sequence[nn.Module]
     kv_bytes_per_token: int
@@ -165,8 +165,8 @@ def _on_device(
     cache = runtime.make_cache(shapes, num_tokens)
     attach(model, cache)
     engine = runtime.assemble(
-        model, cache, sites, expected, max_running=config.max_running, max_context=max_context,
-        bank_bytes=config.bank_bytes,
+        model, rules, cache, sites, expected,
+        max_running=config.max_running, max_context=max_context, bank_bytes=config.bank_bytes,
     )  # fmt: skip
     return _Parts(
         engine.runner, engine.bank, _linears(model),

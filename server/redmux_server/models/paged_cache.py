@@ -64,7 +64,9 @@ class PagedKVCache(KVCache):
         self.attention = attention
         self.current: PagedStep | None = None
         self._device = device
-        self.layers = [_PagedLayer(self, shape, device, dtype) for shape in shapes]
+        self.layers: Sequence[PagedLayer] = [
+            PagedLayer(self, shape, device, dtype) for shape in shapes
+        ]
 
     @contextmanager
     def step(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -87,17 +89,18 @@ class PagedKVCache(KVCache):
     def poison(self, blocks: Sequence[int], value: float) -> None:
         """See KVCache.poison."""
         for layer in self.layers:
-            assert isinstance(layer, _PagedLayer)
             layer.keys[list(blocks)] = value
             layer.values[list(blocks)] = value
 
 
-class _PagedLayer:
+class PagedLayer:
+    """The pages of one layer, and its attention as transformers calls it."""
+
     def __init__(
         self, cache: PagedKVCache, shape: LayerShape, device: torch.device, dtype: torch.dtype
     ) -> None:
         self._cache = cache
-        self._shape = shape
+        self.shape = shape
         pages = (cache.num_blocks + 1, cache.block_size, shape.num_kv_heads, shape.head_dim)
         self.keys = torch.zeros(pages, device=device, dtype=dtype)
         self.values = torch.zeros(pages, device=device, dtype=dtype)
@@ -105,10 +108,11 @@ class _PagedLayer:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int, softcap: float
     ) -> Tensor:
+        """See LayerAttention."""
         step = self._cache.current
         assert step is not None, "attention outside of a step"
         for pages, fresh in ((self.keys, key), (self.values, value)):
             pages.flatten(0, 1).index_copy_(0, step.slots, fresh[0].transpose(0, 1))
-        rule = AttentionRule(self._shape, scale, window, softcap)
+        rule = AttentionRule(self.shape, scale, window, softcap)
         q = query[0].transpose(0, 1).contiguous()  # [tokens, heads, head_dim]
         return self._cache.attention(step, rule, q, self.keys, self.values)[None]

@@ -24,8 +24,15 @@ def candidates(device: torch.device, dtype: torch.dtype) -> list[Candidate]:
         return []
     return [
         ("FlashInfer", lambda: FlashInferAttention(device, dtype)),
+        ("Triton", lambda: _triton_attention(device)),
         ("torch varlen", lambda: VarlenAttention(dtype)),
     ]
+
+
+def _triton_attention(device: torch.device) -> PagedAttention:
+    from redmux_server.models.paged_triton import TritonAttention
+
+    return TritonAttention(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def choose_attention(

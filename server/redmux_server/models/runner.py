@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
+from redmux_server.engine.engine import Runner
 from redmux_server.engine.request import Work
 from redmux_server.models.editing import Editing, OwnedRows, SiteColumns, StepRows
 from redmux_server.models.kvcache import KVCache, Segment
@@ -34,6 +35,15 @@ class Decoder(Protocol):
         edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """Returns what the logits are made of: the last hidden states [len(last), hidden]."""
+
+    def forget_sites(self) -> None:
+        """Makes sites that were edited so far cost nothing until they are edited again."""
+
+
+class CachedRunner(Runner, Protocol):
+    """A runner whose requests hold blocks of a key/value cache."""
+
+    cache: KVCache
 
     def forget_sites(self) -> None:
         """Makes sites that were edited so far cost nothing until they are edited again."""

@@ -14,7 +14,7 @@ from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.runner import CausalRunner
+from redmux_server.models.runner import CachedRunner
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class SelfCheck:
 
     def __init__(
         self,
-        make_runner: Callable[[AdapterBank], CausalRunner],
+        make_runner: Callable[[AdapterBank], CachedRunner],
         sites: Mapping[str, int],
         device: torch.device,
         dtype: torch.dtype,

@@ -1,0 +1,232 @@
+"""The models that a DeviceRunner can run: as transformers has them, or fused by Triton kernels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redmux_server.models.accelerate import joined
+from redmux_server.models.attention import LayerRule
+from redmux_server.models.decoder_pass import SITES
+from redmux_server.models.editing import Editing, RowEdit, SiteColumns, TableRows
+from redmux_server.models.fused import why_not_fusable
+from redmux_server.models.paged_cache import AttentionRule, PagedKVCache
+from redmux_server.models.paged_step import PagedStep
+
+# Rotations whose angles depend on the longest position of a step.
+_CHANGING_ROTATIONS = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTensors:
+    """What one forward pass reads."""
+
+    ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64
+    rows: Tensor  # [tokens] int32, of the adapter bank's table
+    paged: PagedStep
+    last: Tensor | None  # [samples] int64, tokens whose logits are wanted; None for all
+
+
+class DeviceDecoder(Protocol):
+    """A causal language model over the packed tokens of one step."""
+
+    def install(self, layout: Mapping[str, SiteColumns]) -> None:
+        """Makes the sites of `layout`, and no others, be edited."""
+
+    def forget_sites(self) -> None:
+        """Makes sites that were edited so far cost nothing."""
+
+    def logits(self, step: StepTensors, table: Tensor) -> Tensor:
+        """Returns [samples, vocab]; `table` is the bank's, [bank rows, width]."""
+
+    def hidden(self, step: StepTensors, table: Tensor) -> Tensor:
+        """Returns the last hidden states [tokens, hidden]."""
+
+
+class HookedDecoder:
+    """The model as transformers runs it, with a hook at each edited site."""
+
+    def __init__(self, model: Any, cache: PagedKVCache, edit: RowEdit) -> None:
+        """`model` runs its attention over `cache` already."""
+        self._model = model
+        self._cache = cache
+        self._edit = edit
+        self._editing = Editing(model)
+
+    def install(self, layout: Mapping[str, SiteColumns]) -> None:
+        """See DeviceDecoder."""
+        self._editing.install(layout)
+
+    def forget_sites(self) -> None:
+        """See DeviceDecoder."""
+        self._editing.remove()
+
+    def logits(self, step: StepTensors, table: Tensor) -> Tensor:
+        """See DeviceDecoder."""
+        rows = TableRows(table, step.rows, self._edit)
+        with self._cache.use(step.paged), self._editing.step(rows):
+            logits: Tensor = self._model(
+                input_ids=step.ids[None],
+                position_ids=step.positions[None],
+                use_cache=False,
+                logits_to_keep=0 if step.last is None else step.last,
+            ).logits[0]
+        return logits
+
+    def hidden(self, step: StepTensors, table: Tensor) -> Tensor:
+        """See DeviceDecoder."""
+        rows = TableRows(table, step.rows, self._edit)
+        with self._cache.use(step.paged), self._editing.step(rows):
+            states: Tensor = self._model.base_model(
+                input_ids=step.ids[None], position_ids=step.positions[None], use_cache=False
+            ).last_hidden_state[0]
+        return states
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    norm: Tensor
+    qkv: tuple[Tensor, Tensor | None]  # weight, bias
+    head_norms: tuple[Tensor, Tensor, float] | None
+    rule: AttentionRule
+    keys: Tensor
+    values: Tensor
+    out: tuple[Tensor, Tensor | None]
+    ffn_norm: Tensor
+    gate_up: tuple[Tensor, Tensor | None]
+    down: tuple[Tensor, Tensor | None]
+    sites: Sequence[str]  # paths of SITES
+
+
+class FusedDeviceDecoder:
+    """A Llama-like model as four products a layer and the kernels of `triton_layers` between them.
+
+    The products of q, k, v and of gate, up are one each; the model's own modules become views of
+    the joined weights, so that nothing is held twice.
+    """
+
+    def __init__(
+        self, model: Any, rules: Sequence[LayerRule], cache: PagedKVCache, max_context: int
+    ) -> None:
+        """`max_context` bounds the positions.
+
+        Raises ImportError without Triton, and ValueError for a model that it cannot run.
+        """
+        from redmux_server.models import triton_layers
+
+        if reason := why_not_fused_on_device(model, rules):
+            raise ValueError(reason)
+        self._kernels = triton_layers
+        self._cache = cache
+        self._embedding: Tensor = model.get_input_embeddings().weight
+        self._head: Tensor = model.get_output_embeddings().weight
+        self._norm: Tensor = model.model.norm.weight
+        self._eps = float(model.model.norm.variance_epsilon)
+        self._cos, self._sin = _rotations(model, max_context)
+        self._layers = [
+            _layer(i, layer, rule, cache)
+            for i, (layer, rule) in enumerate(zip(model.model.layers, rules, strict=True))
+        ]
+        self.forget_sites()
+
+    def install(self, layout: Mapping[str, SiteColumns]) -> None:
+        """See DeviceDecoder."""
+        self._starts = [
+            [layout[path].start if path in layout else -1 for path in layer.sites]
+            for layer in self._layers
+        ]
+
+    def forget_sites(self) -> None:
+        """See DeviceDecoder."""
+        self.install({})
+
+    def logits(self, step: StepTensors, table: Tensor) -> Tensor:
+        """See DeviceDecoder."""
+        h = self.hidden(step, table)
+        return F.linear(h if step.last is None else h[step.last], self._head)
+
+    def hidden(self, step: StepTensors, table: Tensor) -> Tensor:
+        """See DeviceDecoder."""
+        kernels, eps, rows, paged = self._kernels, self._eps, step.rows, step.paged
+        attention = self._cache.attention
+        x = F.embedding(step.ids, self._embedding)
+        h = kernels.add_norm(x, None, self._layers[0].norm, eps, table, rows, -1)
+        next_norms = [*(layer.norm for layer in self._layers[1:]), self._norm]
+        for layer, starts, next_norm in zip(self._layers, self._starts, next_norms, strict=True):
+            q_start, k_start, v_start, o_start, gate_start, up_start, down_start = starts
+            query = kernels.rotate(
+                F.linear(h, *layer.qkv), layer.keys, layer.values, paged.slots, step.positions,
+                self._cos, self._sin, layer.head_norms, table, rows,
+                (q_start, k_start, v_start),
+            )  # fmt: skip
+            mixed = attention(paged, layer.rule, query, layer.keys, layer.values)
+            y = F.linear(mixed.flatten(1), *layer.out)
+            h = kernels.add_norm(x, y, layer.ffn_norm, eps, table, rows, o_start)
+            gated = kernels.gate(F.linear(h, *layer.gate_up), table, rows, gate_start, up_start)
+            y = F.linear(gated, *layer.down)
+            h = kernels.add_norm(x, y, next_norm, eps, table, rows, down_start)
+        states: Tensor = h
+        return states
+
+
+def why_not_fused_on_device(model: Any, rules: Sequence[LayerRule]) -> str | None:
+    """Returns what keeps this model from being fused on a device, or None."""
+    if reason := why_not_fusable(model):
+        return reason
+    config = model.config
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rotation in _CHANGING_ROTATIONS:
+        return f"its rotations change with the context ({rotation})"
+    if any(rule.softcap for rule in rules):
+        return "its attention has a soft cap"
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        return "its output head has a bias"
+    return None
+
+
+def _layer(i: int, layer: Any, rule: LayerRule, cache: PagedKVCache) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    paged = cache.layers[i]
+    q_norm = getattr(attention, "q_norm", None)
+    norms = None
+    if q_norm is not None:
+        norms = q_norm.weight, attention.k_norm.weight, float(q_norm.variance_epsilon)
+    return _Layer(
+        layer.input_layernorm.weight,
+        _join_in_place(attention.q_proj, attention.k_proj, attention.v_proj),
+        norms,
+        AttentionRule(paged.shape, rule.scale, rule.window, rule.softcap),
+        paged.keys,
+        paged.values,
+        _join_in_place(attention.o_proj),
+        layer.post_attention_layernorm.weight,
+        _join_in_place(mlp.gate_proj, mlp.up_proj),
+        _join_in_place(mlp.down_proj),
+        [f"model.layers.{i}.{site}" for site in SITES],
+    )
+
+
+def _join_in_place(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Returns the weight and bias of these linears as one, of which they become views."""
+    weight, bias = joined(*linears)
+    parts = torch.split(weight, [linear.out_features for linear in linears])
+    for linear, part in zip(linears, parts, strict=True):
+        linear.weight.data = part
+    return weight, bias
+
+
+@torch.inference_mode()
+def _rotations(model: Any, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin [positions, head_dim] in fp32."""
+    positions = torch.arange(num_positions, device=model.device)
+    anything = torch.zeros(1, dtype=torch.float32, device=model.device)
+    cos, sin = model.model.rotary_emb(anything, positions[None])
+    head_dim = model.model.layers[0].self_attn.head_dim
+    if cos.shape[2] != head_dim:
+        raise ValueError(f"it rotates {cos.shape[2]} of a head's {head_dim} dimensions")
+    return cos[0].contiguous(), sin[0].contiguous()

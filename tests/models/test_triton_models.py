@@ -1,0 +1,126 @@
+"""A model fused by Triton kernels equals plain transformers, run by Triton's interpreter."""
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from redmux_adapters import editable_sites, ffn_sites
+from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.request import Request, SamplingParams, Work
+from redmux_server.models.attention import attach, discover
+from redmux_server.models.device_decoder import FusedDeviceDecoder, why_not_fused_on_device
+from redmux_server.models.device_runner import DeviceRunner, Graphs
+from redmux_server.models.kvcache import LayerShape, Segment
+from redmux_server.models.paged_cache import PagedKVCache
+from redmux_server.models.selfcheck import _random_adapter
+
+TritonAttention = pytest.importorskip("redmux_server.models.paged_triton").TritonAttention
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),  # biases of q, k and v
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),  # norms of heads
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 4}),
+}
+
+
+def make_model(kind):
+    cls, config, more = MODELS[kind]
+    torch.manual_seed(0)
+    model = cls(config(**SHAPE, **more)).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.data += torch.randn_like(parameter) * (0.3 if "norm" in name else 0.1)
+    return model
+
+
+class Rig:
+    """The fused model behind a DeviceRunner, and requests on it."""
+
+    def __init__(self, model, *, graphs=None):
+        shapes, rules = discover(model)
+        self.sites = editable_sites(model)
+        self.cache = PagedKVCache(shapes, 12, TritonAttention(2), CPU, torch.float32)
+        self.cache.poison(range(13), float("nan"))
+        attach(model, self.cache)
+        self.bank = AdapterBank(
+            self.sites, device=CPU, dtype=torch.float32, max_bytes=0, min_slots=8,
+            preallocated=True,
+        )  # fmt: skip
+        self.bank.reserve(ffn_sites(model))
+        self.pool = BlockPool(12, self.cache.block_size)
+        decoder = FusedDeviceDecoder(model, rules, self.cache, 128)
+        self.runner = DeviceRunner(model, decoder, self.cache, self.bank, 1, graphs=graphs)
+
+    def request(self, prompt, adapter=None):
+        request = Request(
+            prompt_ids=list(prompt), max_tokens=8, sampling=SamplingParams(),
+            stop_token_ids=frozenset(), tenant="", adapter=adapter, logprobs=False,
+            sink=lambda event: None,
+        )  # fmt: skip
+        request.blocks = self.pool.allocate(request.max_length)
+        if adapter is not None:
+            request.slot = self.bank.acquire(adapter.digest, adapter.edits)
+        return request
+
+    def step(self, *parts):
+        logits = self.runner.forward([Work(r, n) for r, n in parts])
+        for request, count in parts:
+            request.num_computed += count
+        return logits
+
+
+@torch.inference_mode()
+def by_hand(model, ids, adapter):
+    """Plain transformers' logits [tokens, vocab], the edit applied by hooks: scale * h + bias."""
+    edits = {} if adapter is None else adapter.edits
+    handles = [
+        model.get_submodule(site).register_forward_hook(
+            lambda module, args, h, e=edit: h * e.scale + e.bias
+        )
+        for site, edit in edits.items()
+    ]
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_mixed_steps_equal_plain_transformers(kind):
+    plain, rig = make_model(kind), Rig(make_model(kind))
+    ffn = {site: dim for site, dim in rig.sites.items() if site.endswith("down_proj")}
+    adapters = [None, _random_adapter(ffn, 1), _random_adapter(rig.sites, 2)]
+    requests = [rig.request(range(3 + i, 10 + 3 * i), a) for i, a in enumerate(adapters)]
+    first, second, third = requests
+    steps = [
+        [(first, 7), (second, 4)],
+        [(second, 5), (third, 11)],
+    ]
+    got = [rig.step(*parts) for parts in steps]
+    for request, token in zip(requests, (9, 8, 7), strict=True):
+        request.token_ids.append(token)
+    got.append(rig.step((first, 1), (second, 1), (third, 1)))
+    want = [by_hand(plain, r.token_ids, r.adapter) for r in requests]
+    expected = [
+        torch.stack([want[0][6]]),
+        torch.stack([want[1][8], want[2][-2]]),
+        torch.stack([w[-1] for w in want]),
+    ]
+    expected[0] = torch.cat([expected[0]])
+    for rows, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(rows[: len(right)], right, rtol=2e-4, atol=2e-4)
