@@ -32,10 +32,11 @@ def test_every_part_runs_on_a_tiny_model(run, tmp_path, capsys):
         [],
         ["time: PEFT, tiny"],
     )
-    sweep, floors, reasons = parts["time: decode, tiny"]["result"]
+    sweep, floors, prefills, reasons = parts["time: decode, tiny"]["result"]
     assert [row["adapters"] for row in sweep] == [0, 1, 4, 8]
     assert [row["batch"] for row in floors] == [1, 2, 4]
     assert all(row["step ms"] > 0 and row["floor ms"] > 0 for row in floors)
+    assert [row["tokens"] for row in prefills] == [24, 96]
     assert reasons[0].startswith("attention: ")
     assert "failed: none" in capsys.readouterr().out
 

@@ -77,7 +77,7 @@ def decode_steps(
     engine = Engine(
         random_model(shape, device, dtype), max_running=largest, max_context=context + 8
     )
-    prefills = [] if smoke else prefill(engine)
+    prefills = prefill(engine, context)
     requests = _prefilled(engine, largest, context)
     repeats, rounds = (1, 2) if smoke else (20, 7)
     sweep = _adapter_sweep(engine, requests, (0, 1, 4, 8) if smoke else (0, 1, 16, 64, 128, 256),
@@ -106,12 +106,12 @@ def _profile(engine: Engine, requests: Sequence[Request], num_kernels: int = 9) 
             *rows]  # fmt: skip
 
 
-def prefill(engine: Engine) -> list[Row]:
+def prefill(engine: Engine, length: int) -> list[Row]:
     """Times the prefill of prompts together, as a share of the products' own arithmetic."""
     rows = []
     vocab = engine.model.config.vocab_size
     weights = sum(p.numel() for p in engine.model.model.layers.parameters())
-    for count, length in ((1, 256), (8, 256)):
+    for count in (1, 4) if length < 256 else (1, 8):
         requests = [
             engine.request([(7 * i + 13 * j) % vocab for j in range(length)], 2, engine.adapter(i))
             for i in range(count)
