@@ -31,7 +31,6 @@ import torch  # noqa: E402
 from redmux_server.models.kvcache import LayerShape  # noqa: E402
 
 Row = dict[str, Any]
-_HALF_ONLY = ("FlashInfer", "torch varlen")
 _HEADS = (LayerShape(32, 8, 64), LayerShape(32, 8, 128), LayerShape(9, 3, 64))
 
 
@@ -111,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def machine(device: torch.device) -> Row:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     row: Row = {"device": name or "cpu", "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "flashinfer-python", "peft", "vllm"):
+    for package in ("torch", "transformers", "triton", "peft", "vllm"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             row[package] = importlib.metadata.version(package)
     return row
@@ -123,8 +122,6 @@ def run_checks(report: Report, device: torch.device, smoke: bool) -> None:
     report.part("check: edits", lambda: checks.edit_kernel(device, smoke))
     for dtype in dict.fromkeys((half, torch.float32)):
         for name, make in checks.libraries(device, dtype):
-            if dtype == torch.float32 and name in _HALF_ONLY:
-                continue
             for shape in heads:
                 report.part(
                     f"check: attention by {name}, {str(dtype)[6:]}, {shape.num_heads} heads "

@@ -49,7 +49,6 @@ def attention(
         def call() -> None:
             library(step, rule, query, layer.keys, layer.values)  # noqa: B023
 
-        library.plan(step)
         launch = CudaCapture()(call) if library.can_graph else call
         seconds = statistics.median(
             _timed(functools.partial(_repeat, launch, 20), device) for _ in range(7)

@@ -13,16 +13,15 @@ from redmux_adapters import to_bytes
 from redmux_server.models import device_runtime, load
 from redmux_server.models.device_runner import DeviceRunner
 from redmux_server.models.paged_torch import TorchAttention
-from redmux_server.models.paged_varlen import VarlenAttention
 from redmux_server.models.selfcheck import min_cache_tokens
 
 REASON = "attention: chosen by the test"
 
 
 class BigPages(GraphableAttention):
-    """Pages as large as those of FlashAttention."""
+    """Pages much larger than the default."""
 
-    block_size = VarlenAttention.block_size
+    block_size = 256
 
 
 class WrongWhenStatic(GraphableAttention):
@@ -156,7 +155,9 @@ async def test_graphs_that_compute_wrongly_are_not_used(on_device, graphs, start
     used = graphs.count("replay")
     info = await ask(server, base)
     assert graphs.count("replay") == used
-    assert any("launched eagerly (graphs failed: the packed engine" in c for c in info.choices)
+    assert "decode steps: launched eagerly" in info.choices
+    (refused,) = (c for c in info.choices if c.startswith("not used: "))
+    assert "CUDA graphs, one per batch size: the packed engine differs" in refused
 
 
 async def test_a_device_that_cannot_capture_launches_eagerly_and_says_why(
@@ -169,8 +170,9 @@ async def test_a_device_that_cannot_capture_launches_eagerly_and_says_why(
     monkeypatch.setattr(device_runtime, "CudaCapture", fail)
     server = await start_server(max_running=4, max_batch_tokens=24)
     info = await ask(server, base)
-    wanted = "decode steps: launched eagerly (graphs failed: CUDA error: operation not permitted"
-    assert wanted in info.choices
+    assert "decode steps: launched eagerly" in info.choices
+    (refused,) = (c for c in info.choices if c.startswith("not used: "))
+    assert refused.endswith("CUDA graphs, one per batch size: CUDA error: operation not permitted")
 
 
 async def test_attention_that_is_wrong_at_last_is_refused(on_device, start_server):

@@ -5,9 +5,7 @@ import torch
 
 from redmux_server.models.kvcache import LayerShape
 from redmux_server.models.paged_choice import candidates, choose_attention
-from redmux_server.models.paged_flashinfer import FlashInferAttention
 from redmux_server.models.paged_torch import TorchAttention
-from redmux_server.models.paged_varlen import VarlenAttention
 
 CPU = torch.device("cpu")
 SHAPES = [LayerShape(4, 2, 16)] * 2
@@ -48,7 +46,7 @@ class Broken(TorchAttention):
 
 
 def missing():
-    raise ImportError("No module named 'flashinfer'")
+    raise ImportError("No module named 'triton'")
 
 
 def choose(*tried, dtype=torch.float32):
@@ -87,15 +85,7 @@ def test_half_precision_is_held_against_half_precision(dtype):
     assert type(choose(Good, dtype=dtype)[0]) is Good
 
 
-def test_a_gpu_tries_flashinfer_then_varlen_and_the_cpu_nothing():
+def test_a_gpu_tries_the_kernels_and_the_cpu_nothing():
     assert candidates(CPU, torch.float32) == []
     names = [name for name, _ in candidates(torch.device("cuda"), torch.bfloat16)]
-    assert names == ["FlashInfer", "torch varlen"]
-
-
-def test_libraries_without_the_dtype_are_refused_by_name():
-    tried = [("FlashInfer", lambda: FlashInferAttention(CPU, torch.float32)),
-             ("torch varlen", lambda: VarlenAttention(torch.float32))]  # fmt: skip
-    attention, reason = choose_attention(tried, SHAPES, CPU, torch.float32)
-    assert type(attention) is TorchAttention
-    assert "torch varlen failed: ValueError: it has no float32" in reason
+    assert names == ["Triton"]

@@ -18,9 +18,8 @@ from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models.attention import attach, discover
-from redmux_server.models.device_decoder import FusedDeviceDecoder, why_not_fused_on_device
-from redmux_server.models.device_runner import DeviceRunner, Graphs
-from redmux_server.models.kvcache import LayerShape, Segment
+from redmux_server.models.device_decoder import FusedDeviceDecoder
+from redmux_server.models.device_runner import DeviceRunner
 from redmux_server.models.paged_cache import PagedKVCache
 from redmux_server.models.selfcheck import _random_adapter
 

@@ -101,7 +101,6 @@ class DeviceRunner:
             return self._replay(self._decode, [item.request for item in work])
         step = self._host_step(work)
         tensors = self._tensors(step)
-        self._pages.attention.plan(tensors.paged)
         return self._compute(tensors)[: len(step.last)]
 
     @torch.inference_mode()
@@ -109,7 +108,6 @@ class DeviceRunner:
         """See Runner.hidden; always launched eagerly."""
         self._prepare_or_go_on()
         step = self._tensors(self._host_step(work))
-        self._pages.attention.plan(step.paged)
         states = self._decoder.hidden(step, self._bank.table)
         return torch.split(states, [item.count for item in work])
 

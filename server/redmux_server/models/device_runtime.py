@@ -103,9 +103,9 @@ class DeviceRuntime:
                     bank.reserve(_expected_sites(model))
                     runner = make(bank, *limits)
                 except (RuntimeError, FailedPreconditionError) as err:
-                    what = f"{reason}, {_launches(uses_graphs)}"
-                    logger.warning("not used (%s): %s", what, err)
-                    refused.append(f"not {what}: {err}".splitlines()[0][:200])
+                    what = f"not used: {reason}, {_launches(uses_graphs)}: {err}"
+                    logger.warning("%s", what)
+                    refused.append(what.splitlines()[0][:250])
                     failed = err
                     continue
                 launches = f"decode steps: {_launches(uses_graphs)}"

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -76,13 +75,11 @@ class GraphedDecode:
         """
         self._cache = cache
         self._sizes = sorted(sizes)
-        width = max_blocks if cache.attention.reads_blocks else 1
         max_keys = max_blocks * cache.block_size
         self._logits = torch.zeros((self._sizes[-1], vocab_size), device=device, dtype=dtype)
         self._steps: dict[int, tuple[_StaticStep, Callable[[], None]]] = {}
         for size in reversed(self._sizes):
-            step = _StaticStep(_dummies(size, cache), width, max_keys, device)
-            cache.attention.plan(step.tensors.paged)
+            step = _StaticStep(_dummies(size, cache), max_blocks, max_keys, device)
             self._steps[size] = step, capture(self._launch_of(step, compute))
 
     def fits(self, num_requests: int) -> bool:
@@ -97,7 +94,6 @@ class GraphedDecode:
         size = next(size for size in self._sizes if size >= len(ids))
         step, replay = self._steps[size]
         padded = _padded(host, _dummies(size - len(ids), self._cache))
-        self._cache.attention.plan(replace(step.tensors.paged, host=padded))
         step.load(ids, positions, rows, padded)
         replay()
         return self._logits[: len(ids)].clone()
@@ -117,13 +113,13 @@ class _StaticStep:
         """`host` is all padding; `width` is that of the block table on the device."""
         n = self.size = len(host.counts)
         self._width = width
-        shapes: list[tuple[int, ...]] = [(3, n), (n,), (n + 1,), (n + 1,), (n,), (n, width)]
+        shapes: list[tuple[int, ...]] = [(3, n), (n,), (n + 1,), (n,), (n, width)]
         self._flat = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.int32, device=device)
-        self._ints, rows, starts, key_starts, key_counts, blocks = split(self._flat, shapes)
+        self._ints, rows, starts, key_counts, blocks = split(self._flat, shapes)
         self._longs = torch.zeros((3, n), dtype=torch.int64, device=device)
         ids, positions, slots = self._longs
         paged = PagedStep(
-            host, slots, starts, key_starts, key_counts, blocks,
+            host, slots, starts, key_counts, blocks,
             max_count=1, max_keys=max_keys, is_static=True,
         )  # fmt: skip
         self.tensors = StepTensors(ids, positions, rows, paged, None)

@@ -23,14 +23,10 @@ class AttentionRule:
 
 
 class PagedAttention(Protocol):
-    """Attention over pages [blocks, block_size, kv_heads, head_dim], by some library."""
+    """Attention over pages [blocks, block_size, kv_heads, head_dim], by some implementation."""
 
     block_size: int
-    reads_blocks: bool  # whether it reads PagedStep.blocks on the device
     can_graph: bool  # whether its calls may be captured in a CUDA graph
-
-    def plan(self, step: PagedStep) -> None:
-        """Is called before the calls of a step, and before every replay of a static one."""
 
     def __call__(
         self, step: PagedStep, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor
@@ -73,7 +69,6 @@ class PagedKVCache(KVCache):
         """See KVCache.step."""
         host = HostIndex.of(segments, self.block_size)
         step = PagedStep.of(host, to_device(host.arrays(), self._device))
-        self.attention.plan(step)
         with super().step(segments), self.use(step):
             yield
 

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from redmux_server.models.kvcache import LayerShape, Segment
 from redmux_server.models.paged_cache import PagedAttention, PagedKVCache
-from redmux_server.models.paged_flashinfer import FlashInferAttention
 from redmux_server.models.paged_torch import TorchAttention
-from redmux_server.models.paged_varlen import VarlenAttention
 
 Candidate = tuple[str, Callable[[], PagedAttention]]
 
@@ -22,11 +20,7 @@ def candidates(device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     """Returns the libraries to try on this device, best first."""
     if device.type != "cuda":
         return []
-    return [
-        ("FlashInfer", lambda: FlashInferAttention(device, dtype)),
-        ("Triton", lambda: _triton_attention(device)),
-        ("torch varlen", lambda: VarlenAttention(dtype)),
-    ]
+    return [("Triton", lambda: _triton_attention(device))]
 
 
 def _triton_attention(device: torch.device) -> PagedAttention:

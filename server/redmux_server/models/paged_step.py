@@ -48,11 +48,9 @@ class HostIndex:
         return HostIndex(n, np.ones(n, np.int32), positions + 1, blocks, slots.astype(np.int32))
 
     def arrays(self) -> tuple[Ints, ...]:
-        """Returns what the device needs: slots, starts, key starts, key counts, blocks."""
-        return (
-            self.slots, _starts(self.counts), _starts(self.key_counts), self.key_counts,
-            self.blocks,
-        )  # fmt: skip
+        """Returns what the device needs: slots, starts, key counts, blocks."""
+        starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int32)
+        return self.slots, starts, self.key_counts, self.blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +64,6 @@ class PagedStep:
     host: HostIndex
     slots: Tensor  # [T] int64
     starts: Tensor  # [n + 1] int32, first token of each request
-    key_starts: Tensor  # [n + 1] int32, the same for keys
     key_counts: Tensor  # [n] int32
     blocks: Tensor  # [n, width] int32
     max_count: int
@@ -76,9 +73,9 @@ class PagedStep:
     @staticmethod
     def of(host: HostIndex, tensors: Sequence[Tensor]) -> "PagedStep":
         """Returns the step whose `host.arrays()` these int32 tensors hold."""
-        slots, starts, key_starts, key_counts, blocks = tensors
+        slots, starts, key_counts, blocks = tensors
         return PagedStep(
-            host, slots.long(), starts, key_starts, key_counts, blocks,
+            host, slots.long(), starts, key_counts, blocks,
             max_count=int(host.counts.max()), max_keys=int(host.key_counts.max()),
         )  # fmt: skip
 
@@ -108,7 +105,3 @@ def split(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Returns the parts of a flat tensor as views in these shapes."""
     parts = torch.split(flat, [math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _starts(counts: Ints) -> Ints:
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

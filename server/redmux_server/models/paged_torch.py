@@ -17,12 +17,8 @@ class TorchAttention:
     """
 
     block_size = 32
-    reads_blocks = True
     # It could be captured, but a static shape means gathering the longest context for every row.
     can_graph = False
-
-    def plan(self, step: PagedStep) -> None:
-        """See PagedAttention.plan: nothing to prepare."""
 
     def __call__(
         self, step: PagedStep, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor

@@ -1,4 +1,4 @@
-"""Paged attention as Triton kernels of our own, for the head sizes and dtypes that others lack."""
+"""Paged attention as Triton kernels: every dtype, head size, window and soft cap."""
 
 import triton
 import triton.language as tl
@@ -106,12 +106,13 @@ def _attend(
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(weights.to(v.dtype), v, mixed, input_precision="ieee")
         highest = higher
-    result = mixed / tl.where(total > 0, total, 1)[:, None]
+    divisor = tl.where(total > 0, total, 1.0)  # a part may have no keys: its highest is -inf
+    result = mixed / divisor[:, None]
     if PARTS == 1:
         lines = out + place[:, None] * DIM + dim[None, :]
     else:
         lines = out + (place[:, None] * PARTS + part) * DIM + dim[None, :]
-        tl.store(stats + place * PARTS + part, highest + tl.log2(total), mask=is_row)
+        tl.store(stats + place * PARTS + part, highest + tl.log2(divisor), mask=is_row)
     tl.store(lines, result.to(out.dtype.element_ty), mask=is_row[:, None] & is_dim[None, :])
 
 
@@ -139,14 +140,10 @@ class TritonAttention:
     """
 
     block_size = 32
-    reads_blocks = True
     can_graph = True
 
     def __init__(self, num_multiprocessors: int) -> None:
         self._num_programs = _PROGRAMS_PER_SM * num_multiprocessors
-
-    def plan(self, step: PagedStep) -> None:
-        """See PagedAttention.plan: nothing to prepare."""
 
     def __call__(
         self, step: PagedStep, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor

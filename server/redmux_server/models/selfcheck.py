@@ -32,7 +32,9 @@ def min_cache_tokens(block_size: int) -> int:
 
 MIN_CACHE_TOKENS = min_cache_tokens(BLOCK)
 # Largest difference to plain attention, relative to the largest logit.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# In bf16 transformers' own modules came to 0.06 with 32 layers and random weights, for the order
+# of sums alone.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 2e-2}
 # The same where weights and activations are rounded for products: three times what SmolLM2 shows.
 # Unrelated logits differ by more than 1.
 ROUNDED_TOLERANCE = {"bf16": 0.1, "int8": 0.3}
