@@ -175,7 +175,7 @@ class DeviceRunner:
 
 def _is_decode(work: Sequence[Work]) -> bool:
     """Whether there is one token per request and the logits of all of them are wanted."""
-    return all(item.count == 1 and bool(item.wanted) for item in work)
+    return all(w.count == 1 and w.request.first_wanted <= w.request.num_computed for w in work)
 
 
 def _slots(requests: Sequence[Request]) -> list[int]:
