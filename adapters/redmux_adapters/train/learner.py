@@ -125,7 +125,7 @@ class Learner:
         loss = sum(row.loss * row.weight for row in rows)
         parameters = [self._values, *self._head.values()]
         assert self._values.grad is not None
-        self._values.grad[self._frozen] = 0
+        self._values.grad.masked_fill_(self._frozen, 0)  # an index would make a GPU wait
         norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf).item()
         if math.isfinite(loss) and math.isfinite(norm):
             self._optimizer.step()

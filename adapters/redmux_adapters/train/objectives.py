@@ -64,6 +64,7 @@ class GenerationObjective:
             hidden = self._hidden(batch, adapters)  # [terms, hidden size]
         leaf = hidden.detach().requires_grad_(train)
         weights = torch.tensor([row.weight for row in rows], device=self._device)[batch.owners]
+        smooths = any(row.smoothing for row in rows)
         smoothing = torch.tensor([row.smoothing for row in rows], device=self._device)
         results = []
         size = max(1, _CHUNK_VALUES // self._head.weight.shape[0])
@@ -76,8 +77,8 @@ class GenerationObjective:
                 losses = F.cross_entropy(logits, batch.targets[part], reduction="none")
                 if train:
                     smoothed = losses
-                    amounts = smoothing[batch.owners[part]]
-                    if amounts.any():
+                    if smooths:
+                        amounts = smoothing[batch.owners[part]]
                         uniform = logits.logsumexp(-1) - logits.mean(-1)
                         smoothed = (1 - amounts) * losses + amounts * uniform
                     (smoothed * weights[part]).sum().backward()  # type: ignore[no-untyped-call]
