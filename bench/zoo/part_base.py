@@ -18,7 +18,8 @@ def base(plan: Plan, part: Part) -> None:
     model, tokenizer = models.load(plan.base, plan.device)
 
     def answer(task: Task, prompts: list[str]) -> list[str]:
-        return models.generate(model, tokenizer, prompts, task.max_new_tokens)
+        max_new_tokens = min(task.max_new_tokens, plan.max_new_tokens)
+        return models.generate(model, tokenizer, prompts, max_new_tokens)
 
     def label(task: Task, prompts: list[str]) -> list[str]:
         return models.likeliest(model, tokenizer, prompts, task.labels)

@@ -15,7 +15,7 @@ import model as models
 import torch
 from examples import prompt
 from part_red import choose
-from plan import Part, Plan, writer_of
+from plan import Part, Plan
 from tasks import TASKS
 from torch import Tensor, nn
 
@@ -129,11 +129,9 @@ def lora(plan: Plan, part: Part, rank: int, rate: float) -> None:
     base = TrainingBase(
         "", "causal", mixed, tokenizer, ""
     )  # not `of`, which would freeze the LoRA weights
-    eos_ids = TrainingBase("", "causal", model, tokenizer, "").eos_ids
-    writer = writer_of(tokenizer, eos_ids)
     learners = []
     for row, task in enumerate(plan.tasks):
-        train, valid = (plan.token_examples(writer, task, s) for s in ("train", "valid"))
+        train, valid = (plan.token_examples(tokenizer, task, s) for s in ("train", "valid"))
         options = plan.options(task, steps, rate)
         learners.append(_Learner(task, row, train, valid, options, mixed.parameters_of(task)))
     seconds = _train(plan, part, GenerationObjective(base, mixed, False), learners, rank, rate)  # type: ignore[arg-type]
@@ -241,7 +239,7 @@ def _test(
         examples = plan.examples(task, "test")
         mixed.peft.set_adapter(task)
         outputs = models.generate(
-            mixed.peft, tokenizer, [prompt(e.user) for e in examples], TASKS[task].max_new_tokens
+            mixed.peft, tokenizer, [prompt(e.user) for e in examples], plan.answer_tokens(task)
         )
         run["scores"], run["n"] = TASKS[task].score(examples, outputs), len(examples)
         part.keep_outputs(task, f"{run['method']}|{run['rate']:g}", outputs)

@@ -11,7 +11,7 @@ from typing import Any
 import model as models
 import torch
 from examples import PROMPT, prompt
-from plan import Part, Plan, writer_of
+from plan import Part, Plan
 from tasks import TASKS
 
 from redmux_adapters import Adapter, AdapterMetadata
@@ -122,9 +122,8 @@ def _train_and_test(
 
 
 def _trainer(plan: Plan, base: TrainingBase, variants: Sequence[Variant], steps: int) -> Trainer:
-    writer = writer_of(base.tokenizer, base.eos_ids)
     splits = {
-        (task, split): plan.token_examples(writer, task, split)
+        (task, split): plan.token_examples(base.tokenizer, task, split)
         for task in dict.fromkeys(variant.task for variant in variants)
         for split in ("train", "valid")
     }
@@ -217,7 +216,7 @@ def _test(plan: Plan, part: Part, model: Any, tokenizer: Any, adapters: dict[str
         owners = [number for number in range(len(chosen)) for _ in examples]
         outputs = models.generate(
             model, tokenizer, [prompt(e.user) for e in examples] * len(chosen),
-            TASKS[task].max_new_tokens, models.edited_by(bank, owners),
+            plan.answer_tokens(task), models.edited_by(bank, owners),
         )  # fmt: skip
         bank.close()
         for number, (name, _) in enumerate(chosen):

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from examples import PROMPT, Example, read_examples
+from examples import END, PROMPT, Example, prompt, read_examples
 from restyle import restyled
 from tasks import TASKS
 
@@ -19,6 +18,7 @@ from redmux_adapters.train.prompts import PromptWriter
 SEED = 0
 PLAIN_NAME = "plain.json"  # the base model's answers to the style tasks' questions
 WARMUP = 0.06
+_MAX_LENGTH = 256  # tokens of a training example
 EVALUATIONS = 8  # of the held-out loss, in the course of a training
 
 
@@ -34,8 +34,10 @@ class Plan:
     tasks: tuple[str, ...]
     steps: int  # of most tasks; less where `red` finds that the time is not enough
     batch_size: int
+    num_train: int
     num_valid: int
     num_test: int
+    max_new_tokens: int  # bound on all answers
     max_pass_tokens: int
     red_s: float  # what the training of the RED adapters may take
     deadline: float  # time.time() at which everything has to be written
@@ -43,6 +45,10 @@ class Plan:
     def remaining_s(self, reserve_s: float = 0.0) -> float:
         """Returns the time that is left before the deadline less a reserve."""
         return self.deadline - reserve_s - time.time()
+
+    def answer_tokens(self, task: str) -> int:
+        """Returns how many tokens an answer may have."""
+        return min(TASKS[task].max_new_tokens, self.max_new_tokens)
 
     def save(self) -> None:
         """Writes the plan where the parts look for it."""
@@ -61,15 +67,23 @@ class Plan:
         if style is not None:
             plain = json.loads((Path(self.work) / PLAIN_NAME).read_text(encoding="utf-8"))
             examples = restyled(style, examples, split, plain)
-        limits = {"valid": self.num_valid, "test": self.num_test}
-        return examples[: limits.get(split)]
+        limits = {"train": self.num_train, "valid": self.num_valid, "test": self.num_test}
+        return examples[: limits[split]]
 
-    def token_examples(self, writer: PromptWriter, task: str, split: str) -> list[TokenExample]:
-        """Returns a split for training, without what is too long for a pass."""
-        examples = [
-            TokenExample(*writer.completion(e.user, e.target)) for e in self.examples(task, split)
-        ]
-        return [e for e in examples if e.length <= min(256, self.max_pass_tokens)]
+    def token_examples(self, tokenizer: Any, task: str, split: str) -> list[TokenExample]:
+        """Returns a split for training, without what is too long.
+
+        They are what `PromptWriter` makes, tokenized all at once.
+        """
+        examples = self.examples(task, split)
+        prompts = tokenizer([prompt(e.user) for e in examples], add_special_tokens=False)
+        answers = tokenizer([e.target + END for e in examples], add_special_tokens=False)
+        pairs = zip(prompts["input_ids"], answers["input_ids"], strict=True)
+        found = [TokenExample(tuple(inputs), tuple(targets)) for inputs, targets in pairs]
+        writer = PromptWriter(tokenizer, PROMPT, [tokenizer.convert_tokens_to_ids(END)])
+        first = TokenExample(*writer.completion(examples[0].user, examples[0].target))
+        assert found[0] == first, f"{task}: {found[0]} is not {first}"
+        return [e for e in found if e.length <= _MAX_LENGTH]
 
     def options(self, task: str, steps: int, rate: float, **changes: Any) -> TrainingOptions:
         """Returns the options of a training, the same for all methods but for the rate."""
@@ -104,6 +118,10 @@ class Part:
         self.base: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
 
+    def answer_tokens(self, task: str) -> int:
+        """Returns how many tokens an answer may have."""
+        return min(TASKS[task].max_new_tokens, self.max_new_tokens)
+
     def save(self) -> None:
         """Replaces the file."""
         names = ("runs", "curves", "outputs", "base", "notes")
@@ -112,11 +130,6 @@ class Part:
     def keep_outputs(self, task: str, method: str, outputs: list[str]) -> None:
         """Adds the answers of a method to a task's test texts."""
         self.outputs.setdefault(task, {})[method] = outputs
-
-
-def writer_of(tokenizer: Any, eos_ids: list[int]) -> PromptWriter:
-    """Returns what turns texts into token ids as a server does."""
-    return PromptWriter(tokenizer, PROMPT, eos_ids)
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,6 +1,5 @@
 """The style tasks' answers: the base model's own, rewritten, so that only the style is learned."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,29 +13,30 @@ from tasks import TASKS
 _MAX_NEW_TOKENS = 40
 
 
-def write_plain_answers(
-    base: str, data: Path, tasks: Sequence[str], limit: int | None, device: str, path: Path
-) -> None:
-    """Writes the base model's plain answers to the style tasks' questions, by question.
-
-    Answers are cut at their last full sentence; those without one and those that go round in
-    circles are left out.
-    """
-    questions = {
-        example.user: None
+def style_questions(data: Path, tasks: Sequence[str]) -> dict[str, str]:
+    """Returns the style tasks' questions with the answers that the data set has."""
+    return {
+        example.user: example.target
         for task in tasks
         if TASKS[task].style
         for split in ("train", "valid")
-        for example in read_examples(data / f"{task}.{split}.jsonl")[:limit]
+        for example in read_examples(data / f"{task}.{split}.jsonl")
     }
-    answers: dict[str, str] = {}
-    if questions:
-        model, tokenizer = models.load(base, device)
-        prompts = [prompt(f"Answer in one short sentence.\n\n{q}") for q in questions]
-        given = models.generate(model, tokenizer, prompts, _MAX_NEW_TOKENS)
-        cut = zip(questions, map(_sentences, given), strict=True)
-        answers = {question: answer for question, answer in cut if answer}
-    path.write_text(json.dumps(answers, indent=0, ensure_ascii=False), encoding="utf-8")
+
+
+def plain_answers(base: str, questions: Sequence[str], device: str) -> dict[str, str]:
+    """Returns the base model's own short answers, by question.
+
+    They are cut at their last full sentence; those without one and those that go round in circles
+    are left out.
+    """
+    if not questions:
+        return {}
+    model, tokenizer = models.load(base, device)
+    prompts = [prompt(f"Answer in one short sentence.\n\n{q}") for q in questions]
+    given = models.generate(model, tokenizer, prompts, _MAX_NEW_TOKENS)
+    cut = zip(questions, map(_sentences, given), strict=True)
+    return {question: answer for question, answer in cut if answer}
 
 
 def restyled(

@@ -11,12 +11,14 @@ import contextlib
 import faulthandler
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from part_base import base  # noqa: E402
 from part_lora import lora  # noqa: E402
 from part_red import ablations, more, red  # noqa: E402
 from plan import PLAIN_NAME, Part, Plan  # noqa: E402
-from restyle import write_plain_answers  # noqa: E402
+from restyle import plain_answers, style_questions  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
 from redmux_adapters.base import resolve  # noqa: E402
@@ -65,26 +67,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="zoo-") as work:
-        os.environ.setdefault("REDMUX_CACHE", work)
         folder = tiny_model(resolve(args.base), work) if args.smoke else resolve(args.base)
         print(f"{time.time() - _STARTED:6.1f} s  model in {folder}", flush=True)
         plan = Plan(
-            base=folder, data=str(args.data), work=work, device=device,
+            base=folder,
+            data=str(args.data),
+            work=work,
+            device=device,
             dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
-            tasks=tuple(args.tasks), steps=max(8, round(args.steps * args.steps_scale)),
-            batch_size=args.batch_size, num_valid=args.num_valid, num_test=args.num_test,
-            max_pass_tokens=args.max_pass_tokens, red_s=args.red_share * args.deadline,
+            tasks=tuple(args.tasks),
+            steps=max(4, round(args.steps * args.steps_scale)),
+            batch_size=args.batch_size,
+            num_train=args.num_train,
+            num_valid=args.num_valid,
+            num_test=args.num_test,
+            max_new_tokens=args.max_new_tokens,
+            max_pass_tokens=args.max_pass_tokens,
+            red_s=args.red_share * args.deadline,
             deadline=_STARTED + args.deadline - _WRITE_S,
-        )  # fmt: skip
+        )
         plan.save()
-        write_plain_answers(
-            folder, args.data, plan.tasks, 8 if args.smoke else None, device,
-            Path(work) / PLAIN_NAME,
-        )  # fmt: skip
+        plain = style_questions(args.data, plan.tasks)
+        if not args.smoke:
+            plain = plain_answers(folder, list(plain), device)
+        (Path(work) / PLAIN_NAME).write_text(json.dumps(plain), encoding="utf-8")
         if device == "cuda":
             torch.cuda.empty_cache()
         print(f"{time.time() - _STARTED:6.1f} s  plain answers written", flush=True)
-        states = drive(plan, args)
+        states = run_here(plan, args) if args.in_process else drive(plan, args)
         for name, state in states.items():
             print(f"{name:12} {state}")
     failed = [name for name, state in states.items() if state["status"] != "ok"]
@@ -101,8 +111,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--steps-scale", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-train", type=int, default=6500)
     parser.add_argument("--num-valid", type=int, default=96)
     parser.add_argument("--num-test", type=int, default=250)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="bound on all answers")
     parser.add_argument("--max-pass-tokens", type=int, default=12288)
     parser.add_argument("--red-share", type=float, default=0.25, help="of the deadline, for RED")
     parser.add_argument("--parallel", type=int, default=4, help="processes at once")
@@ -111,6 +123,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="of the base in training; bfloat16 on a GPU, else float32")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, few examples")
+    parser.add_argument("--in-process", action="store_true", help="one part after another, here")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -121,8 +134,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def set_smoke(args: argparse.Namespace) -> None:
     """Makes everything small, so that every part is tried and nothing is measured."""
-    args.steps, args.batch_size, args.num_valid, args.num_test = 8, 2, 4, 4
-    args.max_pass_tokens = 2048
+    args.steps, args.batch_size, args.num_train, args.num_valid, args.num_test = 4, 2, 40, 2, 2
+    args.max_new_tokens, args.max_pass_tokens = 4, 2048
 
 
 def tiny_model(folder: str, work: str) -> str:
@@ -178,6 +191,24 @@ def drive(plan: Plan, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return states
 
 
+def run_here(plan: Plan, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Runs the parts in this process, one after another, for trials."""
+    states: dict[str, dict[str, Any]] = {}
+    head = {"plan": plan.__dict__, "machine": machine(plan.device), "command": sys.argv}
+    for name in args.parts:
+        began = time.time()
+        try:
+            run_part(name, plan.work)
+            states[name] = {"status": "ok"}
+        except Exception:
+            states[name] = {"status": "failed", "error": traceback.format_exc()}
+            print(states[name]["error"])
+        states[name]["seconds"] = round(time.time() - began, 1)
+        print(f"{time.time() - _STARTED:6.1f} s  {name}: {states[name]['status']}", flush=True)
+        gather(plan, args.out, head, states)
+    return states
+
+
 def gather(plan: Plan, out: Path, head: dict[str, Any], states: dict[str, dict[str, Any]]) -> None:
     """Collects; a file that cannot be read or written now is left for the next time."""
     about = {"wall_s": round(time.time() - _STARTED, 1), "steps": plan.chosen_steps()}
@@ -193,7 +224,7 @@ def gather(plan: Plan, out: Path, head: dict[str, Any], states: dict[str, dict[s
 def start(work: Path, name: str) -> "subprocess.Popen[bytes]":
     environment = os.environ | {
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     with (work / f"{name}.log").open("wb") as log:
         log.write(f"== {name}\n".encode())
@@ -219,7 +250,8 @@ def ended(work: Path, name: str, code: int | None, seconds: float) -> dict[str, 
 def run_part(name: str, work: str) -> int:
     faulthandler.enable()
     plan = Plan.read(work)
-    torch.set_num_threads(2)
+    if plan.device == "cuda":
+        torch.set_num_threads(1)  # nothing much is computed on the host
     torch.manual_seed(0)
     part = Part(plan, name)
     began = time.time()
