@@ -17,9 +17,9 @@ _BATCH_ROWS = 256
 Editing = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
-def load(folder: str, device: str) -> tuple[Any, Any]:
-    """Returns (model, tokenizer), fp32, frozen."""
-    model, tokenizer = load_base(folder, torch.float32)
+def load(folder: str, device: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """Returns (model, tokenizer), frozen."""
+    model, tokenizer = load_base(folder, getattr(torch, dtype))
     return model.to(device), tokenizer
 
 

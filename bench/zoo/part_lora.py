@@ -4,7 +4,6 @@ One model holds an adapter per task; PEFT's mixed batches apply each to its own 
 base is computed once for all tasks. Each adapter has its own optimizer, schedule and clipping.
 """
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,12 +122,11 @@ class _Learner:
 
 def lora(plan: Plan, part: Part, rank: int, rate: float) -> None:
     """Trains a LoRA of this rank for every task, and scores it on the test texts."""
-    model, tokenizer = models.load(plan.base, plan.device)
+    model, tokenizer = models.load(plan.base, plan.device, plan.dtype)
     steps = plan.chosen_steps(plan.steps)
-    mixed = MixedLora(copy.deepcopy(model).to(getattr(torch, plan.dtype)), rank, plan.tasks)
-    base = TrainingBase(
-        "", "causal", mixed, tokenizer, ""
-    )  # not `of`, which would freeze the LoRA weights
+    mixed = MixedLora(model, rank, plan.tasks)
+    # Not `TrainingBase.of`, which would freeze the LoRA weights.
+    base = TrainingBase("", "causal", mixed, tokenizer, "")
     learners = []
     for row, task in enumerate(plan.tasks):
         train, valid = (plan.token_examples(tokenizer, task, s) for s in ("train", "valid"))
@@ -138,9 +136,10 @@ def lora(plan: Plan, part: Part, rank: int, rate: float) -> None:
     _note_runs(part, learners, rank, rate, seconds)
     part.save()
     best = {learner.task: learner.best_weights for learner in learners}
-    del mixed, base
+    del mixed, base, model
     if plan.device == "cuda":
         torch.cuda.empty_cache()
+    model, tokenizer = models.load(plan.base, plan.device)
     _test(plan, part, MixedLora(model, rank, plan.tasks), tokenizer, best)
 
 

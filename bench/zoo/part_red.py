@@ -1,6 +1,5 @@
 """The parts that train edits: RED, RED++ and the ablations, each part in shared passes."""
 
-import copy
 import json
 import time
 from collections.abc import Sequence
@@ -86,10 +85,8 @@ def red_rates(plan: Plan) -> dict[str, float]:
 def _train_and_test(
     plan: Plan, part: Part, variants: Sequence[Variant], settles_steps: bool = False
 ) -> None:
-    model, tokenizer = models.load(plan.base, plan.device)
-    base = TrainingBase.of(
-        copy.deepcopy(model).to(getattr(torch, plan.dtype)), tokenizer, BASE_NAME
-    )
+    model, tokenizer = models.load(plan.base, plan.device, plan.dtype)
+    base = TrainingBase.of(model, tokenizer, BASE_NAME)
     steps = plan.chosen_steps(plan.steps)
     trainer = _trainer(plan, base, variants, steps)
     if settles_steps:
@@ -115,9 +112,10 @@ def _train_and_test(
         adapter.save(Path(plan.work) / "adapters" / name.replace("|", "+").replace(" ", "_"))
     trainer.close()
     (Path(plan.work) / f"{part.path.stem}.trained").touch()
-    del trainer, base
+    del trainer, base, model
     if plan.device == "cuda":
         torch.cuda.empty_cache()
+    model, tokenizer = models.load(plan.base, plan.device)
     _test(plan, part, model, tokenizer, adapters)
 
 
