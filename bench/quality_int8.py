@@ -1,6 +1,6 @@
 """What --quantization int8 changes: perplexity, answers of the bundled adapters, time and memory.
 
-Perplexity and prompts need the folders of --data that adapters/tasks.py names; what is not there
+Perplexity and prompts need the folders of --data that bench/zoo/tasks.py names; what is not there
 is skipped. Quality is measured with transformers' own attention and the edit by hand; time, with
 the engine's own decode step, fp32 and int8 in turn.
 """
@@ -31,7 +31,7 @@ from redmux_server.models.accelerate import pack_linears
 from redmux_server.models.load import BaseModel, load_causal
 from redmux_server.models.paged_attention import BLOCK
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "adapters"))
+sys.path.insert(0, str(Path(__file__).parent / "zoo"))
 from tasks import TASKS
 
 ANSWER_TOKENS = 32
@@ -107,6 +107,8 @@ def conversations(args: argparse.Namespace) -> Iterator[tuple[str, Adapter, list
     """Prompts from each task's test data, or the two bundled ones."""
     demo = json.loads((zoo_folder() / "demo.json").read_text(encoding="utf-8"))
     for name, task in TASKS.items():
+        if not (zoo_folder() / name).is_dir():
+            continue  # measured, not bundled
         adapter = read_adapter(zoo_folder() / name)
         try:
             users = [example.user for example in task.load(args.data, "test")[: args.prompts]]

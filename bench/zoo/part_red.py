@@ -109,7 +109,7 @@ def _train_and_test(
         if run["chosen"]
     }
     for name, adapter in adapters.items():
-        adapter.save(Path(plan.work) / "adapters" / name.replace("|", "+").replace(" ", "_"))
+        adapter.save(Path(plan.work) / "adapters" / name.replace("|", "@").replace(" ", "_"))
     trainer.close()
     (Path(plan.work) / f"{part.path.stem}.trained").touch()
     del trainer, base, model
