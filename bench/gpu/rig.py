@@ -74,7 +74,7 @@ class Engine:
         attach(model, cache)
         parts = runtime.assemble(
             model, rules, cache, sites, expected, max_running=max_running, max_context=max_context,
-            bank_bytes=256 << 20,
+            bank_bytes=1 << 30,
         )  # fmt: skip
         self.runner, self.bank, self.reasons = parts.runner, parts.bank, parts.reasons
         self._pool = BlockPool(cache.num_blocks, block)
