@@ -200,7 +200,7 @@ class ServerInfo:
     whether the start-up check found logits bit-identical alone and in mixed batches. `max_context`
     counts prompt and completion together; `max_running` and `max_batch_tokens` bound one forward
     pass. A decoder generates, scores and embeds, an encoder classifies and embeds, an
-    encoder-decoder generates.
+    encoder-decoder generates. `trains` tells whether training jobs are taken.
     """
 
     version: str
@@ -222,3 +222,4 @@ class ServerInfo:
     num_waiting: int
     uptime_s: float
     kind: ModelKind
+    trains: bool
