@@ -52,7 +52,7 @@ class ServerConfig:
     adapter_dir: str = _option("", "folder that keeps adapters put at run time; empty keeps none")
     training: bool = _option(True, "true or false: whether TrainingService takes jobs")
     training_share: float = _option(
-        0.1, "share of the time that training runs while requests do, above 0, up to 1"
+        0.25, "share of the time that training runs while requests do, above 0, up to 1"
     )
     training_queue: int = _option(8, "most training jobs of one API key that wait")
     training_max_tokens: int = _option(20_000_000, "most tokens that one training job computes")

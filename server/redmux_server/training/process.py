@@ -35,10 +35,13 @@ class TrainingProcess:
     @classmethod
     async def start(cls) -> "TrainingProcess":
         """Starts a process that waits for its job."""
+        # Threads that wait for each other are not to take the engine's time.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         # A session of its own: Ctrl-C in a terminal is for the server, which then ends this.
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", _WORKER, stdin=PIPE, stdout=PIPE, start_new_session=True
-        )
+            sys.executable, "-m", _WORKER, stdin=PIPE, stdout=PIPE, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         return cls(process)
 
     async def send_job(self, setup: TrainingSetup, payload: bytes) -> None:

@@ -46,11 +46,10 @@ def main() -> int:
 
 
 def _give_way() -> None:
-    """Makes everything else on the machine more important than this process."""
+    """Makes the server more important than this process, for time and for memory."""
+    # Not the lowest priority, with which training would starve beside any other busy process.
     with suppress(OSError):
-        os.nice(19)
-    with suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.nice(10)
     with suppress(OSError):  # what the system kills first where memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
