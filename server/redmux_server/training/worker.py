@@ -25,12 +25,9 @@ _MOST_SHOWN_CHARS = 1500
 
 def main() -> int:
     """Trains the job of stdin; returns 0 if it came to its end, 1 after telling why not."""
-    parent = os.getppid()
-    _give_way()
     # Training must not outlive the server, which cannot end what it has stopped if it is killed.
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        return 1
+    _give_way()
     # Libraries may print; what they print goes to the log.
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
