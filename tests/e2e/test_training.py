@@ -239,12 +239,13 @@ async def test_training_does_not_outlive_a_server_that_is_killed(tiny_folder):
         target = line.decode().split(" on ")[1].split(",")[0]
         async with AsyncClient(target) as client:
             await client.jobs.create([TrainingTask("a", YES, options=LONG)])
+            await until(psutil.Process(serving.pid).children)
             (child,) = psutil.Process(serving.pid).children()
             await until(lambda: child.nice() == 10)  # it has begun
             child.suspend()
             serving.kill()
         await serving.wait()
-        await until(lambda: not child.is_running())
+        await until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
     finally:
         if serving.returncode is None:
             serving.kill()
