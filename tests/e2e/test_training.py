@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import aclosing
 
 import psutil
 import pytest
@@ -238,10 +239,12 @@ async def test_training_does_not_outlive_a_server_that_is_killed(tiny_folder):
             assert line
         target = line.decode().split(" on ")[1].split(",")[0]
         async with AsyncClient(target) as client:
-            await client.jobs.create([TrainingTask("a", YES, options=LONG)])
-            await until(psutil.Process(serving.pid).children)
+            job = await client.jobs.create([TrainingTask("a", YES, options=LONG)])
+            async with aclosing(client.jobs.watch(job.id)) as events:
+                async for event in events:
+                    if isinstance(event, TrainingStep):
+                        break
             (child,) = psutil.Process(serving.pid).children()
-            await until(lambda: child.nice() == 10)  # it has begun
             child.suspend()
             serving.kill()
         await serving.wait()
