@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine(commands, load)
     _add_nlg(commands, [_common()])
     _add_train(commands, [_common()])
+    _add_jobs(commands, [_target(), *load])
     return parser
 
 
@@ -159,6 +160,18 @@ def _add_train(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
     _add(parser, "--threads", count, 0, "of torch; 0 is its own choice")
     _add(parser, "--seed", count, 0, "of everything that is drawn")
     _add_rounds(parser, 3)
+
+
+def _add_jobs(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "jobs", parents=parents, help="latencies while the server trains, against those alone"
+    )
+    parser.set_defaults(module="jobs")
+    _add(parser, "--concurrency", positive, 8, "requests that are open at a time")
+    _add(parser, "--num-requests", positive, 32, "requests of a turn")
+    _add(parser, "--tasks", positive, 4, "adapters that are trained together")
+    _add(parser, "--batch-size", positive, 4, "examples of an adapter in a training step")
+    _add_rounds(parser, 5)
 
 
 def _common() -> argparse.ArgumentParser:

@@ -141,7 +141,7 @@ def _set_prompt(
             f"not {type(prompt).__name__}"
         )
     if prompt and all(isinstance(item, Mapping) for item in prompt):
-        messages = [_chat_message(item) for item in cast(Sequence[Mapping[str, str]], prompt)]
+        messages = [chat_message(item) for item in cast(Sequence[Mapping[str, str]], prompt)]
         message.chat.CopyFrom(inference_pb2.Chat(messages=messages))
         return
     if not _are_token_ids(prompt):
@@ -210,7 +210,8 @@ def _input(index: int, item: TextInput) -> inference_pb2.Input:
     )
 
 
-def _chat_message(message: Mapping[str, str]) -> inference_pb2.ChatMessage:
+def chat_message(message: Mapping[str, str]) -> inference_pb2.ChatMessage:
+    """Returns the message of one turn; raises InvalidArgumentError for other keys."""
     if set(message) != {"role", "content"}:
         raise InvalidArgumentError(
             f"a chat message has the keys 'role' and 'content', not {sorted(map(str, message))}"

@@ -23,24 +23,27 @@ from redmux.errors import FailedPreconditionError, InvalidArgumentError, Request
 from redmux.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from redmux.v1.admin_service_pb2_grpc import AdminServiceStub
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceStub
+from redmux.v1.training_service_pb2_grpc import TrainingServiceStub
 
 if TYPE_CHECKING:
     # Names of the .pyi files only.
     from redmux.v1.adapter_service_pb2_grpc import AdapterServiceAsyncStub
     from redmux.v1.admin_service_pb2_grpc import AdminServiceAsyncStub
     from redmux.v1.inference_service_pb2_grpc import InferenceServiceAsyncStub
+    from redmux.v1.training_service_pb2_grpc import TrainingServiceAsyncStub
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 STREAM_TIMEOUT_S = 600.0
+WATCH_TIMEOUT_S = 7 * 86_400.0  # training takes hours, and a stream without a limit could leak
 READY_POLL_S = 0.1
 
-_SERVICES = ("InferenceService", "AdapterService", "AdminService")
+_SERVICES = ("InferenceService", "AdapterService", "AdminService", "TrainingService")
 
 # gRPC itself tries again, with backoff and within the deadline, and never once the server has begun
 # to answer. All calls may run twice: a generation leaves no trace, putting the same content again
-# changes nothing, and a second delete finds nothing left to do.
+# changes nothing, a second delete finds nothing left to do, and a job is made once per request_id.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -163,6 +166,7 @@ class Connection:
         self.inference = InferenceServiceStub(self._channel)
         self.adapters = AdapterServiceStub(self._channel)
         self.admin = AdminServiceStub(self._channel)
+        self.training = TrainingServiceStub(self._channel)
         self.health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
             _calls.HEALTH_METHOD
         )
@@ -254,6 +258,11 @@ class AsyncConnection:
     def admin(self) -> AdminServiceAsyncStub:
         """Stub of AdminService."""
         return AdminServiceStub(self._open_channel())
+
+    @cached_property
+    def training(self) -> TrainingServiceAsyncStub:
+        """Stub of TrainingService."""
+        return TrainingServiceStub(self._open_channel())
 
     @cached_property
     def health(self) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:

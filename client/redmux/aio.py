@@ -13,6 +13,7 @@ from redmux import _calls
 from redmux._channel import READY_POLL_S, STREAM_TIMEOUT_S, AsyncConnection, Settings
 from redmux._source import AdapterConfig, AdapterSource, read_source
 from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
+from redmux.training import AsyncJobs
 from redmux.types import (
     Adapter,
     Chunk,
@@ -51,6 +52,7 @@ class AsyncClient:
         settings = Settings(target, api_key, tls, root_certificates, timeout_s)
         self._connection = AsyncConnection(settings)
         self.adapters = AsyncAdapters(self._connection)
+        self.jobs = AsyncJobs(self._connection)
 
     async def generate(
         self,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import redmux
+from redmux._jobs_command import add_jobs
 from redmux._readings import (
     add_classify,
     add_embed,
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add_embed(commands, server).set_defaults(run=_embed)
     add_score(commands, server, _client)
     _add_adapters(commands, server)
+    add_jobs(commands, server, _client)
     info = commands.add_parser("info", parents=[server], help="tell what the server is")
     info.set_defaults(run=_info)
     health = commands.add_parser(

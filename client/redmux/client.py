@@ -12,6 +12,7 @@ from redmux import _calls
 from redmux._channel import READY_POLL_S, STREAM_TIMEOUT_S, Connection, Settings
 from redmux._source import AdapterConfig, AdapterSource, read_source
 from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
+from redmux.training import Jobs
 from redmux.types import (
     Adapter,
     Chunk,
@@ -54,6 +55,7 @@ class Client:
         settings = Settings(target, api_key, tls, root_certificates, timeout_s)
         self._connection = Connection(settings)
         self.adapters = Adapters(self._connection)
+        self.jobs = Jobs(self._connection)
 
     def generate(
         self,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import Coroutine
@@ -17,10 +18,16 @@ from prometheus_client import start_http_server
 
 import redmux
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
-from redmux.v1 import adapter_service_pb2, admin_service_pb2, inference_service_pb2
+from redmux.v1 import (
+    adapter_service_pb2,
+    admin_service_pb2,
+    inference_service_pb2,
+    training_service_pb2,
+)
 from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_server
 from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from redmux.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from redmux_adapters import read_config
 from redmux_adapters.config import CONFIG_NAME
 from redmux_adapters.kind import model_kind
@@ -29,6 +36,7 @@ from redmux_server.api.interceptor import ApiKeys, Interceptor
 from redmux_server.api.reading import ReadableModel, ReadingService
 from redmux_server.api.scoring import ScoringService
 from redmux_server.api.servicers import AdapterServicer, AdminServicer, InferenceServicer
+from redmux_server.api.training_servicer import TrainingServicer
 from redmux_server.api.validation import Validator
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices, choose
@@ -42,6 +50,8 @@ from redmux_server.models.load import BaseModel, load_causal
 from redmux_server.models.load_encoder import EncoderModel, load_encoder
 from redmux_server.models.load_seq2seq import load_seq2seq
 from redmux_server.registry import AdapterRegistry
+from redmux_server.training.check import TrainingSetup
+from redmux_server.training.service import TrainingService
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +62,11 @@ _SERVICES = tuple(
         (inference_service_pb2, "InferenceService"),
         (adapter_service_pb2, "AdapterService"),
         (admin_service_pb2, "AdminService"),
+        (training_service_pb2, "TrainingService"),
     )
 )
 _MESSAGE_BYTES = 4 << 20
+_JOB_BYTES = 16 << 20  # of a training job's records
 
 
 class Server:
@@ -78,6 +90,11 @@ class Server:
         if isinstance(model, BaseModel):
             self.generation = GenerationService(*parts, model.decoder_start)
             self.scoring = ScoringService(self.engine, self.generation, validator, self.metrics)
+        self.training = TrainingService(
+            _training_setup(config, model), registry, self.metrics,
+            max_queued=config.training_queue, share=config.training_share,
+            is_busy=lambda: self.engine.num_open > 0, on_publish=self._count_adapters,
+        )  # fmt: skip
         self.health = HealthServicer()
         self.port = 0
         self.metrics_port = 0
@@ -112,6 +129,7 @@ class Server:
         """Refuses new requests, lets the running ones end for `drain_s` seconds, then stops."""
         await self.health.enter_graceful_shutdown()
         self._watch.cancel()
+        await self.training.stop()
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop()
         await self._grpc.stop(1.0)
@@ -124,9 +142,11 @@ class Server:
     async def _listen(self) -> None:
         config = self.config
         keys = ApiKeys(config.api_keys)
+        message_bytes = max(_MESSAGE_BYTES, self.registry.max_file_bytes + (1 << 20))
+        if self.training.trains:
+            message_bytes = max(message_bytes, _JOB_BYTES)
         self._grpc = grpc.aio.server(
-            interceptors=[Interceptor(keys)],
-            options=_options(max(_MESSAGE_BYTES, self.registry.max_file_bytes + (1 << 20))),
+            interceptors=[Interceptor(keys)], options=_options(message_bytes)
         )
         add_InferenceServiceServicer_to_server(
             InferenceServicer(self.generation, self.scoring, self.reading, keys), self._grpc
@@ -135,6 +155,7 @@ class Server:
             AdapterServicer(self.registry, self._count_adapters), self._grpc
         )
         add_AdminServiceServicer_to_server(AdminServicer(self.info), self._grpc)
+        add_TrainingServiceServicer_to_server(TrainingServicer(self.training, keys), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._grpc)
         reflection.enable_server_reflection(
             (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
@@ -223,7 +244,22 @@ class Server:
             num_waiting=max(0, self.engine.num_open - self.engine.num_running),
             uptime_s=time.monotonic() - self._started_s,
             kind=_readable(model).kind,
+            trains=self.training.trains,
         )
+
+
+def _training_setup(config: ServerConfig, model: BaseModel | EncoderModel) -> TrainingSetup | None:
+    """Returns what trains on the model's base, None where nothing does."""
+    if not config.training:
+        return None
+    return TrainingSetup(
+        model=config.model,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_threads=config.threads or len(os.sched_getaffinity(0)),
+        fingerprint=model.fingerprint,
+        max_tokens=config.training_max_tokens,
+    )
 
 
 def _load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:

@@ -50,6 +50,12 @@ class ServerConfig:
         (), "adapters to load at start: files or folders, NAME=PATH to name them, or zoo"
     )
     adapter_dir: str = _option("", "folder that keeps adapters put at run time; empty keeps none")
+    training: bool = _option(True, "true or false: whether TrainingService takes jobs")
+    training_share: float = _option(
+        0.25, "share of the time that training runs while requests do, above 0, up to 1"
+    )
+    training_queue: int = _option(8, "most training jobs of one API key that wait")
+    training_max_tokens: int = _option(20_000_000, "most tokens that one training job computes")
     api_keys: tuple[str, ...] = _option((), "API keys that are let in; none lets everybody in")
     tls_cert: str = _option("", "PEM file with the certificate chain")
     tls_key: str = _option("", "PEM file with the private key")
@@ -68,6 +74,10 @@ class ServerConfig:
         for name in ("port", "metrics_port"):
             if getattr(self, name) > 65535:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}, must be below 65536")
+        if self.training_share > 1:
+            raise InvalidArgumentError(
+                f"training_share is {self.training_share}, must be at most 1"
+            )
         if self.max_batch_tokens < self.max_running:
             raise InvalidArgumentError(
                 f"max_batch_tokens is {self.max_batch_tokens}, must be at least max_running "
@@ -80,7 +90,8 @@ class ServerConfig:
 _LOWEST = {
     "port": 0, "metrics_port": 0, "threads": 0, "max_running": 1, "max_batch_tokens": 1,
     "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "bank_bytes": 0,
-    "host_cache_bytes": 0, "drain_s": 0,
+    "host_cache_bytes": 0, "training_share": 0.001, "training_queue": 1, "training_max_tokens": 1,
+    "drain_s": 0,
 }  # fmt: skip
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),

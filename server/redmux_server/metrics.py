@@ -73,6 +73,21 @@ class Metrics:
         )
         self._bank_bytes = Gauge("redmux_bank_bytes", "Size of the adapter bank.", registry=r)
         self.adapters = Gauge("redmux_adapters", "Published adapters.", registry=r)
+        self._training_jobs = Counter(
+            "redmux_training_jobs", "Training jobs that ended.", ["state"], registry=r
+        )
+        self._training_tasks = Counter(
+            "redmux_training_tasks", "Adapters whose training ended.", ["state"], registry=r
+        )
+        self.training_tokens = Counter(
+            "redmux_training_tokens", "Tokens of examples that were trained on.", registry=r
+        )
+        self._training_running = Gauge(
+            "redmux_training_jobs_running", "Jobs that are being trained.", registry=r
+        )
+        self._training_waiting = Gauge(
+            "redmux_training_jobs_waiting", "Jobs in the queue.", registry=r
+        )
 
     def refused(self, code: str) -> None:
         """Counts a request that was not accepted, by its status code."""
@@ -89,6 +104,19 @@ class Metrics:
             outcome = event.error.status.name.lower()
         self._requests.labels(outcome).inc()
         self._request_s.observe(duration_s)
+
+    def training_job(self, state: str) -> None:
+        """Counts the end of a job."""
+        self._training_jobs.labels(state).inc()
+
+    def training_task(self, state: str) -> None:
+        """Counts the end of the training of one adapter."""
+        self._training_tasks.labels(state.replace(" ", "_")).inc()
+
+    def training_state(self, num_running: int, num_waiting: int) -> None:
+        """Sets the gauges that describe the jobs."""
+        self._training_running.set(num_running)
+        self._training_waiting.set(num_waiting)
 
     def step(self, work: Sequence[Work], num_decodes: int, duration_s: float) -> None:
         """Observes one step after it was committed."""

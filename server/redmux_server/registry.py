@@ -93,6 +93,9 @@ class AdapterRegistry:
     def __len__(self) -> int:
         return len(self._by_name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
     def resolve(self, name_or_digest: str) -> Published:
         """Returns the version that a name or a "sha256:..." digest has now; raises NotFoundError.
 

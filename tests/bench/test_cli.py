@@ -9,7 +9,7 @@ import pytest
 from redmux.cli import main
 from redmux_bench import report
 
-COMMANDS = ("serve", "sweep", "load", "floor", "engine")
+COMMANDS = ("serve", "sweep", "load", "floor", "engine", "jobs")
 
 
 @pytest.mark.parametrize(

@@ -126,3 +126,19 @@ def test_train_compares_adapters_together_with_one_after_the_other(bench, capsys
         assert row["together_tokens_per_s"] > 0
         assert row["ratio"] > 0
     assert "3 together tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(600)  # a process that trains has to import and to load, twice
+def test_jobs_compares_latencies_with_and_without_training(bench, serving, capsys):
+    code, got = bench(
+        "jobs", "--target", serving.address, *LOAD, "--concurrency", "2", "--num-requests", "8",
+        "--tasks", "2", "--batch-size", "1", "--rounds", "2",
+    )  # fmt: skip
+    assert code == 0
+    assert [row["is_training"] for row in got["rows"]] == [False, True]
+    alone, beside = got["rows"]
+    assert alone["training_tokens_per_s"] == 0
+    ratios = [b / a for a, b in zip(alone["p99_rounds_ms"], beside["p99_rounds_ms"], strict=True)]
+    assert got["p99_ratio"] == pytest.approx(sum(ratios) / 2)
+    assert got["failures"] == {}
+    assert "while training over that alone" in capsys.readouterr().out

@@ -20,6 +20,8 @@ from redmux.v1 import admin_service_pb2 as admin_pb
 from redmux.v1 import admin_service_pb2_grpc as admin_grpc
 from redmux.v1 import inference_service_pb2 as inference_pb
 from redmux.v1 import inference_service_pb2_grpc as inference_grpc
+from redmux.v1 import training_service_pb2 as training_pb
+from redmux.v1 import training_service_pb2_grpc as training_grpc
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -44,11 +46,14 @@ class FakeServer(
     inference_grpc.InferenceServiceServicer,
     adapters_grpc.AdapterServiceServicer,
     admin_grpc.AdminServiceServicer,
+    training_grpc.TrainingServiceServicer,
 ):
     """Answers every method; `script` and `fail` are set by tests."""
 
     calls: list[Call] = field(default_factory=list)
     adapters: dict[str, adapters_pb.Adapter] = field(default_factory=dict)
+    jobs: dict[str, training_pb.Job] = field(default_factory=dict)
+    job_events: list[training_pb.WatchJobResponse] = field(default_factory=list)
     info: admin_pb.ServerInfo = field(default_factory=admin_pb.ServerInfo)
     health: HealthServicer = field(default_factory=HealthServicer)
     page_size: int = 100
@@ -206,6 +211,50 @@ class FakeServer(
             context.abort(grpc.StatusCode.NOT_FOUND, f"no adapter '{request.name}'")
         return adapters_pb.DeleteAdapterResponse(adapter=self.adapters.pop(request.name))
 
+    @staticmethod
+    def job(job_id: str, *names: str, **fields: Any) -> training_pb.Job:
+        """A job that waits, unless `fields` say otherwise."""
+        tasks = [
+            training_pb.JobTask(
+                adapter=name, state=training_pb.TASK_STATE_QUEUED, num_steps=8, num_examples=9
+            )
+            for name in names
+        ]
+        values = {"state": training_pb.JOB_STATE_QUEUED, "num_ahead": 1, "tasks": tasks} | fields
+        message = training_pb.Job(id=job_id, **values)
+        message.created_at.FromJsonString("2026-01-02T03:04:05Z")
+        return message
+
+    def CreateJob(self, request, context):
+        self._enter("CreateJob", request, context)
+        job = self.job(f"job-{len(self.jobs)}", *(task.adapter for task in request.tasks))
+        self.jobs[job.id] = job
+        return training_pb.CreateJobResponse(job=job)
+
+    def GetJob(self, request, context):
+        self._enter("GetJob", request, context)
+        if request.id not in self.jobs:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no job '{request.id}'")
+        return training_pb.GetJobResponse(job=self.jobs[request.id])
+
+    def ListJobs(self, request, context):
+        self._enter("ListJobs", request, context)
+        start = int(request.page_token or 0)
+        end = start + self.page_size
+        return training_pb.ListJobsResponse(
+            jobs=list(self.jobs.values())[start:end],
+            next_page_token=str(end) if end < len(self.jobs) else "",
+        )
+
+    def WatchJob(self, request, context):
+        self._enter("WatchJob", request, context)
+        yield from self.job_events
+
+    def CancelJob(self, request, context):
+        self._enter("CancelJob", request, context)
+        self.jobs[request.id].state = training_pb.JOB_STATE_CANCELLED
+        return training_pb.CancelJobResponse(job=self.jobs[request.id])
+
     def GetServerInfo(self, request, context):
         self._enter("GetServerInfo", request, context)
         return admin_pb.GetServerInfoResponse(info=self.info)
@@ -268,6 +317,7 @@ def serve() -> Iterator[Serve]:
         inference_grpc.add_InferenceServiceServicer_to_server(fake, server)
         adapters_grpc.add_AdapterServiceServicer_to_server(fake, server)
         admin_grpc.add_AdminServiceServicer_to_server(fake, server)
+        training_grpc.add_TrainingServiceServicer_to_server(fake, server)
         health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
         if credentials is None:
             port = server.add_insecure_port("127.0.0.1:0")

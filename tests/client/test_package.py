@@ -53,7 +53,12 @@ def test_exported_names_say_where_they_are_imported_from():
         redmux.Classifications,
         redmux.Completion,
         redmux.Embeddings,
+        redmux.Job,
+        redmux.JobTask,
         redmux.ServerInfo,
+        redmux.TrainingEvaluation,
+        redmux.TrainingStep,
+        redmux.TrainingTask,
         redmux.Usage,
     ],
 )
@@ -72,7 +77,11 @@ def test_an_error_survives_pickling():
 
 @pytest.mark.parametrize(
     ("sync", "asynchronous"),
-    [(redmux.Client, redmux.AsyncClient), (redmux.Adapters, redmux.AsyncAdapters)],
+    [
+        (redmux.Client, redmux.AsyncClient),
+        (redmux.Adapters, redmux.AsyncAdapters),
+        (redmux.Jobs, redmux.AsyncJobs),
+    ],
 )
 def test_both_clients_have_the_same_names(sync, asynchronous):
     def public(kind):

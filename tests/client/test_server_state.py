@@ -50,6 +50,7 @@ def test_info_has_every_field_of_the_message(client, server):
         num_waiting=1,
         uptime_s=12.5,
         kind="decoder",
+        trains=True,
     )
     expected = {field.name: value for field, value in server.info.ListFields()}
     expected["choices"] = tuple(server.info.choices)

@@ -55,8 +55,8 @@ def test_every_field_can_be_set_in_each_of_the_three_places(field, write):
         value = not field.default
         text = toml = str(value).lower()
     else:
-        value = type(field.default)(77)
-        text = toml = "77"
+        value = {"training_share": 0.5}.get(field.name, type(field.default)(77))
+        text = toml = str(value)
     flags = [f"--{name.replace('_', '-')}={v}" for name, v in extra.items()]
     by_flag = load_config([f"--{field.name.replace('_', '-')}", text, *flags], {})
     by_environment = load_config(flags, {f"REDMUX_{field.name.upper()}": text})
@@ -159,7 +159,8 @@ def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
         {"port": -1}, {"port": 65536}, {"metrics_port": -1}, {"metrics_port": 65536},
         {"threads": -1}, {"max_running": 0}, {"max_batch_tokens": 0}, {"max_queue": -1},
         {"max_context": -1}, {"kv_cache_tokens": -1}, {"bank_bytes": -1}, {"drain_s": -0.5},
-        {"host_cache_bytes": -1},
+        {"host_cache_bytes": -1}, {"training_share": 0.0}, {"training_share": 1.5},
+        {"training_queue": 0}, {"training_max_tokens": 0},
         {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
         {"dtype": "int8"}, {"quantization": "int4"}, {"log_level": "loud"},
         {"max_running": 9, "max_batch_tokens": 8}, {"tls_cert": "c"}, {"tls_key": "k"},
@@ -179,7 +180,7 @@ def test_the_edges_of_every_range_are_allowed():
     ServerConfig(
         port=0, metrics_port=65535, threads=0, max_running=1, max_batch_tokens=1, max_queue=0,
         max_context=0, kv_cache_tokens=0, bank_bytes=0, host_cache_bytes=0, drain_s=0.0,
-        tls_cert="c", tls_key="k",
+        tls_cert="c", tls_key="k", training_share=1.0, training_queue=1, training_max_tokens=1,
     )  # fmt: skip
 
 

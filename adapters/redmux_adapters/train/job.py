@@ -174,11 +174,18 @@ def make_task(name: str, values: Mapping[str, Any]) -> TaskSpec:
     if "data" not in values:
         raise InvalidArgumentError(f"task {name!r} has no data")
     try:
-        data = DataOptions(**{key: values[key] for key in DATA_KEYS if key in values})
-        options = TrainingOptions(**{key: values[key] for key in OPTION_NAMES if key in values})
+        data, options = split_options(values)
     except InvalidArgumentError as err:
         raise InvalidArgumentError(f"task {name!r}: {err.message}") from None
     return TaskSpec(name, data, options)
+
+
+def split_options(values: Mapping[str, Any]) -> tuple[DataOptions, TrainingOptions]:
+    """Returns the options of a flat mapping that are about the data, and those about training."""
+    return (
+        DataOptions(**{key: values[key] for key in DATA_KEYS if key in values}),
+        TrainingOptions(**{key: values[key] for key in OPTION_NAMES if key in values}),
+    )
 
 
 def _check_keys(value: object, known: Sequence[str], what: str) -> None:

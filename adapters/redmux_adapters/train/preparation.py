@@ -1,7 +1,7 @@
 """From a job to tasks that can be trained: reads the data, loads the base, reports what is bad."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ from ..config import AdapterMetadata
 from ..kind import ModelKind, model_kind
 from .base import TrainingBase, load_training_base
 from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
-from .job import Job, TaskSpec
+from .job import DataOptions, Job, TaskSpec
 from .learner import Task
-from .options import default_learning_rate
+from .options import TrainingOptions, default_learning_rate
 from .prompts import PromptWriter
 from .records import Faults, Record, read_records
 
@@ -31,12 +31,32 @@ class Prepared(NamedTuple):
     skipped: list[tuple[str, str]]  # place, what was wrong
 
 
-class _Source(NamedTuple):
-    spec: TaskSpec
+class Source(NamedTuple):
+    """The records of one task, read and divided, and what is wrong with them."""
+
+    name: str
+    data: DataOptions
+    options: TrainingOptions
     train: list[Record]
     valid: list[Record]
     form: Form
     faults: Faults
+
+    @classmethod
+    def of(
+        cls, name: str, data: DataOptions, options: TrainingOptions, train: list[Record],
+        valid: list[Record] | None, faults: Faults,
+    ) -> "Source":  # fmt: skip
+        """Returns the source of records; where `valid` is None, a share of `train` is held out.
+
+        Raises InvalidArgumentError where nothing says what is to be learned.
+        """
+        if not train:
+            faults.raise_any()
+        form = form_of(train)
+        if valid is None:
+            train, valid = _split(train, data.valid_share, options.seed)
+        return cls(name, data, options, train, valid, form, faults)
 
 
 def prepare(job: Job) -> Prepared:
@@ -48,34 +68,41 @@ def prepare(job: Job) -> Prepared:
     if job.device != "cpu" and not torch.cuda.is_available():
         raise InvalidArgumentError(f"device is {job.device!r}, but torch finds no CUDA device here")
     sources = [_read(spec) for spec in job.tasks]
-    kind = _kind(job.base)
+    kind = training_kind(job.base)
     for source in sources:
         check_form(kind, source.form)
     base = load_training_base(job.base, kind, getattr(torch, job.dtype))
     base.model.to(job.device)
-    tasks = [_task(base, source) for source in sources]
+    tasks, skipped = make_tasks(base, sources)
+    return Prepared(base, tasks, skipped)
+
+
+def make_tasks(
+    base: TrainingBase, sources: Iterable[Source]
+) -> tuple[list[Task], list[tuple[str, str]]]:
+    """Returns the tasks of some sources, tokenized, and the records left out (place, reason).
+
+    Raises InvalidArgumentError that lists the unusable records which are not to be left out.
+    """
+    sources = list(sources)
+    tasks = [task_of(base, source) for source in sources]
     refused, skipped = Faults(), []
     for source in sources:
-        if source.spec.data.skip_bad:
+        if source.data.skip_bad:
             skipped += source.faults.found
         else:
             refused.found += source.faults.found
     # The tasks of a sweep share their data: each fault is told once.
     refused.found = list(dict.fromkeys(refused.found))
     refused.raise_any()
-    return Prepared(base, tasks, list(dict.fromkeys(skipped)))
+    return tasks, list(dict.fromkeys(skipped))
 
 
-def _read(spec: TaskSpec) -> _Source:
+def _read(spec: TaskSpec) -> Source:
     faults, data = Faults(), spec.data
     train = read_records(data.data, data.columns, faults)
-    valid = read_records(data.valid, data.columns, faults) if data.valid is not None else []
-    if not train:
-        faults.raise_any()
-    form = form_of(train)
-    if data.valid is None:
-        train, valid = _split(train, data.valid_share, spec.options.seed)
-    return _Source(spec, train, valid, form, faults)
+    valid = read_records(data.valid, data.columns, faults) if data.valid is not None else None
+    return Source.of(spec.name, data, spec.options, train, valid, faults)
 
 
 def _split(records: list[Record], share: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -86,7 +113,8 @@ def _split(records: list[Record], share: float, seed: int) -> tuple[list[Record]
     return train, [record for i, record in enumerate(records) if i in chosen]
 
 
-def _kind(base: str) -> Kind:
+def training_kind(base: str) -> Kind:
+    """Returns what a base model learns, by its configuration; raises what `read_config` does."""
     kinds: dict[ModelKind, Kind] = {
         "causal": "causal",
         "encoder": "classifier",
@@ -95,8 +123,12 @@ def _kind(base: str) -> Kind:
     return kinds[model_kind(read_config(base))]
 
 
-def _task(base: TrainingBase, source: _Source) -> Task:
-    spec, data = source.spec, source.spec.data
+def task_of(base: TrainingBase, source: Source) -> Task:
+    """Returns the task of a source, tokenized; what is wrong with its records is in its faults.
+
+    Raises InvalidArgumentError where no record is usable, or for options that the base lacks.
+    """
+    data = source.data
     labels: Sequence[str] = data.labels or (
         labels_of(source.train) if "label" in source.form else ()
     )
@@ -106,14 +138,14 @@ def _task(base: TrainingBase, source: _Source) -> Task:
     valid = reader.read(source.valid, source.faults)
     if not train:
         source.faults.raise_any()
-    options = spec.options
+    options = source.options
     if options.learning_rate is None:
         options = replace(
             options,
             learning_rate=default_learning_rate(base.num_parameters, base.kind == "classifier"),
         )
     return Task(
-        spec.name, train, options, valid,
+        source.name, train, options, valid,
         writer.prompt_format if base.kind == "causal" else None, tuple(labels),
         AdapterMetadata(
             description=data.description, license=data.license, training_data=data.training_data

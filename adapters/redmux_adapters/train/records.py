@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ _MOST_SHOWN = 20
 
 
 class Record(NamedTuple):
-    """One line of data; `where` is "file:line" for messages."""
+    """One line of data; `where` names its place in messages, as "file:line"."""
 
     where: str
     fields: Mapping[str, Any]
@@ -73,9 +74,8 @@ def read_records(source: str, columns: Mapping[str, str], faults: Faults) -> lis
     return records
 
 
-def _in_order_of_lines(where: str) -> tuple[str, int]:
-    file, _, line = where.rpartition(":")
-    return file, int(line)
+def _in_order_of_lines(where: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", where)]
 
 
 def _from_jsonl(path: Path, faults: Faults) -> Iterator[Record]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dredmux/v1/admin_service.proto\x12\tredmux.v1\"\x16\n\x14GetServerInfoRequest\"<\n\x15GetServerInfoResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.redmux.v1.ServerInfo\"\x87\x03\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x07 \x03(\t\x12\x15\n\rbit_identical\x18\x08 \x01(\x08\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x13\n\x0bmax_context\x18\n \x01(\x05\x12\x13\n\x0bmax_running\x18\x0b \x01(\x05\x12\x18\n\x10max_batch_tokens\x18\x0c \x01(\x05\x12\x11\n\tmax_queue\x18\r \x01(\x05\x12\x17\n\x0fkv_cache_tokens\x18\x0e \x01(\x03\x12\x14\n\x0cnum_adapters\x18\x0f \x01(\x05\x12\x13\n\x0bnum_running\x18\x10 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x11 \x01(\x05\x12\x10\n\x08uptime_s\x18\x12 \x01(\x01\x12\x0c\n\x04kind\x18\x13 \x01(\t2b\n\x0c\x41\x64minService\x12R\n\rGetServerInfo\x12\x1f.redmux.v1.GetServerInfoRequest\x1a .redmux.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dredmux/v1/admin_service.proto\x12\tredmux.v1\"\x16\n\x14GetServerInfoRequest\"<\n\x15GetServerInfoResponse\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.redmux.v1.ServerInfo\"\x97\x03\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x07 \x03(\t\x12\x15\n\rbit_identical\x18\x08 \x01(\x08\x12\x12\n\nvocab_size\x18\t \x01(\x05\x12\x13\n\x0bmax_context\x18\n \x01(\x05\x12\x13\n\x0bmax_running\x18\x0b \x01(\x05\x12\x18\n\x10max_batch_tokens\x18\x0c \x01(\x05\x12\x11\n\tmax_queue\x18\r \x01(\x05\x12\x17\n\x0fkv_cache_tokens\x18\x0e \x01(\x03\x12\x14\n\x0cnum_adapters\x18\x0f \x01(\x05\x12\x13\n\x0bnum_running\x18\x10 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x11 \x01(\x05\x12\x10\n\x08uptime_s\x18\x12 \x01(\x01\x12\x0c\n\x04kind\x18\x13 \x01(\t\x12\x0e\n\x06trains\x18\x14 \x01(\x08\x32\x62\n\x0c\x41\x64minService\x12R\n\rGetServerInfo\x12\x1f.redmux.v1.GetServerInfoRequest\x1a .redmux.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFORESPONSE']._serialized_start=68
   _globals['_GETSERVERINFORESPONSE']._serialized_end=128
   _globals['_SERVERINFO']._serialized_start=131
-  _globals['_SERVERINFO']._serialized_end=522
-  _globals['_ADMINSERVICE']._serialized_start=524
-  _globals['_ADMINSERVICE']._serialized_end=622
+  _globals['_SERVERINFO']._serialized_end=538
+  _globals['_ADMINSERVICE']._serialized_start=540
+  _globals['_ADMINSERVICE']._serialized_end=638
 # @@protoc_insertion_point(module_scope)

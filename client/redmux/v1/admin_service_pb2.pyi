@@ -16,7 +16,7 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, info: _Optional[_Union[ServerInfo, _Mapping]] = ...) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "model", "base_fingerprint", "architecture", "device", "dtype", "choices", "bit_identical", "vocab_size", "max_context", "max_running", "max_batch_tokens", "max_queue", "kv_cache_tokens", "num_adapters", "num_running", "num_waiting", "uptime_s", "kind")
+    __slots__ = ("version", "model", "base_fingerprint", "architecture", "device", "dtype", "choices", "bit_identical", "vocab_size", "max_context", "max_running", "max_batch_tokens", "max_queue", "kv_cache_tokens", "num_adapters", "num_running", "num_waiting", "uptime_s", "kind", "trains")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class ServerInfo(_message.Message):
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    TRAINS_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     base_fingerprint: str
@@ -55,4 +56,5 @@ class ServerInfo(_message.Message):
     num_waiting: int
     uptime_s: float
     kind: str
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ..., bit_identical: bool = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_running: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_queue: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., num_adapters: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_s: _Optional[float] = ..., kind: _Optional[str] = ...) -> None: ...
+    trains: bool
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., architecture: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., choices: _Optional[_Iterable[str]] = ..., bit_identical: bool = ..., vocab_size: _Optional[int] = ..., max_context: _Optional[int] = ..., max_running: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., max_queue: _Optional[int] = ..., kv_cache_tokens: _Optional[int] = ..., num_adapters: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., uptime_s: _Optional[float] = ..., kind: _Optional[str] = ..., trains: bool = ...) -> None: ...
