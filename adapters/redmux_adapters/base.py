@@ -13,7 +13,6 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-from .kind import model_kind
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +83,6 @@ def load_encoder(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, An
     if any(name.startswith("pooler.") for name in info["missing_keys"]):
         model.pooler = None
     return model.eval().requires_grad_(False), tokenizer
-
-
-def is_encoder(spec: str) -> bool:
-    """Returns whether the configuration of `spec` is that of an encoder, such as BERT or MPNet.
-
-    False as well where there is no configuration: `load_base` says what is wrong then.
-    """
-    try:
-        return model_kind(read_config(spec)) == "encoder"
-    except InvalidArgumentError:
-        return False
 
 
 def _cannot_load(spec: str, err: Exception) -> InvalidArgumentError:

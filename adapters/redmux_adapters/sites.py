@@ -173,7 +173,8 @@ def _linears(model: nn.Module) -> dict[str, int]:
 
     sites = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        # Not a subclass with a forward of its own, such as a router that puts out a tuple.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             sites[path] = module.out_features
         elif isinstance(module, Conv1D):
             sites[path] = module.nf

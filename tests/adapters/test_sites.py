@@ -59,7 +59,8 @@ ENCODERS = {"bert", "distilbert", "mpnet", "roberta", "xlm-roberta"}
 def tiny(model_type, **changes):
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type][0], **changes})
+    options = FAMILIES[model_type][0] if model_type in FAMILIES else LLAMA
+    config = AutoConfig.for_model(model_type, **{**options, **changes})
     torch.manual_seed(0)
     kind = AutoModel if model_type in ENCODERS else AutoModelForCausalLM
     return kind.from_config(config).eval()
@@ -283,6 +284,15 @@ def test_editable_sites_need_no_knowledge_of_the_architecture():
     known = editable_sites(model)
     model.config.model_type = "mamba"
     assert editable_sites(model) == known
+
+
+def test_a_linear_that_puts_out_a_tuple_is_no_site():
+    """Phi-MoE's router is a subclass of nn.Linear with a forward of its own."""
+    model = tiny("phimoe")
+    routers = [path for path, _ in model.named_modules() if path.endswith(".router")]
+    assert len(routers) == LAYERS
+    assert not set(routers) & set(editable_sites(model))
+    assert "model.layers.0.self_attn.o_proj" in editable_sites(model)
 
 
 def test_a_model_without_one_list_of_layers_is_refused():

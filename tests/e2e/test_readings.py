@@ -17,7 +17,6 @@ from redmux import (
     NotFoundError,
 )
 from redmux_adapters import Adapter, Head, HeadConfig, to_bytes
-from redmux_adapters.base import is_encoder
 
 
 @pytest.fixture(scope="session")
@@ -32,10 +31,7 @@ async def server(start_server, encoder):
     )
 
 
-async def test_the_kind_follows_from_the_configuration(encoder, tiny_folder, client, server):
-    assert is_encoder(str(encoder.folder))
-    assert not is_encoder(str(tiny_folder))
-    assert not is_encoder("no such folder")
+async def test_the_kind_follows_from_the_configuration(client):
     info = await client.info()
     assert (info.kind, info.architecture) == ("encoder", "BertModel")
     # No prompt is cut, so a step takes the longest one whatever the budget says.

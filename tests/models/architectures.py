@@ -97,6 +97,7 @@ MORE_FAMILIES = {
     "olmo3": Family(GROUPED | MIXED),
     "olmoe": Family(EXPERTS, ffn=None),
     "persimmon": Family(NEOX, "mlp.dense_4h_to_h", "self_attn.dense", _QKV),
+    "phimoe": Family(EXPERTS, ffn=None),
     "qwen2_moe": Family(EXPERTS | {"shared_expert_intermediate_size": 32}, ffn=None),
     "seed_oss": Family(LLAMA),
     "vaultgemma": Family(LLAMA | WINDOW | {"query_pre_attn_scalar": 16}),

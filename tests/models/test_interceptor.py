@@ -1,5 +1,6 @@
 """The interceptor's basics, on handlers of our own: keys, tenants, and errors as statuses."""
 
+import asyncio
 import logging
 from types import SimpleNamespace
 
@@ -180,3 +181,24 @@ async def test_a_stream_without_the_key_never_starts():
         await handler.unary_stream(b"", context)
     assert context.aborted[0] is grpc.StatusCode.UNAUTHENTICATED
     assert started == context.written == []
+
+
+async def test_a_client_that_goes_away_during_a_write_is_no_error_of_the_server(caplog):
+    closed = []
+
+    async def method(request, context):
+        try:
+            yield "a"
+            raise AssertionError("the method was asked for more")
+        finally:
+            closed.append(True)
+
+    class Gone(Context):
+        async def write(self, message):
+            raise grpc.aio.InternalError("Failed grpc_call_start_batch")
+
+    handler = await wrapped(grpc.unary_stream_rpc_method_handler(method))
+    context = Gone()
+    with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
+        await handler.unary_stream(b"", context)
+    assert (closed, context.aborted, caplog.text) == ([True], None, "")

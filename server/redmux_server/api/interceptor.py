@@ -104,7 +104,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 ):
                     async for reply in replies:
                         stall.begin()
-                        await context.write(reply)
+                        await _write(context, reply)
                         stall.end()
             except Exception as err:
                 await _abort(context, err)
@@ -159,6 +159,15 @@ class _Stall:
             self._timeout.reschedule(now_s)
         else:
             self._timer = self._loop.call_at(due_s, self._check)
+
+
+async def _write(context: Any, reply: Any) -> None:
+    """Writes a reply; ends the call as a cancelled one where its client is gone."""
+    try:
+        await context.write(reply)
+    except grpc.aio.InternalError:  # gRPC could not hand it over, and has nobody to tell
+        logger.debug("a client went away while a reply was written to it")
+        raise asyncio.CancelledError from None
 
 
 def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
