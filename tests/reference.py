@@ -4,17 +4,34 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
+
+LAYER_NORM = ".activation_ln"
 
 
 @contextmanager
 def edited(model, edits: Mapping[str, object]):
-    """Edits the outputs of the named modules inside the block."""
+    """Edits the outputs of the named modules inside the block, of a tuple its first.
 
-    def hook(edit):
-        return lambda module, args, h: h * edit.scale + edit.bias
+    What is named like a module, with ".activation_ln" behind, is the LayerNorm after its edit.
+    """
+
+    def hook(path):
+        def apply(module, args, output):
+            if isinstance(output, tuple):
+                return apply(module, args, output[0]), *output[1:]
+            if path in edits:
+                output = output * edits[path].scale + edits[path].bias
+            if path + LAYER_NORM in edits:
+                norm = edits[path + LAYER_NORM]
+                output = F.layer_norm(output, (norm.dim,), norm.scale, norm.bias)
+            return output
+
+        return apply
 
     handles = [
-        model.get_submodule(path).register_forward_hook(hook(edit)) for path, edit in edits.items()
+        model.get_submodule(path).register_forward_hook(hook(path))
+        for path in {path.removesuffix(LAYER_NORM) for path in edits}
     ]
     try:
         yield

@@ -11,9 +11,19 @@ from .fingerprint import fingerprint
 from .head import Head, HeadConfig
 from .header import Limits
 from .prompt import PromptFormat, Turn
-from .sites import Position, addressable_sites, editable_sites, ffn_sites, red_sites
+from .sites import (
+    LAYER_NORM,
+    Position,
+    addressable_sites,
+    editable_sites,
+    ffn_sites,
+    linear_sites,
+    red_sites,
+    with_layer_norms,
+)
 
 __all__ = [
+    "LAYER_NORM",
     "Adapter",
     "AdapterMetadata",
     "Edit",
@@ -29,6 +39,7 @@ __all__ = [
     "editable_sites",
     "ffn_sites",
     "fingerprint",
+    "linear_sites",
     "load_base",
     "load_seq2seq_base",
     "parse_adapter",
@@ -37,5 +48,6 @@ __all__ = [
     "red_sites",
     "summarize",
     "to_bytes",
+    "with_layer_norms",
     "write_folder",
 ]

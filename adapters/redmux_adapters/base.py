@@ -13,7 +13,6 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2"

@@ -17,7 +17,7 @@ from .files import check_sites, read_adapter
 from .fingerprint import fingerprint
 from .head import PROBLEM_TYPES
 from .show import describe, plot, table
-from .sites import POSITIONS, addressable_sites, editable_sites, red_sites
+from .sites import POSITIONS, addressable_sites, editable_sites, red_sites, with_layer_norms
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +132,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     model = None if arguments.base is None else load_any(arguments.base)
     if model is not None:
         check_base(adapter, fingerprint(model))
-        check_sites(adapter.sites, addressable_sites(model))
+        check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
     print(f"ok {_summary(adapter)}")
     if model is not None:
         _warn_of_blocks(adapter, model)
@@ -182,12 +182,12 @@ def _summary(adapter: Adapter) -> str:
 
 
 def _warn_of_blocks(adapter: Adapter, model: nn.Module) -> None:
-    """Says which sites no server edits yet: outputs of anything but linear modules."""
-    others = sorted(adapter.sites.keys() - editable_sites(model).keys())
+    """Says which sites no server edits yet: norms and activations."""
+    others = sorted(adapter.sites.keys() - with_layer_norms(editable_sites(model)).keys())
     if others:
         print(
-            f"note: servers edit linear modules only and will refuse {len(others)} sites, such as "
-            f"{others[0]}; `redmux adapters fold` may take them",
+            "note: servers edit linear modules and sums with the residual only and will refuse "
+            f"{len(others)} sites, such as {others[0]}; `redmux adapters fold` may take them",
             file=sys.stderr,
         )
 

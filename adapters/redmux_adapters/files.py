@@ -262,8 +262,8 @@ def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> N
     expected = expected_sites.get(site)
     if expected is None and any(path.startswith(f"{site}.") for path in expected_sites):
         raise InvalidAdapterError(
-            f"{shown(site)} is a block of modules; only outputs of single linear modules can be "
-            "edited here, such as those inside it"
+            f"{shown(site)} is a block of modules whose output cannot be edited here; those of the "
+            "linear modules inside it can"
         )
     if expected is None:
         near = difflib.get_close_matches(site, expected_sites, n=3) or list(expected_sites)[:1]

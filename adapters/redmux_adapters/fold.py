@@ -13,7 +13,7 @@ from .architectures import Stack, is_known, stacks_of
 from .files import check_sites
 from .fingerprint import fingerprint
 from .head import Head
-from .sites import addressable_sites, is_norm, site_path
+from .sites import LAYER_NORM, addressable_sites, is_norm, site_path, with_layer_norms
 from .strictjson import shown
 
 # What configurations call the biases that their linear modules may have or not.
@@ -47,7 +47,7 @@ def fold(adapter: Adapter, model: Any) -> Any:
     has no place for an edit or the head.
     """
     check_base(adapter, fingerprint(model))
-    check_sites(adapter.sites, addressable_sites(model))
+    check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
     modules = dict(model.named_modules())
     # A module acts before the block around it, which has the shorter path.
     sites = sorted(adapter.edits, key=lambda site: -site.count("."))
@@ -65,6 +65,11 @@ def fold(adapter: Adapter, model: Any) -> Any:
 
 
 def _step(model: Any, site: str, edit: Edit) -> _Step:
+    if site.endswith(LAYER_NORM):
+        raise InvalidAdapterError(
+            f"{shown(site)} is a LayerNorm behind an edit, whose mean and variance depend on the "
+            "token, so no weight can hold it; serve the adapter instead"
+        )
     modules = dict(model.named_modules())
     if is_norm(modules[site]) or _is_linear(modules[site]):
         return _Step(site, edit, before=False)

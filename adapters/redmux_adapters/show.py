@@ -10,6 +10,7 @@ import torch
 from redmux.errors import FailedPreconditionError
 
 from .adapter import Adapter, Edit
+from .sites import LAYER_NORM
 
 Layer = tuple[str, int | None]  # the site without its layer's number, and that number
 
@@ -121,7 +122,8 @@ def _variant(adapter: Adapter) -> str:
         (False, True): "bias only",
         (False, False): "none, it changes nothing",
     }
-    return names[scales, biases]
+    with_norms = any(path.endswith(LAYER_NORM) for path in adapter.edits)
+    return names[scales, biases] if not with_norms else "scale and bias, then a LayerNorm"
 
 
 def _in_order_of_layers(path: str) -> list[tuple[int, str]]:

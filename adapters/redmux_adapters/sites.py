@@ -1,6 +1,6 @@
 """Where a model can be edited: the module paths and output sizes that adapters address."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -12,6 +12,9 @@ from .architectures import Stack, is_known, stacks_of
 # The RED authors' names (`op_position`); "more" is their RED++.
 Position = Literal["ffn", "attn", "ffn_attn", "more", "res", "res_with_attn"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
+# What follows a site's path in that of the LayerNorm behind its edit, the authors' variant "ln".
+# It is no module of the base model: the adapter brings all of it.
+LAYER_NORM = ".activation_ln"
 
 
 def ffn_sites(model: nn.Module) -> dict[str, int]:
@@ -57,12 +60,12 @@ def red_sites(
     return sites
 
 
-def editable_sites(model: nn.Module) -> dict[str, int]:
+def linear_sites(model: nn.Module) -> dict[str, int]:
     """Returns {module path: output size} of every linear module in the model's layers.
 
-    That is what a server edits: attention and FFN projections, neither embeddings nor the output
-    head. Ask right after loading, as for `ffn_sites`. A model that the table does not know has to
-    have one list of layers, else InvalidArgumentError is raised.
+    Those are attention and FFN projections, neither embeddings nor the output head. Ask right
+    after loading, as for `ffn_sites`. A model that the table does not know has to have one list of
+    layers, else InvalidArgumentError is raised.
     """
     config: Any = model.config
     if is_known(config.model_type):
@@ -73,11 +76,28 @@ def editable_sites(model: nn.Module) -> dict[str, int]:
     return {path: dim for path, dim in _linears(model).items() if path.startswith(starts)}
 
 
+def editable_sites(model: nn.Module) -> dict[str, int]:
+    """Returns {module path: output size} of all that a server edits.
+
+    Those are `linear_sites` and, for known architectures, the sums with the residual. Raises as
+    `linear_sites` does.
+    """
+    config: Any = model.config
+    sites = linear_sites(model)
+    if is_known(config.model_type):
+        hidden_size = config.get_text_config().hidden_size
+        for stack in stacks_of(config.model_type):
+            for layer in range(_depth(model, stack)):
+                for part in (stack.res, *stack.res_attn):
+                    sites[site_path(stack, layer, part)] = hidden_size
+    return sites
+
+
 def addressable_sites(model: nn.Module) -> dict[str, int]:
     """Returns {module path: output size} of all that an adapter for this model may name.
 
-    Those are `editable_sites`, the norms, and for known architectures the sums with the residual
-    and the activations inside the FFN, which no server edits yet.
+    Those are `editable_sites`, the norms, and for known architectures the activations inside the
+    FFN, which no server edits yet.
     """
     config: Any = model.config
     sites = editable_sites(model)
@@ -86,15 +106,17 @@ def addressable_sites(model: nn.Module) -> dict[str, int]:
             sites[path] = module.weight.shape[0]
     if not is_known(config.model_type):
         return sites
-    hidden_size = config.get_text_config().hidden_size
     for stack in stacks_of(config.model_type):
         for layer in range(_depth(model, stack)):
-            for part in (stack.res, *stack.res_attn):
-                sites.setdefault(site_path(stack, layer, part), hidden_size)
             ffn = model.get_submodule(site_path(stack, layer, stack.ffn))
             if stack.act:
                 sites.setdefault(site_path(stack, layer, stack.act), _num_inputs(ffn))
     return sites
+
+
+def with_layer_norms(sites: Mapping[str, int]) -> dict[str, int]:
+    """Returns the sites with a LayerNorm behind each, which has the size of its site."""
+    return {path + end: dim for path, dim in sites.items() for end in ("", LAYER_NORM)}
 
 
 def site_path(stack: Stack, layer: int, part: str) -> str:

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from redmux.errors import InvalidArgumentError
-from redmux_adapters import Adapter, addressable_sites, editable_sites, ffn_sites, fingerprint
+from redmux_adapters import (
+    Adapter,
+    addressable_sites,
+    editable_sites,
+    ffn_sites,
+    fingerprint,
+    linear_sites,
+    with_layer_norms,
+)
 from redmux_adapters.sites import POSITIONS, red_sites
 
 HIDDEN, LAYERS = 16, 2
@@ -84,9 +92,9 @@ def test_ffn_sites_are_the_output_projections(family):
     assert ffn_sites(model) == {path.format(layer): HIDDEN for layer in range(LAYERS)}
 
 
-def test_editable_sites_are_all_linears_of_the_layers_and_no_others(family):
+def test_linear_sites_are_all_linears_of_the_layers_and_no_others(family):
     model_type, model = family
-    sites = editable_sites(model)
+    sites = linear_sites(model)
     assert len(sites) == LAYERS * FAMILIES[model_type][2]
     assert set(ffn_sites(model)) <= set(sites)
     layers = FAMILIES[model_type][1].partition("{}")[0]
@@ -121,15 +129,24 @@ def test_sizes_are_what_the_modules_put_out(family):
     assert put_out(model, sites) == sites
 
 
-def test_every_position_is_addressable(family):
+def test_every_position_is_editable_and_nothing_else_but_linears(family):
     _, model = family
+    editable = editable_sites(model)
+    assert editable.items() <= addressable_sites(model).items()
+    found = linear_sites(model)
     for position in POSITIONS:
         try:
             sites = red_sites(model, position)
         except InvalidArgumentError:
             assert position == "res_with_attn"
         else:
-            assert sites.items() <= addressable_sites(model).items()
+            assert sites.items() <= editable.items()
+            found |= sites
+    assert found == editable
+
+
+def test_a_layer_norm_has_the_size_of_its_site():
+    assert with_layer_norms({"a.b": 3}) == {"a.b": 3, "a.b.activation_ln": 3}
 
 
 # What the regular expressions of the authors' model.py match in RoBERTa, GPT-2 and T5.
@@ -169,7 +186,7 @@ def test_excluded_layers_are_those_of_the_authors_code(excluded):
 def test_encoder_decoders_have_the_sites_of_both_stacks(changes):
     model = tiny_t5(**changes)
     assert set(red_sites(model, "ffn")) == {p for p, _ in model.named_modules() if "wo" in p}
-    assert len(editable_sites(model)) == LAYERS * (4 + 8) + LAYERS * 2 * (3 if changes else 2)
+    assert len(linear_sites(model)) == LAYERS * (4 + 8) + LAYERS * 2 * (3 if changes else 2)
     sites = addressable_sites(model)
     assert put_out(model, sites, decoder_input_ids=torch.tensor([[0, 1]])) == sites
     assert red_sites(model, "res_with_attn").items() <= sites.items()
@@ -281,9 +298,9 @@ def test_the_paper_s_site_of_an_unknown_architecture_is_refused_by_name():
 
 def test_editable_sites_need_no_knowledge_of_the_architecture():
     model = tiny("llama")
-    known = editable_sites(model)
+    known = linear_sites(model)
     model.config.model_type = "mamba"
-    assert editable_sites(model) == known
+    assert editable_sites(model) == linear_sites(model) == known
 
 
 def test_a_linear_that_puts_out_a_tuple_is_no_site():

@@ -15,7 +15,7 @@ from conftest import save_tiny_model
 from official import official
 
 from redmux import AsyncClient
-from redmux_adapters import Adapter, load_base, to_bytes
+from redmux_adapters import Adapter, load_base, load_seq2seq_base, to_bytes
 from redmux_adapters.convert import Options, Target, convert
 
 # Largest difference of a logit, relative to the largest logit of its row: fp32 sums in two orders.
@@ -27,6 +27,10 @@ LLAMA2_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
     "num_key_value_heads": 32, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
     "num_hidden_layers": 32,
+}  # fmt: skip
+T5_BASE = {
+    "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_heads": 12, "num_layers": 12,
+    "decoder_start_token_id": 0,
 }  # fmt: skip
 BYTES = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -75,7 +79,8 @@ class Logits:
         logits = self._forward(work)
         drawn = [item.request for item in work if item.samples]
         for request, row in zip(drawn, logits, strict=True):
-            key = request.adapter and request.adapter.digest, tuple(request.token_ids)
+            ids = (*request.source_ids, *request.token_ids)
+            key = request.adapter and request.adapter.digest, ids
             self.rows[key] = row.clone()
         return logits
 
@@ -89,9 +94,23 @@ def difference(row, want):
     return float((row - want).abs().max() / want.abs().max())
 
 
+@torch.inference_mode()
+def next_logits(model, source, drawn):
+    """What plain transformers computes behind a prompt and the tokens drawn so far."""
+    if model.config.is_encoder_decoder:
+        target = torch.tensor([[model.config.decoder_start_token_id, *drawn]])
+        inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": target}
+    else:
+        inputs = {"input_ids": torch.tensor([[*source, *drawn]])}
+    return model(**inputs, use_cache=False).logits[0, -1]
+
+
 async def check_served(config, names, num_layers, start_server, tmp_path, monkeypatch):
     """Base model and adapters, alone and mixed: bits, logits and tokens."""
-    folder = save_tiny_model(tmp_path, config, gain=1)
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    folder = save_tiny_model(tmp_path, config, gain=1, kind=kind)
     server = await start_server(
         model=str(folder), max_running=16, max_batch_tokens=24, max_context=128,
         prefix_cache=False,
@@ -112,19 +131,22 @@ async def check_served(config, names, num_layers, start_server, tmp_path, monkey
     assert len(alone_rows) == len(work) * NUM_TOKENS
     assert alone_rows.keys() == mixed_rows.keys()
     assert all(torch.equal(row, mixed_rows[key]) for key, row in alone_rows.items())
-    model, tokenizer = load_base(str(folder))
+    load = load_seq2seq_base if config.is_encoder_decoder else load_base
+    model, tokenizer = load(str(folder))
+    start = (config.decoder_start_token_id,) if config.is_encoder_decoder else ()
     for (prompt, name), one, other in zip(work, alone, mixed, strict=True):
-        ids = tokenizer(prompt)["input_ids"]
-        with by_hand(model, edits.get(name, {})), torch.inference_mode():
-            for token_id in one.token_ids:
-                want = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-                row = alone_rows[digests[name], tuple(ids)]
+        source = tokenizer(prompt)["input_ids"]
+        with by_hand(model, edits.get(name, {})):
+            for i, token_id in enumerate(one.token_ids):
+                drawn = one.token_ids[:i]
+                want = next_logits(model, source, drawn)
+                row = alone_rows[digests[name], (*source, *start, *drawn)]
                 assert difference(row, want) < TOLERANCE
                 assert int(want.argmax()) == token_id
-                ids.append(token_id)
         assert one == other
     # An adapter that was not applied would be seen: it changes far more than the tolerance.
-    base_row, *rows = (alone_rows[d, tuple(tokenizer("x")["input_ids"])] for d in digests.values())
+    first = (*tokenizer("x")["input_ids"], *start)
+    base_row, *rows = (alone_rows[digest, first] for digest in digests.values())
     assert all(difference(row, base_row) > 50 * TOLERANCE for row in rows)
 
 
@@ -153,3 +175,19 @@ async def test_red_of_llama_2_7b_cut_to_two_layers(start_server, tmp_path, monke
 
     config = LlamaConfig(**LLAMA2_7B | BYTES | {"num_hidden_layers": 2})
     await check_served(config, ["llama2-7b"], 2, start_server, tmp_path, monkeypatch)
+
+
+async def test_red_of_t5_base_cut_to_two_layers(start_server, tmp_path, monkeypatch):
+    from transformers import T5Config
+
+    config = T5Config(**T5_BASE | BYTES | {"num_layers": 2})
+    await check_served(config, ["t5-base-qnli"], 2, start_server, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+async def test_red_of_t5_base_whole(start_server, tmp_path, monkeypatch):
+    from transformers import T5Config
+
+    config = T5Config(**T5_BASE)
+    await check_served(config, ["t5-base-qnli"], 12, start_server, tmp_path, monkeypatch)

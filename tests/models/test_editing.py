@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
-from redmux_server.models.editing import Editing, SiteColumns, StepRows
+from redmux_server.models.editing import Editing, SiteColumns, StepRows, TableRows
+from redmux_server.models.row_edit import torch_edit
 
 LAYOUT = {"up": SiteColumns(3, 12), "down": SiteColumns(30, 7)}
 WIDTH = 50
@@ -101,6 +103,42 @@ def test_an_edit_has_the_bits_of_one_addcmul_alone_and_mixed(dim):
     with editing.step(StepRows(rows, 7, [(7, 15, 7), (15, 20, 8)])):
         got = model["site"](h.clone()[None])[0]
     assert torch.equal(got, alone)
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+def test_a_layer_norm_follows_the_edit_of_the_requests_that_have_it(by_table):
+    dim, tokens = 20, 12
+    layout = {
+        "site": SiteColumns(1, dim),
+        "site.activation_ln": SiteColumns(45, dim, is_norm=True),
+    }
+    generator = torch.Generator().manual_seed(0)
+    rows, h = torch.randn(5, 90, generator=generator), torch.randn(tokens, dim, generator=generator)
+    rows[0, 1:21], rows[0, 21:41] = 1, 0  # the identity of a bank
+    rows[:, 85] = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
+    owner = [1, 2, 3, *[4] * 4, *[3] * 5]
+    want = h * rows[owner, 1:21] + rows[owner, 21:41]
+    for t, row in enumerate(owner):
+        if rows[row, 85]:
+            want[t] = F.layer_norm(want[t], (dim,), rows[row, 45:65], rows[row, 65:85])
+    step = StepRows(rows[[1, 2, 3, 4, 3]], 3, [(3, 7, 3), (7, 12, 4)])
+    if by_table:
+        step = TableRows(rows, torch.tensor(owner, dtype=torch.int32), torch_edit)
+    model = nn.ModuleDict({"site": nn.Identity()})
+    editing = Editing(model)
+    editing.install(layout)
+    with editing.step(step):
+        got = model["site"](h.clone()[None])[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for first, last, place in ((0, 1, 0), (1, 2, 1), (3, 7, 3), (7, 12, 4)):  # alone
+        with editing.step(StepRows(step_rows(rows, place), 0, [(0, last - first, 0)])):
+            alone = model["site"](h[first:last].clone()[None])[0]
+        assert torch.equal(alone, got[first:last])
+
+
+def step_rows(rows, place):
+    """The row of the request that is the `place`-th of the test above."""
+    return rows[[1, 2, 3, 4, 3]][place : place + 1]
 
 
 def test_without_a_step_outputs_are_untouched():

@@ -5,7 +5,7 @@ import torch
 from conftest import save_tiny_model
 from reference import edited
 
-from redmux_adapters import Adapter, Edit, editable_sites, load_base
+from redmux_adapters import Adapter, Edit, editable_sites, load_base, with_layer_norms
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.engine.blocks import BlockPool
@@ -45,12 +45,12 @@ def family(request, tmp_path_factory):
     server = ServerConfig(model=str(folder), kv_cache_tokens=1024)
     loaded = load.load_causal(server, choose(server))
     torch.set_num_threads(threads)
-    return plain, loaded, editable_sites(plain)
+    return plain, loaded, with_layer_norms(editable_sites(plain))
 
 
 def adapter(sites, seed):
     generator = torch.Generator().manual_seed(seed)
-    chosen = list(sites)[seed % 3 :: 2] if seed else list(sites)
+    chosen = list(sites)[seed % 3 :: 3] if seed else list(sites)
     return Adapter(
         "base",
         {

@@ -22,7 +22,12 @@ DIMS = (16, 20, 64, 576)
 
 
 NOTHING, NOBODY = np.zeros((1, 0), np.float32), np.zeros(90, np.int32)
-UNEDITED = np.full(2, -1)
+UNEDITED = np.full((2, 2), -1)
+
+
+def at(*starts):
+    """Where the vectors of sites lie, which have no LayerNorm."""
+    return np.array([[start, -1] for start in starts])
 
 
 @njit(parallel=True)
@@ -61,8 +66,9 @@ def norm(x, weight, eps, out, threads=2):
     _norm(threads, x, weight, eps, out, out, steps_of(x))
 
 
-def add_norm(x, y, rows, row_of, start, weight, eps, out, threads=2):
-    _add_norm(threads, x, y, rows, row_of, start, weight, eps, out, out, steps_of(x))
+def add_norm(x, y, rows, row_of, start, weight, eps, out, threads=2, sum_start=-1):
+    starts, of_sum = at(start, sum_start)
+    _add_norm(threads, x, y, rows, row_of, starts, of_sum, weight, eps, out, out, steps_of(x))
 
 
 def gate(gate_up, out, rows=NOTHING, row_of=NOBODY, starts=UNEDITED, threads=2):
@@ -135,6 +141,31 @@ def test_each_row_is_edited_by_its_owner_then_added_then_normalised(dim):
     np.testing.assert_allclose(out, rms(want, weight), rtol=2e-5, atol=2e-6)
 
 
+def test_the_sum_is_edited_before_it_is_normalised():
+    x, y, weight, rows = randn(1, 9, 20), randn(2, 9, 20), randn(3, 20), randn(4, 5, 100)
+    owners, out = np.array([0, 4, 4, 1, 3, 2, 0, 1, 4], np.int32), np.empty_like(x)
+    own = rows[owners].astype(np.float64)
+    want = own[:, 50:70] * (x + (own[:, 3:23] * y + own[:, 23:43])) + own[:, 70:90]
+    add_norm(x, y, rows, owners, 3, weight, EPS, out, sum_start=50)
+    np.testing.assert_allclose(x, want, atol=4e-6)
+    np.testing.assert_allclose(out, rms(want, weight), rtol=4e-5, atol=4e-6)
+
+
+def test_a_layer_norm_behind_an_edit_is_the_formula_where_the_row_has_it_and_nothing_elsewhere():
+    y, rows = 3 * randn(1, 6, 20) + 1, randn(2, 3, 84)
+    owners = np.array([2, 0, 1, 1, 0, 2], np.int32)
+    rows[:, 83] = [0, 1, 1]  # the switch behind weight and bias
+    own, edited = rows[owners].astype(np.float64), y.copy()
+    want = own[:, 2:22] * y + own[:, 22:42]
+    mean, variance = want.mean(-1, keepdims=True), want.var(-1, keepdims=True)
+    normed = (want - mean) / np.sqrt(variance + 1e-5) * own[:, 43:63] + own[:, 63:83]
+    _edit(2, edited, np.array([20]), rows, owners, np.array([[2, 43]]))
+    np.testing.assert_allclose(edited, np.where(own[:, 83:] == 1, normed, want), atol=5e-6)
+    without = y.copy()
+    _edit(2, without, np.array([20]), rows, owners, np.array([[2, -1]]))
+    np.testing.assert_array_equal(edited[owners == 0], without[owners == 0])
+
+
 def test_without_an_edit_rows_are_just_added():
     x, y, weight = randn(1, 9, 64), randn(2, 9, 64), randn(3, 64)
     want, out = x + y, np.empty_like(x)
@@ -167,7 +198,7 @@ def test_an_edit_touches_its_columns_only():
     y, rows, owners = randn(1, 6, 50), randn(2, 3, 40), np.array([2, 0, 1, 1, 0, 2], np.int32)
     want = y.copy()
     want[:, 10:26] = rows[owners, 5:21] * y[:, 10:26] + rows[owners, 21:37]
-    _edit(2, y, np.array([10, 16, 24]), rows, owners, np.array([-1, 5, -1]))
+    _edit(2, y, np.array([10, 16, 24]), rows, owners, at(-1, 5, -1))
     np.testing.assert_allclose(y, want, atol=2e-6)
     np.testing.assert_array_equal(y[:, :10], want[:, :10])
     np.testing.assert_array_equal(y[:, 26:], want[:, 26:])
@@ -179,7 +210,7 @@ def test_gate_and_up_are_edited_before_they_meet():
     want = gate_up.astype(np.float64)
     want[:, :16] = rows[owners, 3:19] * want[:, :16] + rows[owners, 19:35]
     want[:, 16:] = rows[owners, 36:52] * want[:, 16:] + rows[owners, 52:68]
-    gate(gate_up, out, rows, owners, np.array([3, 36]))
+    gate(gate_up, out, rows, owners, at(3, 36))
     left, right = want[:, :16], want[:, 16:]
     np.testing.assert_allclose(out, left / (1 + np.exp(-left)) * right, rtol=1e-5, atol=1e-6)
 

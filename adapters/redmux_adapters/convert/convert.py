@@ -15,7 +15,7 @@ from ..config import AdapterMetadata
 from ..files import check_sites
 from ..head import KINDS, Head
 from ..prompt import PromptFormat
-from ..sites import addressable_sites
+from ..sites import addressable_sites, with_layer_norms
 from ..strictjson import shown
 from .bitfit import read_bitfit
 from .classifier import is_classifier, read_classifier
@@ -108,7 +108,7 @@ def convert_tensors(
         head,
     )
     if target.model is not None:
-        check_sites(adapter.sites, addressable_sites(target.model))
+        check_sites(adapter.sites, with_layer_norms(addressable_sites(target.model)))
     return Converted(adapter, kind)
 
 

@@ -8,31 +8,33 @@ from torch import Tensor
 from redmux.errors import InvalidAdapterError
 
 from ..adapter import Edit
+from ..sites import LAYER_NORM
 from ..strictjson import shown
 
 MARK = ".delta_vector."
-_KINDS = {"activation_scaling": "scale", "activation_bias": "bias"}
+# The ending of an entry: of which site, counted from the edited module, it is which vector.
+_KINDS = {
+    "activation_scaling": ("", "scale"),
+    "activation_bias": ("", "bias"),
+    "activation_ln.weight": (LAYER_NORM, "scale"),
+    "activation_ln.bias": (LAYER_NORM, "bias"),
+}
 _WRAPPERS = ("module.", "base_model.")  # DataParallel's and the authors' own wrapper class
 
 
 def read_delta_vector(tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
     """Returns the edits of `<module path>.delta_vector.activation_{scaling,bias}`, each [1, dim].
 
-    The variant "ln", which normalises what it has edited, is refused: mean and variance depend on
-    the token, and an edit does not.
+    The variant "ln" has a LayerNorm besides, `activation_ln.{weight,bias}`, each [dim], which
+    becomes a site of its own behind that of the edit.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         site, _, ending = name.partition(MARK)
-        if ending.startswith("activation_ln."):
-            raise InvalidAdapterError(
-                f"{shown(name)} is of RED's variant 'ln', a LayerNorm after the edit; its "
-                "mean and variance depend on the token, so it is no scale and bias"
-            )
         if ending not in _KINDS:
             raise InvalidAdapterError(
-                f"unexpected entry {shown(name)}; names end in {MARK}activation_scaling or "
-                f"{MARK}activation_bias"
+                f"unexpected entry {shown(name)}; names end in one of "
+                f"{', '.join(MARK + kind for kind in _KINDS)}"
             )
         if tensor.numel() != tensor.shape[-1]:
             raise InvalidAdapterError(
@@ -40,7 +42,9 @@ def read_delta_vector(tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
             )
         while site.startswith(_WRAPPERS):
             site = site.partition(".")[2]
-        vectors, kind = found.setdefault(site, {}), _KINDS[ending]
+        end, kind = _KINDS[ending]
+        site += end
+        vectors = found.setdefault(site, {})
         if kind in vectors:
             raise InvalidAdapterError(f"'{site}.{kind}' occurs twice, under different prefixes")
         vectors[kind] = tensor.reshape(-1).float()

@@ -11,7 +11,7 @@ from redmux.errors import InvalidArgumentError
 
 from ..base import load_base, load_encoder, load_seq2seq_base
 from ..fingerprint import fingerprint
-from ..sites import POSITIONS, editable_sites, red_sites
+from ..sites import POSITIONS, linear_sites, red_sites
 from .examples import Kind
 
 
@@ -53,19 +53,14 @@ class TrainingBase:
         """
         numbers = _parse_layers(layers)
         if sites in POSITIONS:
-            chosen = red_sites(self.model, sites, layers=numbers)
-            if not chosen.keys() <= editable_sites(self.model).keys():
-                raise InvalidArgumentError(
-                    f"sites: {sites!r} are sums with the residual, which no server edits"
-                )
-            return chosen
-        editable = editable_sites(self.model)
-        chosen = {}
+            return red_sites(self.model, sites, layers=numbers)
+        linears = linear_sites(self.model)
+        chosen: dict[str, int] = {}
         for pattern in ("*" if sites == "all" else sites).split(","):
-            found = {s: d for s, d in editable.items() if fnmatchcase(s, pattern.strip())}
+            found = {s: d for s, d in linears.items() if fnmatchcase(s, pattern.strip())}
             if not found:
                 raise InvalidArgumentError(
-                    f"sites: no editable module matches {pattern!r}; one is {next(iter(editable))}"
+                    f"sites: no linear module matches {pattern!r}; one is {next(iter(linears))}"
                 )
             chosen |= found
         if numbers is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from redmux_adapters import Edit
+from redmux_adapters import LAYER_NORM, Edit
 from redmux_server.models.editing import SiteColumns
 
 IDENTITY = 0  # slot of the bare base model: scale 1, bias 0
@@ -16,6 +16,8 @@ IDENTITY = 0  # slot of the bare base model: scale 1, bias 0
 
 class AdapterBank:
     """One matrix [rows, width]; a row is an adapter's scale and bias of every site in turn.
+
+    Where a site is the LayerNorm behind an edit, a switch follows: 1 for adapters that have it.
 
     An adapter that is acquired gets a slot, keyed by its digest and counted by the requests that
     use it; once nobody does, its row is kept until another adapter needs the place, least recently
@@ -128,7 +130,8 @@ class AdapterBank:
             return
         width = self._table.shape[1]
         for site in fresh:
-            self.layout[site] = SiteColumns(width, self._site_dims[site])
+            is_norm = site.endswith(LAYER_NORM)
+            self.layout[site] = SiteColumns(width, self._site_dims[site], is_norm)
             width = self.layout[site].stop
         while self.num_resident + 1 >= self._limit(width) and self._evict() is not None:
             pass
@@ -177,6 +180,8 @@ class AdapterBank:
             columns.scale_of(values)[:] = 1 if edit is None else edit.scale
             if edit is not None:
                 columns.bias_of(values)[:] = edit.bias
+                if columns.is_norm:
+                    columns.switch_of(values)[:] = 1
         self._table[row].copy_(values[0])
         self.num_fills += 1
 

@@ -25,12 +25,13 @@ from redmux_server.models.row_kernels import (
 from redmux_server.models.vector import FASTMATH, Array
 
 LINEARS_PER_LAYER = 4  # q k v, o, gate up, down
-# Columns of `Step.starts`: where the vectors of a layer's sites lie in a row of the bank.
+# Of `Step.starts`: where the vectors of a layer's sites lie in a row of the bank.
 SITES = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    "",  # the layer itself: the residual behind its FFN
 )  # fmt: skip
-_QKV, _O, _GATE_UP, _DOWN = slice(0, 3), 3, slice(4, 6), 6
+_QKV, _O, _GATE_UP, _DOWN, _SUM, _NOWHERE = slice(0, 3), 3, slice(4, 6), 6, 7, 8
 _PHASES_PER_LAYER = 11
 
 
@@ -61,7 +62,9 @@ class Step(NamedTuple):
     tiles: Array
     rows: Array  # [bank rows, width], the vectors of adapters
     row_of: Array  # int32 [tokens]
-    starts: Array  # int64 [layers, sites], -1 for a site that nobody edits
+    # int64 [layers, sites, 2]: the edit and the LayerNorm behind it, -1 where nobody has one;
+    # behind the sites one that nobody edits.
+    starts: Array
     last: Array  # int64, the rows that go to the head
     logits: Array  # [len(last), vocab], filled; [0, vocab] leaves the head out
 
@@ -121,7 +124,7 @@ def _feed(
     multiply_some(counters[0], thread, attended, attended_steps, linears, i + 1, y, sums)
     starts = step.starts[layer]
     add_norm_some(
-        counters[1], thread, x, y, step.rows, row_of, starts[_O],
+        counters[1], thread, x, y, step.rows, row_of, starts[_O], starts[_NOWHERE],
         model.norms[2 * layer + 1], model.eps, h, narrow_h, steps,
     )  # fmt: skip
     gate_up, gated, narrow_gated = room.gate_up[:n], room.gated[:n], room.narrow_gated[:n]
@@ -132,7 +135,7 @@ def _feed(
     )  # fmt: skip
     multiply_some(counters[4], thread, narrow_gated, steps, linears, i + 3, y, sums)
     add_norm_some(
-        counters[5], thread, x, y, step.rows, row_of, starts[_DOWN],
+        counters[5], thread, x, y, step.rows, row_of, starts[_DOWN], starts[_SUM],
         model.norms[2 * layer + 2], model.eps, h, narrow_h, steps,
     )  # fmt: skip
 

@@ -9,18 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from redmux_adapters import LAYER_NORM
+from redmux_server.models.layer_norm import normalise
+
 
 @dataclass(frozen=True, slots=True)
 class SiteColumns:
-    """Where a site's vectors lie in a row of the adapter bank."""
+    """Where a site's vectors lie in a row of the adapter bank.
+
+    Of the LayerNorm behind an edit these are its weight and bias, and a switch behind them tells
+    whether the row's adapter has it at all.
+    """
 
     start: int
     dim: int
+    is_norm: bool = False
 
     @property
     def stop(self) -> int:
         """One past the last column."""
-        return self.start + 2 * self.dim
+        return self.start + 2 * self.dim + self.is_norm
 
     def scale_of(self, rows: Tensor) -> Tensor:
         """Returns the scales [requests, dim] in rows [requests, width]."""
@@ -28,7 +36,12 @@ class SiteColumns:
 
     def bias_of(self, rows: Tensor) -> Tensor:
         """Returns the biases [requests, dim] in rows [requests, width]."""
-        return rows[:, self.start + self.dim : self.stop]
+        return rows[:, self.start + self.dim : self.start + 2 * self.dim]
+
+    def switch_of(self, rows: Tensor) -> Tensor:
+        """Returns the switches [requests] in rows [requests, width]; of a LayerNorm only."""
+        assert self.is_norm
+        return rows[:, self.stop - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +92,8 @@ class Editing:
 
     One forward hook per site; sites without a hook cost nothing. Hooks run on whatever module
     stands at the path, so quantised, packed or fused linears need nothing special. Everything
-    uses the one arithmetic form `addcmul(bias, h, scale)`: another form has other bits.
+    uses the one arithmetic form `addcmul(bias, h, scale)`: another form has other bits. The
+    LayerNorm of adapters that have one there follows in the same hook.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,12 +104,13 @@ class Editing:
         # Views of the step's rows, made anew only when the composition of the batch changes.
         self._rows: Tensor | None = None
         self._vectors: dict[str, tuple[Tensor, Tensor]] = {}  # site -> scale, bias [requests, dim]
+        self._switches: dict[str, Tensor] = {}  # LayerNorm -> whether a request has it [requests]
 
     def install(self, layout: Mapping[str, SiteColumns]) -> None:
         """Hooks the sites of `layout` that have no hook yet, and takes over its columns."""
         if layout == self._columns:
             return
-        for path in layout.keys() - self._hooks.keys():
+        for path in {path.removesuffix(LAYER_NORM) for path in layout} - self._hooks.keys():
             module = self._model.get_submodule(path)
             self._hooks[path] = module.register_forward_hook(self._hook(path))
         self._columns = dict(layout)
@@ -118,20 +133,38 @@ class Editing:
                 path: (c.scale_of(rows.rows), c.bias_of(rows.rows))
                 for path, c in self._columns.items()
             }
+            self._switches = {
+                path: c.switch_of(rows.rows) for path, c in self._columns.items() if c.is_norm
+            }
         try:
             yield
         finally:
             self._step = None
 
+    def edit(self, path: str, output: Tensor) -> Tensor:
+        """Edits in place what the module at `path` would put out, for code that does not call it.
+
+        As a hook does: nothing happens outside a step, or where nobody edits.
+        """
+        if path not in self._hooks or self._step is None:
+            return output
+        norm = path + LAYER_NORM
+        if isinstance(self._step, TableRows):
+            h = output.view(-1, output.shape[-1])
+            if path in self._columns:
+                self._step.edit(h, self._step.table, self._step.rows, self._columns[path])
+            if norm in self._columns:
+                _normalise_by_table(h, self._step, self._columns[norm])
+        else:
+            if path in self._columns:
+                _edit(output, *self._vectors[path], self._step)
+            if norm in self._columns:
+                _normalise(output, *self._vectors[norm], self._switches[norm], self._step)
+        return output
+
     def _hook(self, path: str):  # type: ignore[no-untyped-def]
         def apply(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            if isinstance(self._step, TableRows):
-                columns = self._columns[path]
-                h = output.view(-1, columns.dim)
-                self._step.edit(h, self._step.table, self._step.rows, columns)
-            elif self._step is not None:
-                _edit(output, *self._vectors[path], self._step)
-            return output
+            return self.edit(path, output)
 
         return apply
 
@@ -147,3 +180,24 @@ def _edit(output: Tensor, scale: Tensor, bias: Tensor, step: StepRows) -> None:
         torch.addcmul(bias[:n], h[:n], scale[:n], out=h[:n])
     for start, stop, row in step.prefills:
         torch.addcmul(bias[row], h[start:stop], scale[row], out=h[start:stop])
+
+
+def _normalise(
+    output: Tensor, weight: Tensor, bias: Tensor, switches: Tensor, step: StepRows
+) -> None:
+    """Normalises an edited output in the rows of the adapters that say so."""
+    h = output.view(-1, weight.shape[1])
+    n = step.num_decodes
+    if n:
+        normalise(h[:n], weight[:n], bias[:n], switches[:n])
+    for start, stop, row in step.prefills:
+        normalise(h[start:stop], weight[row], bias[row], switches[row : row + 1])
+
+
+def _normalise_by_table(h: Tensor, step: TableRows, columns: SiteColumns) -> None:
+    """The same from the bank's own table, without a look at its values from the host."""
+    weight, bias = (part(step.table) for part in (columns.scale_of, columns.bias_of))
+    normalise(
+        h, weight.index_select(0, step.rows), bias.index_select(0, step.rows),
+        columns.switch_of(step.table).index_select(0, step.rows),
+    )  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from redmux_adapters import LAYER_NORM
 from redmux_server.models.accelerate import joined
 from redmux_server.models.attention import LayerRule
 from redmux_server.models.decoder_pass import SITES, Model, Room, Step, run
@@ -38,7 +39,8 @@ class FusedDecoder:
     """Runs the tokens of a step through weights taken from a transformers model.
 
     q, k, v and gate, up are one product each, norms are fused with the additions before them, and
-    the edit of an FFN or attention output happens inside that kernel, so that it costs two reads.
+    the edit of an FFN or attention output, or of the sum, happens inside that kernel, so that it
+    costs two reads.
     A step is one compiled call, see `decoder_pass`. Every row is computed as if alone.
     """
 
@@ -59,7 +61,7 @@ class FusedDecoder:
         self._packing = _packed(layers, model.lm_head, precision)
         self._model = _model(model, layers, rules, cache)
         self._layout: Mapping[str, SiteColumns] = {}
-        self._unedited = np.full((len(layers), len(SITES)), -1, np.int64)
+        self._unedited = np.full((len(layers), len(SITES) + 1, 2), -1, np.int64)
         self._starts = self._unedited
         self._room = self._new_room(_SMALLEST_ROOM)
 
@@ -120,12 +122,15 @@ class FusedDecoder:
         if layout != self._layout:
             self._layout = dict(layout)
             paths = [
-                [f"model.layers.{layer}.{site}" for site in SITES]
+                [f"model.layers.{layer}.{site}".rstrip(".") for site in SITES]
                 for layer in range(len(self._unedited))
             ]
-            self._starts = np.array(
-                [[layout[p].start if p in layout else -1 for p in row] for row in paths], np.int64
-            )
+            self._starts = self._unedited.copy()
+            for layer, row in enumerate(paths):
+                for site, path in enumerate(row):
+                    for part, end in enumerate(("", LAYER_NORM)):
+                        if path + end in layout:
+                            self._starts[layer, site, part] = layout[path + end].start
         return self._starts
 
     def _new_room(self, num_tokens: int) -> Room:

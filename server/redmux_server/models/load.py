@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
-from redmux_adapters import editable_sites, fingerprint, load_base
+from redmux_adapters import editable_sites, fingerprint, load_base, with_layer_norms
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
@@ -79,7 +79,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     model, tokenizer = load_base(config.model, choices.dtype)
     model = model.to(choices.device)
     identity = fingerprint(model)
-    sites = editable_sites(model)
+    sites = with_layer_norms(editable_sites(model))
     prepare = _on_cpu if choices.device.type == "cpu" else _on_device
     parts = prepare(config, choices, model, sites)
     reasons = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
-from redmux_adapters import editable_sites, fingerprint
+from redmux_adapters import editable_sites, fingerprint, with_layer_norms
 from redmux_adapters.base import load_encoder as load_plain
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
@@ -56,7 +56,8 @@ def load_encoder(config: ServerConfig, choices: Choices) -> EncoderModel:
             f"quantization is {config.quantization}, which serves decoders; use none for an encoder"
         )
     model, tokenizer = load_plain(config.model, choices.dtype)
-    identity, sites = fingerprint(model), editable_sites(model)
+    identity = fingerprint(model)
+    sites = with_layer_norms(editable_sites(model))
     model = model.to(choices.device)
     max_context = _max_context(config, model)
     expected = reference(model, max_context)

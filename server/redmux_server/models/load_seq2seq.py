@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from redmux.errors import FailedPreconditionError
-from redmux_adapters import Adapter, Edit, editable_sites, fingerprint, load_seq2seq_base
+from redmux_adapters import (
+    LAYER_NORM,
+    Adapter,
+    Edit,
+    editable_sites,
+    fingerprint,
+    load_seq2seq_base,
+    with_layer_norms,
+)
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
@@ -50,7 +58,8 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
             f"{model.config.model_type!r} models cannot be served; of the encoder-decoders, "
             f"t5 and mt5 can"
         )
-    identity, sites = fingerprint(model), editable_sites(model)
+    identity = fingerprint(model)
+    sites = with_layer_norms(editable_sites(model))
     expected = _plain_logits(model)
     pack_linears(model)
     bank = AdapterBank(
@@ -58,7 +67,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
         min_slots=config.max_running + 1,
     )  # fmt: skip
     editing = Editing(model)
-    runner = Seq2SeqRunner(T5(model), editing, bank, choices.num_threads)
+    runner = Seq2SeqRunner(T5(model, editing.edit), editing, bank, choices.num_threads)
     error, bit_identical = _check(model, sites, expected, choices)
     context = config.max_context or _DEFAULT_CONTEXT
     num_blocks = -(-(config.kv_cache_tokens or config.max_running * context) // BLOCK)
@@ -109,7 +118,7 @@ def _check(
     """Returns the largest error, and whether rows have the same bits alone and mixed."""
     bank = AdapterBank(sites, device=choices.device, dtype=choices.dtype, max_bytes=0, min_slots=8)
     editing = Editing(model)
-    runner = Seq2SeqRunner(T5(model), editing, bank, choices.num_threads)
+    runner = Seq2SeqRunner(T5(model, editing.edit), editing, bank, choices.num_threads)
     runner.enter_thread()
     start = model.config.decoder_start_token_id
 
@@ -135,8 +144,8 @@ def _check(
             f"the packed engine differs from the plain model by {error:.1e} relative to the "
             f"largest logit (allowed: {_TOLERANCE:g}): this model cannot be served"
         )
-    adapter = _random_adapter(sites)
-    jobs = [(ids, adapter if i % 2 else None) for i, ids in enumerate(sources)]
+    adapters = [_random_adapter(sites, seed) for seed in range(2)]
+    jobs = [(ids, [None, *adapters][i % 3]) for i, ids in enumerate(sources)]
     mixed = run(jobs)
     same = all(torch.equal(run([job])[0], row) for job, row in zip(jobs, mixed, strict=True))
     editing.remove()
@@ -150,13 +159,15 @@ def _request(source: list[int], start: int, adapter: Adapter | None) -> Request:
     )  # fmt: skip
 
 
-def _random_adapter(sites: dict[str, int]) -> Adapter:
-    generator = torch.Generator().manual_seed(1)
+def _random_adapter(sites: dict[str, int], seed: int) -> Adapter:
+    """Returns one with a LayerNorm behind every edit for odd seeds, without any for even ones."""
+    generator = torch.Generator().manual_seed(seed)
     edits = {
         site: Edit(
             1 + 0.3 * torch.randn(dim, generator=generator),
             0.1 * torch.randn(dim, generator=generator),
         )
         for site, dim in sites.items()
+        if seed % 2 or not site.endswith(LAYER_NORM)
     }
     return Adapter(base_fingerprint="self-check", edits=edits)

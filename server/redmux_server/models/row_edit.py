@@ -8,8 +8,8 @@ from redmux_server.models.editing import RowEdit, SiteColumns
 
 def torch_edit(h: Tensor, table: Tensor, rows: Tensor, columns: SiteColumns) -> None:
     """The edit in plain torch, for any device: gathers the vectors, then one addcmul."""
-    scale = table[:, columns.start : columns.start + columns.dim].index_select(0, rows)
-    bias = table[:, columns.start + columns.dim : columns.stop].index_select(0, rows)
+    scale = columns.scale_of(table).index_select(0, rows)
+    bias = columns.bias_of(table).index_select(0, rows)
     torch.addcmul(bias, h, scale, out=h)
 
 

@@ -9,6 +9,7 @@ import math
 import numpy as np
 from numba import njit
 
+from redmux_server.models.layer_norm import EPS
 from redmux_server.models.narrow import is_narrowed, narrow_row
 from redmux_server.models.phases import claim, finish
 from redmux_server.models.vector import FASTMATH, LANES, exp
@@ -17,12 +18,35 @@ _ROWS = 4  # that a thread takes at a time
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _edit_row(y, vectors, start):
-    """y = scale * y + bias; `start` is where the site's vectors lie in a row of the bank."""
-    scale = vectors[start : start + y.size]
-    bias = vectors[start + y.size : start + 2 * y.size]
+def _edit_row(y, rows, row, starts):
+    """y = scale * y + bias, then the LayerNorm of that, where the row's adapter has one.
+
+    `starts` [2] is where the vectors of edit and LayerNorm lie in a row of the bank, -1 for none.
+    """
+    if starts[0] >= 0:
+        vectors = rows[row, starts[0] : starts[0] + 2 * y.size]
+        scale, bias = vectors[: y.size], vectors[y.size :]
+        for d in range(y.size):
+            y[d] = scale[d] * y[d] + bias[d]
+    if starts[1] >= 0:
+        vectors = rows[row, starts[1] : starts[1] + 2 * y.size + 1]
+        if vectors[2 * y.size] != 0:
+            _layer_norm_row(y, vectors)
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _layer_norm_row(y, vectors):
+    total = 0.0  # fp64: nobody waits for this one
     for d in range(y.size):
-        y[d] = scale[d] * y[d] + bias[d]
+        total += y[d]
+    mean = total / y.size
+    total = 0.0
+    for d in range(y.size):
+        total += (y[d] - mean) * (y[d] - mean)
+    inverse = 1.0 / math.sqrt(total / y.size + EPS)
+    weight, bias = vectors[: y.size], vectors[y.size : 2 * y.size]
+    for d in range(y.size):
+        y[d] = np.float32((y[d] - mean) * inverse) * weight[d] + bias[d]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -74,11 +98,13 @@ def norm_some(counters, thread, x, weight, eps, out, narrow, steps):
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def add_norm_some(counters, thread, x, y, rows, row_of, start, weight, eps, out, narrow, steps):
-    """x += scale * y + bias, then as `norm_some`.
+def add_norm_some(
+    counters, thread, x, y, rows, row_of, starts, sum_starts, weight, eps, out, narrow, steps
+):
+    """Edits y, adds it to x, edits the sum, then as `norm_some` of the sum.
 
-    Token t takes its vectors from rows[row_of[t], start:], scale first; `start` -1 edits nothing.
-    `y` is scratch afterwards.
+    Token t is edited by rows[row_of[t]]; where the vectors lie there, `starts` tells for y and
+    `sum_starts` for the sum, see `_edit_row`. `y` is scratch afterwards.
     """
     n, num_done = len(x), 0
     num_items = -(-n // _ROWS)
@@ -87,10 +113,10 @@ def add_norm_some(counters, thread, x, y, rows, row_of, start, weight, eps, out,
     while item < num_items:
         for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
             xt, yt = x[t], y[t]
-            if start >= 0:
-                _edit_row(yt, rows[row_of[t]], start)
+            _edit_row(yt, rows, row_of[t], starts)
             for d in range(xt.size):
                 xt[d] += yt[d]
+            _edit_row(xt, rows, row_of[t], sum_starts)
             _norm_row(xt, weight, eps, out[t], lanes)
             narrow_row(out[t], narrow[t], steps[t])
         num_done += 1
@@ -102,7 +128,7 @@ def add_norm_some(counters, thread, x, y, rows, row_of, start, weight, eps, out,
 def gate_some(counters, thread, gate_up, rows, row_of, starts, out, narrow, steps):
     """out = silu(gate) * up, for gate_up [tokens, 2 * dim] and out [tokens, dim].
 
-    Gate and up are edited before, as in `add_norm_some`, where starts[0] and starts[1] say so.
+    Gate and up are edited before, as in `add_norm_some`, by starts[0] and starts[1].
     """
     n, width, num_done = len(out), out.shape[1], 0
     num_items = -(-n // _ROWS)
@@ -110,10 +136,8 @@ def gate_some(counters, thread, gate_up, rows, row_of, starts, out, narrow, step
     while item < num_items:
         for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
             row = gate_up[t]
-            if starts[0] >= 0:
-                _edit_row(row[:width], rows[row_of[t]], starts[0])
-            if starts[1] >= 0:
-                _edit_row(row[width:], rows[row_of[t]], starts[1])
+            _edit_row(row[:width], rows, row_of[t], starts[0])
+            _edit_row(row[width:], rows, row_of[t], starts[1])
             _gate_row(row, out[t])
             narrow_row(out[t], narrow[t], steps[t])
         num_done += 1
@@ -125,7 +149,7 @@ def gate_some(counters, thread, gate_up, rows, row_of, starts, out, narrow, step
 def edit_some(counters, thread, y, widths, rows, row_of, starts):
     """Edits columns of y [tokens, sum of widths] in place, as `add_norm_some` edits its y.
 
-    Part i is widths[i] wide and starts at starts[i] in a row, -1 for a part that is not edited.
+    Part i is widths[i] wide and edited by starts[i].
     """
     n, num_done = len(y), 0
     num_items = -(-n // _ROWS)
@@ -134,8 +158,7 @@ def edit_some(counters, thread, y, widths, rows, row_of, starts):
         for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
             at = 0
             for i in range(widths.size):
-                if starts[i] >= 0:
-                    _edit_row(y[t, at : at + widths[i]], rows[row_of[t]], starts[i])
+                _edit_row(y[t, at : at + widths[i]], rows, row_of[t], starts[i])
                 at += widths[i]
         num_done += 1
         item = claim(counters, thread, num_items)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from redmux.errors import FailedPreconditionError
-from redmux_adapters import Adapter, Edit
+from redmux_adapters import LAYER_NORM, Adapter, Edit
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
@@ -180,6 +180,7 @@ class SelfCheck:
 
 
 def _random_adapter(sites: Mapping[str, int], seed: int) -> Adapter:
+    """Returns one with a LayerNorm behind every edit for odd seeds, without any for even ones."""
     generator = torch.Generator().manual_seed(seed)
     edits = {
         site: Edit(
@@ -187,5 +188,6 @@ def _random_adapter(sites: Mapping[str, int], seed: int) -> Adapter:
             0.1 * torch.randn(dim, generator=generator),
         )
         for site, dim in sites.items()
+        if seed % 2 or not site.endswith(LAYER_NORM)
     }
     return Adapter(base_fingerprint="self-check", edits=edits)

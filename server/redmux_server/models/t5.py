@@ -1,6 +1,6 @@
 """T5: encoder and decoder over packed rows, each sequence at its exact length."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,13 @@ class T5:
     sequence: nothing is padded or masked, and no row depends on another request.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, edit: Callable[[str, Tensor], Tensor]) -> None:
+        """`edit` takes a path and what a module there would put out, and returns it edited.
+
+        It is asked at the sums with the residual, where no module is called.
+        """
         self._model = model
+        self._edit = edit
         self._heads: int = model.config.num_heads
         self._size: int = model.config.d_kv
 
@@ -45,13 +50,14 @@ class T5:
         bias = encoder.block[0].layer[0].SelfAttention
         biases = [bias.compute_bias(n, n)[0] for n in lengths]  # [heads, n, n]
         h = encoder.embed_tokens(ids)
-        for block in encoder.block:
+        for i, block in enumerate(encoder.block):
             attention, feed = block.layer
+            path = f"encoder.block.{i}.layer"
             x = attention.layer_norm(h)
             module = attention.SelfAttention
             q, k, v = (self._split(linear(x), lengths) for linear in (module.q, module.k, module.v))
-            h = h + module.o(self._join(map(_attend, q, k, v, biases)))
-            h = h + _feed(feed, h)
+            h = self._edit(f"{path}.0", h + module.o(self._join(map(_attend, q, k, v, biases))))
+            h = self._edit(f"{path}.1", h + _feed(feed, h))
         h = encoder.final_layer_norm(h)
         cross = []
         for block in self._model.decoder.block:
@@ -74,6 +80,7 @@ class T5:
         h = decoder.embed_tokens(ids)
         for i, block in enumerate(decoder.block):
             attention, crossing, feed = block.layer
+            path = f"decoder.block.{i}.layer"
             module = attention.SelfAttention
             x = attention.layer_norm(h)
             q, k, v = (self._split(linear(x), ones) for linear in (module.q, module.k, module.v))
@@ -83,12 +90,12 @@ class T5:
                 keys[:, position], values[:, position] = k[r][:, 0], v[r][:, 0]
                 stop = position + 1
                 outs.append(_attend(q[r], keys[:, :stop], values[:, :stop], biases[r]))
-            h = h + module.o(self._join(outs))
+            h = self._edit(f"{path}.0", h + module.o(self._join(outs)))
             module = crossing.EncDecAttention
             q = self._split(module.q(crossing.layer_norm(h)), ones)
             outs = [_attend(q[r], *state.cross[i], None) for r, state in enumerate(states)]
-            h = h + module.o(self._join(outs))
-            h = h + _feed(feed, h)
+            h = self._edit(f"{path}.1", h + module.o(self._join(outs)))
+            h = self._edit(f"{path}.2", h + _feed(feed, h))
         h = decoder.final_layer_norm(h)
         if getattr(self._model.config, "scale_decoder_outputs", False):  # mT5 never does
             h = h * self._model.config.d_model**-0.5
