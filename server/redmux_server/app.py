@@ -230,11 +230,7 @@ class Server:
             vocab_size=model.vocab_size,
             max_context=model.max_context,
             max_running=config.max_running,
-            max_batch_tokens=(
-                model.max_batch_tokens
-                if isinstance(model, EncoderModel)
-                else config.max_batch_tokens
-            ),
+            max_batch_tokens=model.max_batch_tokens,
             max_queue=config.max_queue,
             kv_cache_tokens=(
                 model.num_blocks * model.block_size if isinstance(model, BaseModel) else 0
@@ -278,7 +274,7 @@ def _engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metr
         scheduler = Scheduler(
             BlockPool(model.num_blocks, model.block_size),
             max_running=config.max_running,
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_tokens=model.max_batch_tokens,
             # What a decoder keeps of an answer depends on the source as well.
             prefix_cache=config.prefix_cache and model.decoder_start is None,
         )

@@ -118,15 +118,17 @@ class Metrics:
         self._training_running.set(num_running)
         self._training_waiting.set(num_waiting)
 
-    def step(self, work: Sequence[Work], num_decodes: int, duration_s: float) -> None:
-        """Observes one step after it was committed."""
+    def step(
+        self, work: Sequence[Work], num_decodes: int, num_encoded: int, duration_s: float
+    ) -> None:
+        """Observes one step after it was committed; `num_encoded` tokens were of sources."""
         self._step_s.observe(duration_s)
         self._batch_rows.observe(len(work))
         self._batch_adapters.observe(
             len({w.request.adapter.digest for w in work if w.request.adapter is not None})
         )
         self._decode_tokens.inc(num_decodes)
-        self._prefill_tokens.inc(sum(w.count for w in work) - num_decodes)
+        self._prefill_tokens.inc(sum(w.count for w in work) - num_decodes + num_encoded)
 
     def state(self, scheduler: "Scheduler", bank: "AdapterBank") -> None:
         """Sets the gauges that describe the engine after a step."""

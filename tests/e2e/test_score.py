@@ -106,6 +106,48 @@ async def test_the_prompt_is_scored_even_where_it_was_cached(base, client):
     assert len(warm.prompt.logprobs) == len(PROMPT) - 1
 
 
+async def test_many_continuations_wait_for_their_turn_and_leave_room_for_others(base, start_server):
+    server = await start_server(max_running=2, max_queue=2)
+    texts = [f" {i}" for i in range(40)]
+    most_open, submit = 0, server.engine.submit
+
+    def count(*requests):
+        nonlocal most_open
+        submit(*requests)
+        most_open = max(most_open, server.engine.num_open)
+
+    server.engine.submit = count
+    async with redmux.AsyncClient(f"127.0.0.1:{server.port}") as client:
+        one_by_one = [await client.score(PROMPT, [text]) for text in texts]
+        scores, *_ = await asyncio.gather(
+            client.score(PROMPT, texts), *(client.generate("a", max_tokens=9) for _ in range(2))
+        )
+        assert most_open <= 4
+        many = await asyncio.gather(*(client.score(PROMPT, texts) for _ in range(2)))
+    assert list(scores.continuations) == [one.continuations[0] for one in one_by_one]
+    assert [m.continuations for m in many] == [scores.continuations] * 2
+
+
+async def test_a_continuation_that_fails_fails_the_call_with_its_own_error(
+    server, client, monkeypatch
+):
+    """The second of three; the third is given up."""
+    runner = server.model.runner
+    forward = runner.forward
+
+    def spoil(work):
+        logits = forward(work)
+        if any(item.request.token_ids[-1] == 3 for item in work):
+            logits[:] = float("nan")
+        return logits
+
+    monkeypatch.setattr(runner, "forward", spoil)
+    with pytest.raises(redmux.FailedPreconditionError, match="value that is not finite"):
+        await client.score("ab", [[1, 2], [3, 4], [5, 6]])
+    while server.engine.num_open:
+        await asyncio.sleep(0)
+
+
 @pytest.mark.parametrize(
     ("prompt", "continuations", "message"),
     [

@@ -21,8 +21,9 @@ from redmux_server.engine.scheduler import Scheduler
 BLOCK = 4
 
 
-def request(num_prompt, max_tokens, tenant="t"):
+def request(num_prompt, max_tokens, tenant="t", num_source=0):
     return Request(
+        source_ids=list(range(num_source)),
         prompt_ids=list(range(num_prompt)), max_tokens=max_tokens, sampling=SamplingParams(),
         stop_token_ids=frozenset(), tenant=tenant, adapter=None, logprobs=False,
         sink=lambda event: None,
@@ -214,3 +215,34 @@ def test_a_pool_gives_all_or_nothing():
     assert pool.num_free == 3
     assert len(pool.allocate(12)) == 3
     assert pool.allocate(1) is None
+
+
+def test_a_source_takes_its_part_of_the_step_that_admits_it():
+    pool = BlockPool(40, BLOCK)
+    scheduler = Scheduler(pool, max_running=4, max_batch_tokens=20, prefix_cache=False)
+    sources = [request(1, 2, num_source=n) for n in (7, 9, 19, 2)]
+    for one in sources:
+        scheduler.submit(one)
+    steps = []
+    while scheduler.running or scheduler.num_waiting:
+        work = scheduler.plan()
+        fresh = [item.request for item in work if not item.request.num_computed]
+        assert sum(item.count for item in work) + sum(len(r.source_ids) for r in fresh) <= 20
+        steps.append([sources.index(r) for r in fresh])
+        commit(scheduler, work)
+    # The third needs a step of its own; the last, which would have fitted before, waits its turn.
+    assert [fresh for fresh in steps if fresh] == [[0, 1], [2], [3]]
+
+
+def test_a_tenant_is_charged_for_its_sources():
+    pool = BlockPool(200, BLOCK)
+    scheduler = Scheduler(pool, max_running=1, max_batch_tokens=60, prefix_cache=False)
+    served = []
+    for _ in range(8):
+        scheduler.submit(request(1, 1, "long", num_source=39))
+        scheduler.submit(request(1, 1, "short", num_source=9))
+    while scheduler.num_waiting:
+        work = scheduler.plan()
+        served += [item.request.tenant for item in work]
+        commit(scheduler, work)
+    assert served[:10].count("short") == 8

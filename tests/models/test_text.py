@@ -45,6 +45,20 @@ def test_encode_adds_the_special_tokens_that_the_tokenizer_adds(tokenizer):
     assert 0 not in codec.encode_chat(USER, None)
 
 
+@pytest.mark.parametrize("ends_itself", [False, True])
+def test_a_chat_that_an_encoder_reads_ends_like_any_text_for_it(tokenizer, ends_itself):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 0)]
+    )
+    if ends_itself:
+        tokenizer.chat_template += "<eos>"
+    ids = TextCodec(tokenizer, None, closes_chats=True).encode_chat(USER, None)
+    assert ids == tokenizer("[user]Hi[assistant]")["input_ids"]
+    assert ids.count(0) == 1
+
+
 def test_decode_leaves_special_tokens_out(codec):
     ids = codec.encode("ab")
     assert codec.decode([0, *ids, 0]) == "ab"

@@ -219,7 +219,7 @@ class GenerationService:
         self, prompt: Prompt, prompt_ids: list[int], text: str
     ) -> list[int]:
         """Returns the ids of a text that follows a prompt; see TextCodec.encode_continuation."""
-        before = prompt if isinstance(prompt, str) else None
+        before = prompt if isinstance(prompt, str) and self.decoder_start is None else None
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._tokenizing, self._codec.encode_continuation, before, prompt_ids, text

@@ -4,13 +4,15 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from redmux.errors import RedmuxError, RequestCancelledError, UnimplementedError
+from redmux.errors import InvalidArgumentError, RedmuxError, RequestCancelledError
 from redmux_server.api.generation import EventInbox, GenerationService, Prepared
 from redmux_server.api.validation import ScoreSpec, Validator
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Failed, Finished, Request, SamplingParams, Scored
 from redmux_server.metrics import Metrics
 from redmux_server.published import Published
+
+_AT_ONCE = 32  # continuations of one call that are open at the same time
 
 
 @dataclass(slots=True)
@@ -57,8 +59,11 @@ class ScoringService:
         `tenant` is who the scheduler charges; empty charges the adapter.
         """
         try:
-            if self._service.decoder_start is not None:
-                raise UnimplementedError("encoder-decoder models cannot score yet")
+            if self._service.decoder_start is not None and spec.prompt_logprobs:
+                raise InvalidArgumentError(
+                    "the encoder of the model reads the prompt, so it has no log-probabilities; "
+                    "ask for those of continuations"
+                )
             self._validator.continuations(spec)
             prepared = await self._service.prepare(spec.adapter, spec.prompt)
             continuations = [
@@ -81,32 +86,50 @@ class ScoringService:
         first = continuations[0] if continuations else []
         from_prompt = num_prompt - 1 if spec.prompt_logprobs else 0
         # The first one leaves the prompt in the cache, where the others find it.
-        request, scores = await self._one(
-            prepared, [*prepared.ids, *first], from_prompt + len(first), tenant
-        )
+        request, scores = await self._one(prepared, first, from_prompt + len(first), tenant)
         found = [scores.cut(from_prompt)] if continuations else []
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(self._one(prepared, [*prepared.ids, *ids], len(ids), tenant))
-                for ids in continuations[1:]
-            ]
-        found += [task.result()[1] for task in tasks]
+        places = asyncio.Semaphore(max(1, min(_AT_ONCE, self._engine.max_open // 2)))
+
+        async def in_turn(ids: list[int]) -> TokenScores:
+            async with places:
+                return (await self._one(prepared, ids, len(ids), tenant, waits=True))[1]
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(in_turn(ids)) for ids in continuations[1:]]
+        except ExceptionGroup as group_error:  # the first to fail has cancelled the others
+            raise group_error.exceptions[0] from None
+        found += [task.result() for task in tasks]
         prompt = scores.cut(0, from_prompt) if spec.prompt_logprobs else None
         num_cached = min(request.num_cached, num_prompt)
         return Scores(found, prompt, num_prompt, num_cached, prepared.published)
 
     async def _one(
-        self, prepared: Prepared, ids: list[int], num_scored: int, tenant: str
+        self,
+        prepared: Prepared,
+        continuation: list[int],
+        num_scored: int,
+        tenant: str,
+        *,
+        waits: bool = False,
     ) -> tuple[Request, TokenScores]:
-        """Scores the last `num_scored` of these tokens; what is behind the last is not computed."""
+        """Scores the last `num_scored` tokens of prompt and continuation, in a request of its own.
+
+        What is behind the last of them is not computed. `waits` is for a place where none is free.
+        """
+        start = self._service.decoder_start
+        ids = [*(prepared.ids if start is None else [start]), *continuation]
         events = EventInbox()
         scores = TokenScores(ids[-num_scored:])
         request = Request(
-            prompt_ids=ids[:-1], max_tokens=0, sampling=SamplingParams(),
-            stop_token_ids=frozenset(), tenant=tenant, adapter=prepared.adapter, logprobs=True,
-            sink=events.put, targets=scores.token_ids,
+            prompt_ids=ids[:-1], source_ids=() if start is None else prepared.ids, max_tokens=0,
+            sampling=SamplingParams(), stop_token_ids=frozenset(), tenant=tenant,
+            adapter=prepared.adapter, logprobs=True, sink=events.put, targets=scores.token_ids,
         )  # fmt: skip
-        self._engine.submit(request)
+        if waits:
+            await self._engine.submit_in_turn(request)
+        else:
+            self._engine.submit(request)
         try:
             while True:
                 for event in await events.take():

@@ -97,6 +97,7 @@ class Engine:
         self._open: dict[Request, _Stamps] = {}
         self._is_draining = False
         self._drained = asyncio.Event()
+        self._has_ended = asyncio.Event()  # some request, since whoever waits last looked
         self.died = asyncio.Event()
         # Written by the engine thread, read by anyone.
         self._events: list[tuple[Request, Event]] = []
@@ -144,6 +145,16 @@ class Engine:
         for request in requests:
             self._open[request] = _Stamps(time.monotonic())
             self._inbox.put(request)
+
+    async def submit_in_turn(self, request: Request) -> None:
+        """Accepts a request as `submit` does, but waits for a place where there is none.
+
+        For the parts of what was accepted as a whole, of which the caller bounds the number.
+        """
+        while len(self._open) >= self.max_open:
+            self._has_ended.clear()
+            await self._has_ended.wait()
+        self.submit(request)
 
     def end(self, request: Request, event: Finished | Failed) -> None:
         """Ends a request with this event; the next step leaves it out.
@@ -193,6 +204,7 @@ class Engine:
                 stamps.last_token_s = now
             elif not isinstance(event, Scored):
                 del self._open[request]
+                self._has_ended.set()
                 self._metrics.ended(event, now - stamps.submitted_s)
             request.sink(event)
         if self._is_draining and not self._open:
@@ -233,9 +245,12 @@ class Engine:
         if work:
             started_s = time.monotonic()
             num_decodes = sum(item.request.is_decoding for item in work)
+            num_encoded = sum(
+                len(item.request.source_ids) for item in work if not item.request.num_computed
+            )
             self._acquire_slots(work)
             self._compute(work)
-            self._metrics.step(work, num_decodes, time.monotonic() - started_s)
+            self._metrics.step(work, num_decodes, num_encoded, time.monotonic() - started_s)
         self._metrics.state(self._scheduler, self._bank)
         if self._events and self._loop is not None:
             self._loop.call_soon_threadsafe(self._deliver, self._events)

@@ -17,6 +17,8 @@ class Scheduler:
 
     A request starts behind the full blocks of its prompt that an earlier one of the same tenant
     and the same adapter content has left in the cache. It is charged for what it computes only.
+
+    The source of an encoder-decoder's request is computed as a whole in the step that admits it.
     """
 
     def __init__(
@@ -30,7 +32,8 @@ class Scheduler:
     ) -> None:
         """`max_batch_tokens` bounds the tokens of one step, and so how long it takes.
 
-        With `whole_prompts` no prompt is cut; each has to fit into a step then.
+        With `whole_prompts` no prompt is cut; each has to fit into a step then. A source has to
+        fit beside a token of every running request.
         """
         if max_batch_tokens < max_running:
             raise ValueError("max_batch_tokens must be at least max_running: decodes go first")
@@ -119,9 +122,15 @@ class Scheduler:
             admitted = self._admit(budget)
             if admitted is None:
                 break
+            budget -= self._encode(admitted)
             work.append(self._prefill(admitted, budget))
             budget -= work[-1].count
         return work
+
+    def _encode(self, request: Request) -> int:
+        """Charges for a source and returns its tokens."""
+        self._served[request.tenant] += len(request.source_ids)
+        return len(request.source_ids)
 
     def _prefill(self, request: Request, budget: int) -> Work:
         return self._charge(request, min(budget, len(request.token_ids) - request.num_computed))
@@ -136,7 +145,8 @@ class Scheduler:
             return None
         tenant = min(self._waiting, key=self._served.__getitem__)
         request = self._waiting[tenant][0]
-        if self._whole_prompts and len(request.prompt_ids) > budget:
+        num_uncut = len(request.prompt_ids) if self._whole_prompts else 1
+        if len(request.source_ids) + num_uncut > budget:
             return None
         found = self._find_prefix(request)
         blocks = self._blocks.allocate(request.max_length, found)

@@ -59,6 +59,7 @@ class BaseModel:
     hidden_size: int
     vocab_size: int
     max_context: int
+    max_batch_tokens: int  # of one step
     num_blocks: int
     block_size: int  # tokens
     kv_bytes_per_token: int
@@ -105,6 +106,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         hidden_size=model.config.get_text_config().hidden_size,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         max_context=parts.max_context,
+        max_batch_tokens=config.max_batch_tokens,
         num_blocks=parts.runner.cache.num_blocks,
         block_size=parts.runner.cache.block_size,
         kv_bytes_per_token=parts.kv_bytes_per_token,

@@ -71,6 +71,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
     error, bit_identical = _check(model, sites, expected, choices)
     context = config.max_context or _DEFAULT_CONTEXT
     num_blocks = -(-(config.kv_cache_tokens or config.max_running * context) // BLOCK)
+    max_context = min(context, num_blocks * BLOCK) - 1
     heads = model.config.num_heads * model.config.d_kv
     reasons = [
         *choices.reasons,
@@ -81,11 +82,14 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
     for reason in reasons:
         logger.info("%s", reason)
     return BaseModel(
-        runner=runner, bank=bank, codec=TextCodec(tokenizer, model.generation_config),
+        runner=runner, bank=bank,
+        codec=TextCodec(tokenizer, model.generation_config, closes_chats=True),
         fingerprint=identity, architecture=model.config.architectures[0], sites=sites,
         hidden_size=model.config.d_model, vocab_size=model.config.vocab_size,
         # One place is the decoder's start.
-        max_context=min(context, num_blocks * BLOCK) - 1,
+        max_context=max_context,
+        # A source is encoded in one piece, beside a token of everyone who runs already.
+        max_batch_tokens=max(config.max_batch_tokens, max_context + 1 + config.max_running),
         num_blocks=num_blocks, block_size=BLOCK,
         kv_bytes_per_token=2 * 4 * heads * len(model.decoder.block),
         device=choices.device, dtype=choices.dtype,

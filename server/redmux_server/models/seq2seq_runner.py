@@ -15,10 +15,10 @@ from redmux_server.models.t5 import T5, SourceState
 
 
 class Seq2SeqRunner:
-    """Encodes the sources of new requests packed, then computes one token of every request.
+    """Encodes the sources of new requests packed, then computes tokens of the decoder.
 
-    What a request keeps goes with the request itself. A decoder's prompt is one token, so every
-    work item is one token of the decoder.
+    What a request keeps goes with the request itself. Every token of the decoder is a row of its
+    own, so where several of one request share a step each is computed as if alone.
     """
 
     def __init__(self, model: T5, editing: Editing, bank: AdapterBank, num_threads: int) -> None:
@@ -35,15 +35,24 @@ class Seq2SeqRunner:
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
-        """Computes the step and returns logits [work items, vocab]."""
-        requests = [item.request for item in work]
-        fresh = [r for r in requests if r not in self._states]
+        """Computes the step and returns [n, vocab] logits, the rows that the work items want."""
+        fresh = [item.request for item in work if item.request not in self._states]
         if fresh:
             self._encode(fresh)
-        ids = torch.tensor([r.token_ids[r.num_computed] for r in requests])
-        positions = [r.num_computed for r in requests]
-        with self._editing.step(self._rows(requests, [1] * len(requests))):
-            return self._model.decode(ids, positions, [self._states[r] for r in requests])
+        ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        states: list[SourceState] = []
+        for item in work:
+            r = item.request
+            places = range(r.num_computed, r.num_computed + item.count)
+            wanted += [len(ids) + i for i in item.wanted]
+            ids += r.token_ids[places.start : places.stop]
+            positions += places
+            states += [self._states[r]] * item.count
+        rows = self._rows([item.request for item in work], [item.count for item in work])
+        with self._editing.step(rows):
+            return self._model.decode(torch.tensor(ids), positions, states, wanted)
 
     def hidden(self, work: Sequence[Work]) -> NoReturn:
         """Nothing is read off an encoder-decoder yet."""

@@ -70,9 +70,13 @@ class T5:
         ]
 
     def decode(
-        self, ids: Tensor, positions: Sequence[int], states: Sequence[SourceState]
-    ) -> Tensor:
-        """Computes one token of each request, at these positions; returns logits [ids, vocab]."""
+        self, ids: Tensor, positions: Sequence[int], states: Sequence[SourceState],
+        wanted: Sequence[int],
+    ) -> Tensor:  # fmt: skip
+        """Computes tokens at these positions; returns logits [wanted, vocab] of some of the rows.
+
+        Each has the state of its request; those of one request follow each other.
+        """
         decoder = self._model.decoder
         ones = [1] * len(states)
         bias = decoder.block[0].layer[0].SelfAttention
@@ -96,7 +100,7 @@ class T5:
             outs = [_attend(q[r], *state.cross[i], None) for r, state in enumerate(states)]
             h = self._edit(f"{path}.1", h + module.o(self._join(outs)))
             h = self._edit(f"{path}.2", h + _feed(feed, h))
-        h = decoder.final_layer_norm(h)
+        h = decoder.final_layer_norm(h[list(wanted)])
         if getattr(self._model.config, "scale_decoder_outputs", False):  # mT5 never does
             h = h * self._model.config.d_model**-0.5
         logits: Tensor = self._model.lm_head(h)

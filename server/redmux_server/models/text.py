@@ -13,8 +13,12 @@ class TextCodec:
     Encoding mutates the tokenizer's settings, so it belongs to one thread; decoding to any.
     """
 
-    def __init__(self, tokenizer: Any, generation_config: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, generation_config: Any, *, closes_chats: bool = False
+    ) -> None:
+        """`closes_chats` is for models whose prompt is a whole text of its own, with its end."""
         self._tokenizer = tokenizer
+        self._closes_chats = closes_chats
         self._decode = _decoder(tokenizer)
         eos = generation_config.eos_token_id if generation_config is not None else None
         ids = eos if isinstance(eos, list) else [eos]
@@ -45,6 +49,10 @@ class TextCodec:
         else:
             text = self._apply_template(messages)
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self._closes_chats:
+            closed = self.encode(text)
+            if closed[-1:] != ids[-1:]:  # else the template has written the end itself
+                return closed
         return ids
 
     def encode_continuation(
