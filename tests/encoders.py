@@ -24,12 +24,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> model type, option
     ),
     "roberta": ("roberta", _SMALL | {"type_vocab_size": 1, "pad_token_id": 1}),
     "mpnet": ("mpnet", _SMALL | {"pad_token_id": 1}),
+    "electra": ("electra", _SMALL | {"embedding_size": 32}),
     "distilbert": ("distilbert", {
         "vocab_size": 300, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4,
         "max_position_embeddings": 130,
     }),
 }  # fmt: skip
-HEAD_OF = {"bert": "bert", "roberta": "roberta", "mpnet": "roberta", "distilbert": "distilbert"}
+HEAD_OF = {
+    "bert": "bert", "roberta": "roberta", "mpnet": "roberta", "electra": "electra",
+    "distilbert": "distilbert",
+}  # fmt: skip
 CLS, PAD, SEP = 0, 1, 2
 
 
@@ -121,7 +125,7 @@ class Encoder:
         config = AutoConfig.from_pretrained(self.folder, num_labels=len(head.config.labels))
         classifier = AutoModelForSequenceClassification.from_config(config).eval()
         classifier.base_model.load_state_dict(self.model.state_dict(), strict=False)
-        prefix = "classifier." if head.config.kind == "roberta" else ""
+        prefix = "classifier." if head.config.kind in ("roberta", "electra") else ""
         found = classifier.load_state_dict(
             {prefix + name: tensor for name, tensor in head.tensors.items()}, strict=False
         )

@@ -116,6 +116,7 @@ _STACKS: dict[str, tuple[Stack, ...]] = {
             act="ffn.activation",
         ),
     ),
+    "electra": _bert(),
     "gemma": _llama(),
     "gemma2": _llama(adds_ffn=False),  # a norm lies between the FFN and the residual
     "gemma3_text": _llama(adds_ffn=False),

@@ -80,18 +80,20 @@ def parse_adapter(
     config_json: str | None = None,
     *,
     expected_sites: Mapping[str, int] | None = None,
+    hidden_size: int | None = None,
     limits: Limits = _DEFAULT,
 ) -> Adapter:
     """Returns the adapter in the bytes of a safetensors file.
 
     `config_json` is the text of adapter_config.json; None or "" where the file's own metadata
     carries it. `expected_sites` are the base model's editable modules with their output sizes; an
-    edit of any other module, or of another size, is refused. Nothing but InvalidAdapterError is
-    raised, whatever the bytes.
+    edit of any other module, or of another size, is refused, and with the base model's
+    `hidden_size` a head for another one. Nothing but InvalidAdapterError is raised, whatever the
+    bytes.
     """
     header = read_header(safetensors, limits)
     config = _find_config(header, config_json or None, limits)
-    return _read_adapter(header, safetensors, config, expected_sites)
+    return _read_adapter(header, safetensors, config, expected_sites, hidden_size)
 
 
 def parse_known(
@@ -99,11 +101,12 @@ def parse_known(
     config: AdapterConfig,
     *,
     expected_sites: Mapping[str, int] | None = None,
+    hidden_size: int | None = None,
     limits: Limits = _DEFAULT,
 ) -> Adapter:
     """Returns what `parse_adapter` does, of a file whose configuration is known from before."""
     header = read_header(safetensors, limits)
-    return _read_adapter(header, safetensors, config, expected_sites)
+    return _read_adapter(header, safetensors, config, expected_sites, hidden_size)
 
 
 def summarize(
@@ -111,6 +114,7 @@ def summarize(
     config_json: str | None = None,
     *,
     expected_sites: Mapping[str, int] | None = None,
+    hidden_size: int | None = None,
     limits: Limits = _DEFAULT,
 ) -> Summary:
     """Checks everything that `parse_adapter` does and raises as it does, in two thirds of its time.
@@ -120,7 +124,7 @@ def summarize(
     header = read_header(safetensors, limits)
     config = _find_config(header, config_json or None, limits)
     _check_header_sites(header, expected_sites)
-    _check_head(header, config)
+    _check_head(header, config, hidden_size)
     vectors, head = read_vectors(header, safetensors), read_head(header, safetensors)
     check_values(vectors, head)
     digest = digest_of(config.base_fingerprint, config.prompt_format, vectors, config.head, head)
@@ -226,9 +230,10 @@ def _read_adapter(
     data: bytes,
     config: AdapterConfig,
     expected_sites: Mapping[str, int] | None,
+    hidden_size: int | None,
 ) -> Adapter:
     edits = _read_edits(header, data, expected_sites)
-    _check_head(header, config)
+    _check_head(header, config, hidden_size)
     head = None
     if config.head is not None:
         arrays = read_head(header, data)
@@ -236,10 +241,11 @@ def _read_adapter(
     return Adapter(config.base_fingerprint, edits, config.prompt_format, config.metadata, head)
 
 
-def _check_head(header: Header, config: AdapterConfig) -> None:
+def _check_head(header: Header, config: AdapterConfig, hidden_size: int | None) -> None:
     entries = header.tensors.head
     if config.head is not None:
-        check_shapes(config.head, {name: entry.shape for name, entry in entries.items()})
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        check_shapes(config.head, shapes, hidden_size)
     elif entries:
         raise InvalidAdapterError(
             f"the file has {len(entries)} tensors of a head, but {CONFIG_NAME} has no head"

@@ -21,6 +21,7 @@ _BIAS_SWITCHES = ("attention_bias", "mlp_bias", "enable_bias")
 # The architectures whose own class for sequence classification has a head of the kind.
 _HEAD_CLASSES = {
     "roberta": ("mpnet", "roberta", "xlm-roberta"),
+    "electra": ("electra",),
     "distilbert": ("distilbert",),
     "bert": ("bert",),
 }
@@ -164,7 +165,7 @@ def _with_head(model: Any, head: Head) -> Any:
     config.label2id = {label: index for index, label in enumerate(labels)}
     config.problem_type = head.config.problem_type
     whole = AutoModelForSequenceClassification.from_config(config)
-    start = "classifier." if kind == "roberta" else ""
+    start = "classifier." if kind in ("roberta", "electra") else ""
     weights = {f"{start}{name}": tensor for name, tensor in head.tensors.items()}
     for name, tensor in model.state_dict().items():
         weights[f"{whole.base_model_prefix}.{name}"] = tensor

@@ -28,6 +28,13 @@ KINDS: Mapping[str, Mapping[str, str]] = {
         "out_proj.weight": "lh",
         "out_proj.bias": "l",
     },
+    # First token -> dense -> GELU -> out_proj.
+    "electra": {
+        "dense.weight": "hh",
+        "dense.bias": "h",
+        "out_proj.weight": "lh",
+        "out_proj.bias": "l",
+    },
     # First token -> pre_classifier -> ReLU -> classifier.
     "distilbert": {
         "pre_classifier.weight": "hh",
@@ -137,8 +144,13 @@ class Head:
         return {name: tensor.numpy() for name, tensor in self.tensors.items()}
 
 
-def check_shapes(config: HeadConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InvalidAdapterError unless `shapes` are those of the kind's tensors."""
+def check_shapes(
+    config: HeadConfig, shapes: Mapping[str, tuple[int, ...]], hidden_size: int | None = None
+) -> None:
+    """Raises InvalidAdapterError unless `shapes` are those of the kind's tensors.
+
+    `hidden_size` is the base model's; None takes the head's own.
+    """
     expected = KINDS[config.kind]
     if set(shapes) != set(expected):
         raise InvalidAdapterError(
@@ -146,7 +158,7 @@ def check_shapes(config: HeadConfig, shapes: Mapping[str, tuple[int, ...]]) -> N
             f"{shown(', '.join(sorted(shapes)) or 'none')}"
         )
     output = shapes[_output(config.kind)]
-    sizes = {"l": len(config.labels), "h": output[-1] if output else 0}
+    sizes = {"l": len(config.labels), "h": hidden_size or (output[-1] if output else 0)}
     for name, letters in expected.items():
         wanted = tuple(sizes[letter] for letter in letters)
         if shapes[name] != wanted:

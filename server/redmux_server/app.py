@@ -116,6 +116,7 @@ class Server:
         registry = AdapterRegistry(
             model.fingerprint, model.sites, folder, config.host_cache_bytes,
             head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
+            head_kinds=model.heads.kinds if isinstance(model, EncoderModel) else (),
         )  # fmt: skip
         for name, path in _adapter_paths(config.adapters):
             registry.load(path, name)
@@ -294,10 +295,8 @@ def _engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metr
 def _readable(model: BaseModel | EncoderModel) -> ReadableModel:
     if isinstance(model, BaseModel):
         kind = "decoder" if model.decoder_start is None else "encoder_decoder"
-        return ReadableModel(kind, model.architecture, model.hidden_size, Pooling.LAST, None)
-    return ReadableModel(
-        "encoder", model.architecture, model.hidden_size, Pooling.MEAN, model.heads
-    )
+        return ReadableModel(kind, model.architecture, model.hidden_size, Pooling.LAST)
+    return ReadableModel("encoder", model.architecture, model.hidden_size, Pooling.MEAN)
 
 
 async def run(config: ServerConfig) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -22,15 +22,23 @@ class Rules(NamedTuple):
     base_fingerprint: str
     expected_sites: Mapping[str, int]
     limits: Limits
-    applies_heads: bool
+    head_size: int  # hidden size that heads are for, 0 where none are applied
+    head_kinds: Collection[str]  # that the base model can have
 
-    def check(self, adapter: Adapter | AdapterConfig) -> None:
+    def check(self, config: AdapterConfig) -> None:
         """Raises WrongBaseError, or FailedPreconditionError for a head that nothing would apply."""
-        check_base(adapter, self.base_fingerprint)
-        if adapter.head is not None and not self.applies_heads:
+        check_base(config, self.base_fingerprint)
+        if config.head is None:
+            return
+        if not self.head_size:
             raise FailedPreconditionError(
                 "the adapter brings a classification head, which needs an encoder, and this server "
                 "does not serve one; put it to one that does, or put the adapter without its head"
+            )
+        if config.head.kind not in self.head_kinds:
+            raise FailedPreconditionError(
+                f"the adapter's head is of kind {config.head.kind!r}, which stands on the base "
+                "model's pooler, and this base model has none"
             )
 
 
@@ -97,6 +105,7 @@ class Published:
             data,
             self.summary.config,
             expected_sites=self._rules.expected_sites,
+            hidden_size=self._rules.head_size or None,
             limits=self._rules.limits,
         )
         if adapter.digest != self.digest:

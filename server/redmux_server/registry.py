@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,10 +67,12 @@ class AdapterRegistry:
         folder: Path | None = None,
         cache_bytes: int = 256 << 20,
         head_size: int = 0,
+        head_kinds: Collection[str] = KINDS,
     ) -> None:
         """`cache_bytes` bounds the adapters that are kept ready beside those in use.
 
-        `head_size` is the hidden size that heads of adapters are for, 0 where none are applied.
+        `head_size` is the hidden size that heads of adapters are for, 0 where none are applied, and
+        `head_kinds` are those that the base model can have.
         """
         self._base_fingerprint = base_fingerprint
         self._folder = folder
@@ -88,7 +90,7 @@ class AdapterRegistry:
             file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
             num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
         )  # fmt: skip
-        self._rules = Rules(base_fingerprint, sites, self._limits, head_size > 0)
+        self._rules = Rules(base_fingerprint, sites, self._limits, head_size, head_kinds)
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -127,8 +129,8 @@ class AdapterRegistry:
 
         The same vectors with other metadata are published as a new version that needs no
         `replace`, since they compute the same. Raises InvalidAdapterError, WrongBaseError,
-        FailedPreconditionError for a head where none are applied, or AlreadyExistsError where the
-        name holds other content and `replace` is false. Nothing is published then.
+        FailedPreconditionError for a head that the base model cannot have, or AlreadyExistsError
+        where the name holds other content and `replace` is false. Nothing is published then.
         """
         check_name(name)
         adapter = await asyncio.to_thread(self._parse, safetensors, config_json)
@@ -247,17 +249,21 @@ class AdapterRegistry:
             self._indexed = fresh
 
     def _parse(self, safetensors: bytes, config_json: str) -> Adapter:
+        rules = self._rules
         adapter = parse_adapter(
-            safetensors, config_json, expected_sites=self._rules.expected_sites, limits=self._limits
-        )
-        self._rules.check(adapter)
+            safetensors, config_json, expected_sites=rules.expected_sites,
+            hidden_size=rules.head_size or None, limits=rules.limits,
+        )  # fmt: skip
+        rules.check(summary_of(adapter).config)
         return adapter
 
     def _summarize(self, safetensors: bytes, config_json: str | None) -> Summary:
+        rules = self._rules
         summary = summarize(
-            safetensors, config_json, expected_sites=self._rules.expected_sites, limits=self._limits
-        )
-        self._rules.check(summary.config)
+            safetensors, config_json, expected_sites=rules.expected_sites,
+            hidden_size=rules.head_size or None, limits=rules.limits,
+        )  # fmt: skip
+        rules.check(summary.config)
         return summary
 
     def _store(

@@ -13,6 +13,7 @@ from redmux_adapters import (
     HeadConfig,
     PromptFormat,
     Turn,
+    fingerprint,
     read_adapter,
     to_bytes,
 )
@@ -178,9 +179,16 @@ def test_create_takes_a_position_and_layers(base, tmp_path, capsys):
     }
     assert capsys.readouterr().err == ""
     assert main([*create, "--position", "res"]) == 0
-    assert "will refuse 2 sites, such as transformer.h.0;" in capsys.readouterr().err
+    assert read_adapter(tmp_path / "new").sites == {"transformer.h.0": 4, "transformer.h.1": 4}
+    assert capsys.readouterr().err == ""
     assert main([*create, "--layers", "7"]) == 1
     assert "no layer 7; the model has layers 0 to 1" in capsys.readouterr().err
+
+
+def test_sites_that_no_server_edits_are_named(base, tmp_path, capsys):
+    Adapter.identity({"transformer.h.0.ln_1": 4}, fingerprint(base)).save(tmp_path)
+    assert main(["verify", str(tmp_path), "--base", "gpt2"]) == 0
+    assert "will refuse 1 sites, such as transformer.h.0.ln_1;" in capsys.readouterr().err
 
 
 def delta_vector(path, site="transformer.h.1.mlp.c_proj"):

@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import torch
 from official import official
+from reference import edited
 
 from redmux.errors import InvalidAdapterError
 from redmux_adapters import red_sites
@@ -111,6 +112,16 @@ def test_heads_without_labels_are_described_as_transformers_would(outputs, label
     assert (head.config.labels, head.config.problem_type) == (labels, problem_type)
 
 
+def test_a_head_of_electra_is_told_from_roberta_s_by_the_base_model():
+    tensors = classifier(2)
+    kinds = {
+        model_type: convert_tensors(ONE, Target(f"{model_type}-4x1-0"), classifier=tensors)
+        for model_type in ("electra", "roberta", "mpnet")
+    }
+    found = {model_type: made.adapter.head.config.kind for model_type, made in kinds.items()}
+    assert found == {"electra": "electra", "roberta": "roberta", "mpnet": "roberta"}
+
+
 def test_heads_of_unknown_kinds_and_labels_without_a_head_are_refused():
     with pytest.raises(InvalidAdapterError, match="no head, so there is nothing to label"):
         convert_tensors(ONE, Target(BASE), Options(labels=["a", "b"]))
@@ -129,10 +140,20 @@ def test_file_of_the_same_layout_is_converted(tmp_path):
     assert adapter.base_fingerprint == BASE
 
 
-def test_layernorm_after_the_edit_is_refused_with_the_reason():
-    content = {"m" + BIAS: torch.ones(1, 4), "m.delta_vector.activation_ln.weight": torch.ones(4)}
-    with pytest.raises(InvalidAdapterError, match=r"variant 'ln'.*mean and variance depend on th"):
-        convert_tensors(content, Target(BASE))
+def test_a_layer_norm_after_the_edit_computes_what_the_authors_layer_computes():
+    """Their variant "ln": hidden states times scaling, plus bias, through an nn.LayerNorm."""
+    scale, bias, norm = torch.randn(1, 4), torch.randn(1, 4), torch.nn.LayerNorm(4)
+    for parameter in norm.parameters():
+        parameter.data.normal_()
+    content = {"h.m" + SCALE: scale, "h.m" + BIAS: bias}
+    for name, tensor in norm.state_dict().items():
+        content[f"h.m.delta_vector.activation_ln.{name}"] = tensor
+    adapter = convert_tensors(content, Target(BASE)).adapter
+    assert adapter.sites == {"h.m": 4, "h.m.activation_ln": 4}
+    model = torch.nn.ModuleDict({"h": torch.nn.ModuleDict({"m": torch.nn.Identity()})})
+    h = torch.randn(3, 4)
+    with edited(model, adapter.edits), torch.no_grad():
+        torch.testing.assert_close(model["h"]["m"](h), norm(h * scale + bias))
 
 
 class Malicious:

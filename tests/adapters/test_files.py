@@ -245,7 +245,7 @@ def test_unknown_site_is_refused_with_three_near_ones(tmp_path):
 
 def test_sites_that_are_blocks_of_modules_are_named_as_such():
     data = to_bytes(Adapter.identity({"m.0": 4}, BASE))
-    with pytest.raises(InvalidAdapterError, match=r"'m\.0' is a block of modules; only outputs"):
+    with pytest.raises(InvalidAdapterError, match=r"'m\.0' is a block of modules whose output"):
         parse_adapter(data, expected_sites={"m.0.out": 4})
 
 

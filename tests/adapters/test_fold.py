@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import edited, generate
 
 from redmux.errors import InvalidAdapterError, WrongBaseError
 from redmux_adapters import Adapter, Edit, Head, HeadConfig, cli, fingerprint, red_sites
 from redmux_adapters.any_base import load_any
 from redmux_adapters.fold import fold
-from redmux_adapters.sites import addressable_sites
+from redmux_adapters.sites import addressable_sites, with_layer_norms
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 128}  # fmt: skip
@@ -17,6 +18,7 @@ CONFIGS = {
     "bert": {**SIZES, "type_vocab_size": 1},
     "distilbert": {"vocab_size": 260, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
     "gemma": {**GROUPED, "tie_word_embeddings": False},
+    "electra": {**SIZES, "type_vocab_size": 1, "embedding_size": 16},
     "gpt2": {"vocab_size": 260, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "gpt_neox": SIZES,
     "granite": GROUPED,
@@ -34,7 +36,7 @@ CONFIGS = {
     "t5": {"vocab_size": 260, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2,
            "num_heads": 4, "decoder_start_token_id": 0, "pad_token_id": 0},
 }  # fmt: skip
-ENCODERS = ("bert", "distilbert", "mpnet", "roberta")
+ENCODERS = ("bert", "distilbert", "electra", "mpnet", "roberta")
 PROMPT = [5, 30, 9, 100, 7, 7, 201]
 
 
@@ -149,6 +151,13 @@ def test_edits_without_a_place_are_refused(model_type, position, error):
         fold(adapter, model)
 
 
+def test_a_layer_norm_behind_an_edit_is_refused():
+    model = make("roberta")
+    adapter = adapter_for(model, with_layer_norms(red_sites(model, "ffn")))
+    with pytest.raises(InvalidAdapterError, match="is a LayerNorm behind an edit, whose mean and"):
+        fold(adapter, model)
+
+
 def test_adapters_of_other_models_are_refused():
     adapter = adapter_for(make("gpt2"), red_sites(make("gpt2")))
     with pytest.raises(WrongBaseError, match="the adapter was made for base 'gpt2-32x2-"):
@@ -156,7 +165,8 @@ def test_adapters_of_other_models_are_refused():
 
 
 def head_for(kind, labels):
-    sizes = {"roberta": ("dense", "out_proj"), "distilbert": ("pre_classifier", "classifier"),
+    sizes = {"roberta": ("dense", "out_proj"), "electra": ("dense", "out_proj"),
+             "distilbert": ("pre_classifier", "classifier"),
              "bert": ("", "classifier")}  # fmt: skip
     hidden, output = sizes[kind]
     tensors = {f"{output}.weight": torch.randn(len(labels), 32),
@@ -169,8 +179,9 @@ def head_for(kind, labels):
 def logits_by_hand(kind, model, head, ids):
     output, t = model(ids), head.tensors
     first = output.last_hidden_state[:, 0]
-    if kind == "roberta":
-        first = torch.tanh(first @ t["dense.weight"].T + t["dense.bias"])
+    if kind in ("roberta", "electra"):
+        activation = F.gelu if kind == "electra" else torch.tanh
+        first = activation(first @ t["dense.weight"].T + t["dense.bias"])
         return first @ t["out_proj.weight"].T + t["out_proj.bias"]
     if kind == "distilbert":
         first = torch.relu(first @ t["pre_classifier.weight"].T + t["pre_classifier.bias"])
@@ -181,7 +192,13 @@ def logits_by_hand(kind, model, head, ids):
 
 @pytest.mark.parametrize(
     ("model_type", "kind"),
-    [("roberta", "roberta"), ("mpnet", "roberta"), ("distilbert", "distilbert"), ("bert", "bert")],
+    [
+        ("roberta", "roberta"),
+        ("mpnet", "roberta"),
+        ("distilbert", "distilbert"),
+        ("bert", "bert"),
+        ("electra", "electra"),
+    ],
 )
 def test_heads_become_models_for_sequence_classification(model_type, kind, tmp_path):
     model, ids = make(model_type), torch.tensor([PROMPT])

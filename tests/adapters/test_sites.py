@@ -41,6 +41,7 @@ OUTPUT = "encoder.layer.{}.output.dense"
 # architecture: configuration, path of the FFN output, linear modules in a layer, their outputs
 FAMILIES = {
     "bert": (BERT, OUTPUT, 6),
+    "electra": (BERT | {"embedding_size": 8}, OUTPUT, 6),
     "distilbert": (DISTILBERT, "transformer.layer.{}.ffn.lin2", 6),
     "gemma": (LLAMA, DOWN, 7),
     "gemma2": (LLAMA, DOWN, 7),
@@ -61,7 +62,7 @@ FAMILIES = {
     "smollm3": (LLAMA, DOWN, 7),
     "xlm-roberta": (BERT, OUTPUT, 6),
 }
-ENCODERS = {"bert", "distilbert", "mpnet", "roberta", "xlm-roberta"}
+ENCODERS = {"bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta"}
 
 
 def tiny(model_type, **changes):

@@ -1,6 +1,7 @@
 """Encoders: vectors and classifications against plain transformers, alone and in mixed batches."""
 
 import asyncio
+import dataclasses
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from encoders import CONFIGS, HEAD_OF, PAD, Encoder, load_tiny_encoder, save_tiny_encoder
 
 from redmux import AsyncClient
-from redmux_adapters import to_bytes
+from redmux_adapters import red_sites, to_bytes, with_layer_norms
 
 TEXTS = ["x", "Hello there", "A somewhat longer text of some sixty tokens, to have one of these"]
 PAIR = ("Who wrote it?", "It was written by nobody.")
@@ -82,6 +83,31 @@ async def test_logits_and_scores_equal_transformers_and_have_the_same_bits_alone
         assert (got.adapter, got.digest) == (name, adapters[name].digest)
     flat = [result for answer in mixed for result in answer.results]
     assert [one.results[0] for one in alone] == flat  # exactly
+
+
+async def test_sums_with_the_residual_and_layer_norms_behind_edits_are_served(
+    encoder, server, client
+):
+    own = HEAD_OF[encoder.model.config.model_type]
+    sites = {
+        "res": red_sites(encoder.model, "res"),
+        "sums": red_sites(encoder.model, "res_with_attn"),
+        "ln": with_layer_norms(red_sites(encoder.model, "more")),
+        "all": with_layer_norms(red_sites(encoder.model, "res_with_attn")),
+    }
+    adapters = {
+        name: dataclasses.replace(encoder, ffn=chosen).adapter(seed, own)
+        for seed, (name, chosen) in enumerate(sites.items())
+    }
+    adapters["ffn"] = encoder.adapter(9, own)
+    await publish(client, adapters)
+    alone = [await client.classify([text], adapter=name) for name in adapters for text in TEXTS]
+    mixed = await asyncio.gather(*(client.classify(TEXTS, adapter=name) for name in adapters))
+    assert [one.results[0] for one in alone] == [r for answer in mixed for r in answer.results]
+    work = [(adapter, text) for adapter in adapters.values() for text in TEXTS]
+    for (adapter, text), got in zip(work, alone, strict=True):
+        wanted = encoder.logits(ids_of(encoder, text)[0], adapter)
+        assert got.results[0].logits == pytest.approx(wanted, abs=2e-4)
 
 
 async def test_vectors_equal_transformers_and_have_the_same_bits_alone_and_mixed(encoder, client):

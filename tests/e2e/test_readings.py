@@ -13,6 +13,7 @@ import redmux
 from redmux import (
     AsyncClient,
     FailedPreconditionError,
+    InvalidAdapterError,
     InvalidArgumentError,
     NotFoundError,
 )
@@ -50,19 +51,23 @@ async def test_an_encoder_refuses_to_generate(client):
 
 async def test_classify_says_why_an_adapter_cannot(encoder, client, put):
     await put("bare", encoder.adapter(1))
-    config = HeadConfig("mean", ["a", "b"], "single_label_classification")
-    tensors = {"classifier.weight": torch.ones(2, 48), "classifier.bias": torch.ones(2)}
-    foreign = Adapter(encoder.fingerprint, encoder.adapter(1).edits, head=Head(config, tensors))
-    await put("foreign", foreign)
     with pytest.raises(NotFoundError, match="no adapter 'bar'; did you mean 'bare'"):
         await client.classify(["x"], adapter="bar")
     with pytest.raises(NotFoundError, match="no adapter 'bar'"):
         await client.embed(["x"], adapter="bar")
     with pytest.raises(FailedPreconditionError, match="'bare' has no classification head"):
         await client.classify(["x"], adapter="bare")
-    with pytest.raises(FailedPreconditionError, match="for hidden size 48, the model's is 64"):
-        await client.classify(["x"], adapter="foreign")
-    assert len((await client.embed(["x"], adapter="foreign")).vectors[0]) == 64
+
+
+async def test_a_head_for_another_hidden_size_is_refused_when_it_is_put(encoder, client, put):
+    config = HeadConfig("mean", ["a", "b"], "single_label_classification")
+    tensors = {"classifier.weight": torch.ones(2, 48), "classifier.bias": torch.ones(2)}
+    foreign = Adapter(encoder.fingerprint, encoder.adapter(1).edits, head=Head(config, tensors))
+    message = r"shape \[2, 48\]; for 2 labels and hidden size 64 it has to be \[2, 64\]"
+    with pytest.raises(InvalidAdapterError, match=message):
+        await put("foreign", foreign)
+    with pytest.raises(NotFoundError):
+        await client.adapters.get("foreign")
 
 
 async def test_a_head_on_the_pooler_needs_a_base_that_has_one(encoder, start_server, tmp_path):
@@ -73,9 +78,9 @@ async def test_a_head_on_the_pooler_needs_a_base_that_has_one(encoder, start_ser
     base = load_tiny_encoder(tmp_path)
     server = await start_server(model=str(tmp_path), threads=1)
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-        await client.adapters.put("a", to_bytes(base.adapter(1, "bert")))
-        with pytest.raises(FailedPreconditionError, match="pooler, which this base model has not"):
-            await client.classify(["x"], adapter="a")
+        with pytest.raises(FailedPreconditionError, match="pooler, and this base model has none"):
+            await client.adapters.put("a", to_bytes(base.adapter(1, "bert")))
+        await client.adapters.put("a", to_bytes(base.adapter(1, "mean")))
 
 
 async def test_impossible_inputs_are_refused_before_anything_is_queued(client, server):

@@ -38,6 +38,8 @@ class Family:
             "attn": (self.attn,),
             "ffn_attn": (self.attn, *ffn),
             "more": (*self.qkv, self.attn, *ffn),
+            "res": (self.attn,),  # where the sums of the architecture are not known
+            "ln": ffn or (self.attn,),
         }[name]
 
 

@@ -18,7 +18,8 @@ from models.fake_engine import Caller
 from reference import generate
 
 from redmux.errors import FailedPreconditionError
-from redmux_adapters import editable_sites, fingerprint, load_base
+from redmux_adapters import editable_sites, fingerprint, load_base, red_sites, with_layer_norms
+from redmux_adapters.architectures import is_known
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.engine.blocks import BlockPool
@@ -28,7 +29,7 @@ from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
 from redmux_server.models.load import load_causal
 
-SITE_SETS = ("ffn", "attn", "ffn_attn", "more")
+SITE_SETS = ("ffn", "attn", "ffn_attn", "more", "res", "ln")
 ORDERS = ("alone", "mixed", "reversed", "joined")
 BUDGETS = (5, 21, 256)  # tokens of a step: what prompts are cut into
 NUM_TOKENS = 5
@@ -42,7 +43,7 @@ def pairing():
     return [
         (family, SITE_SETS[j], ORDERS[(i + j) % 4], BUDGETS[(i + 2 * j) % 3])
         for i, family in enumerate(FAMILIES)
-        for j in range(4)
+        for j in range(len(SITE_SETS))
     ]
 
 
@@ -78,9 +79,14 @@ class Served:
         self._expected = {}
 
     def adapter(self, site_set, seed):
+        if site_set == "res" and is_known(self.base.model.config.model_type):
+            sites = red_sites(self.base.model, "res")
+            return dataclasses.replace(self.base, ffn=sites).adapter(seed)
         ends = tuple(f".{end}" for end in self.family.site_set(site_set))
         sites = {path: dim for path, dim in self.base.ffn.items() if path.endswith(ends)}
         assert {end for end in ends if any(path.endswith(end) for path in sites)} == set(ends)
+        if site_set == "ln":
+            sites = with_layer_norms(sites)
         return dataclasses.replace(self.base, ffn=sites).adapter(seed)
 
     def expected(self, prompt, adapter):

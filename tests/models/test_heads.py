@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from redmux_adapters import Head, HeadConfig
@@ -51,7 +52,8 @@ def by_hand(head, states, pooler):
     if head.config.kind == "distilbert":
         x = torch.relu(t["pre_classifier.weight"] @ states[0] + t["pre_classifier.bias"])
         return t["classifier.weight"] @ x + t["classifier.bias"]
-    x = torch.tanh(t["dense.weight"] @ states[0] + t["dense.bias"])
+    activation = F.gelu if head.config.kind == "electra" else torch.tanh
+    x = activation(t["dense.weight"] @ states[0] + t["dense.bias"])
     return t["out_proj.weight"] @ x + t["out_proj.bias"]
 
 

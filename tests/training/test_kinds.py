@@ -13,6 +13,8 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -34,6 +36,10 @@ SIZES = {
 ENCODERS = {
     "roberta": (RobertaConfig(**SIZES), RobertaForSequenceClassification, "roberta", "classifier."),
     "bert": (BertConfig(**SIZES), BertForSequenceClassification, "bert", ""),
+    "electra": (
+        ElectraConfig(**SIZES, embedding_size=32), ElectraForSequenceClassification, "electra",
+        "classifier.",
+    ),
     "distilbert": (
         DistilBertConfig(
             vocab_size=60, dim=32, n_layers=2, n_heads=2, hidden_dim=48, dropout=0.0,
@@ -184,7 +190,8 @@ T5 = T5Config(
 )  # fmt: skip
 
 
-def test_encoder_decoders_learn_the_loss_of_transformers():
+@pytest.mark.parametrize(("sites", "num_sites"), [("ffn", 4), ("res_with_attn", 10)])
+def test_encoder_decoders_learn_the_loss_of_transformers(sites, num_sites):
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5)
     base = TrainingBase.of(model, NoTokenizer(), kind="seq2seq")
@@ -196,12 +203,14 @@ def test_encoder_decoders_learn_the_loss_of_transformers():
         )
         for _ in range(12)
     ]
-    options = TrainingOptions(learning_rate=0.05, steps=10, batch_size=4, eval_every=10)
+    options = TrainingOptions(
+        learning_rate=0.05, steps=10, batch_size=4, eval_every=10, sites=sites
+    )
     trainer = Trainer(base, [Task("t", pairs, options, valid=pairs[:5])])
     events = run(trainer)
     told = last_held_out(events, "t").loss
     adapter = trainer.adapter("t")
-    assert len(adapter.sites) == 4  # both stacks
+    assert len(adapter.sites) == num_sites  # of both stacks
 
     def loss(edits):
         with edited(model, edits), torch.no_grad():

@@ -18,9 +18,14 @@ def is_classifier(name: str) -> bool:
 
 
 def read_classifier(
-    tensors: Mapping[str, Tensor], labels: Sequence[str] | None, problem_type: str | None
+    tensors: Mapping[str, Tensor],
+    labels: Sequence[str] | None,
+    problem_type: str | None,
+    model_type: str,
 ) -> Head:
     """Returns the head in tensors named as inside it ("dense.weight") or in the whole model.
+
+    `model_type` is the base model's: the heads of ELECTRA and RoBERTa differ in no name.
 
     Without labels they are LABEL_0, LABEL_1 and so on, and one output means regression, as in
     transformers. Raises InvalidAdapterError for other heads.
@@ -35,6 +40,8 @@ def read_classifier(
             f"a head of the tensors {shown(', '.join(inner))} is of no known kind; known are "
             f"{', '.join(KINDS)}"
         )
+    if kind == "roberta" and model_type == "electra":
+        kind = "electra"
     output = next(name for name, shape in KINDS[kind].items() if shape == "lh")
     count = inner[output].shape[0]
     if labels is None:

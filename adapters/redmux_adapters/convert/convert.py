@@ -97,7 +97,9 @@ def convert_tensors(
     head_tensors = classifier or inner_head
     head: Head | None = None
     if head_tensors:
-        head = read_classifier(head_tensors, options.labels, options.problem_type)
+        head = read_classifier(
+            head_tensors, options.labels, options.problem_type, target.model_type
+        )
     elif options.labels is not None or options.problem_type is not None:
         raise InvalidAdapterError("the file has no head, so there is nothing to label")
     adapter = Adapter(

@@ -12,7 +12,7 @@ from ..architectures import Stack, model_type_of, stacks_of
 from ..strictjson import shown
 
 # Where models with a head keep the bare model, from which adapters of encoders count their paths.
-_BARE_MODELS = ("bert.", "distilbert.", "mpnet.", "roberta.")
+_BARE_MODELS = ("bert.", "distilbert.", "electra.", "mpnet.", "roberta.")
 
 
 @dataclass(frozen=True)

@@ -79,8 +79,10 @@ class VectorBank:
         leaf.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return leaf
 
-    def _hook(self, shift: Tensor, bias: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def edit(_module: nn.Module, _args: Any, h: Tensor) -> Tensor:
+    def _hook(self, shift: Tensor, bias: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+        def edit(_module: nn.Module, _args: Any, h: Any) -> Any:
+            if isinstance(h, tuple):  # T5's attentions put out their biases as well
+                return edit(_module, _args, h[0]), *h[1:]
             rows = self._rows
             if rows is None:
                 return h

@@ -59,7 +59,8 @@ class TrainedHead:
             return self._layer("classifier", pooled)
         if kind == "distilbert":
             return self._layer("classifier", self._layer("pre_classifier", states[:, 0]).relu())
-        return self._layer("out_proj", self._layer("dense", states[:, 0]).tanh())
+        activation = F.gelu if kind == "electra" else torch.tanh
+        return self._layer("out_proj", activation(self._layer("dense", states[:, 0])))
 
     def head(self, tensors: Mapping[str, Tensor]) -> Head:
         """Returns the head of an adapter with these values of the parameters."""
@@ -128,6 +129,6 @@ def _default_kind(model: Any) -> str:
     model_type = model.config.model_type
     if model_type in _FIRST_TOKEN_DENSE:
         return "roberta"
-    if model_type == "distilbert":
-        return "distilbert"
+    if model_type in ("distilbert", "electra"):
+        return str(model_type)
     return "mean" if getattr(model, "pooler", None) is None else "bert"

@@ -138,7 +138,8 @@ def _add_training(group: _Group) -> None:
     _add(
         group,
         "sites",
-        "ffn, attn, ffn_attn, more (RED++), all, or patterns of module paths, comma-separated",
+        "ffn, attn, ffn_attn, more (RED++), res, res_with_attn, all, or patterns of module paths, "
+        "comma-separated",
         metavar="NAMES",
     )
     _add(group, "layers", 'all, or numbers and ranges such as "0-5,11"', metavar="RANGES")

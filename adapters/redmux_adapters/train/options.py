@@ -8,6 +8,7 @@ from typing import Any, Literal
 from redmux.errors import InvalidArgumentError
 
 from ..head import KINDS
+from ..sites import POSITIONS
 
 SCHEDULES = ("linear", "cosine", "constant")
 PARTS = ("both", "scale", "bias")
@@ -83,7 +84,7 @@ _RULES: dict[str, _Rule] = {
     "sites": (
         str,
         lambda x: x.strip() != "",
-        '"ffn", "attn", "ffn_attn", "more", "all" or patterns of module paths',
+        f'one of {", ".join(POSITIONS)}, "all" or patterns of module paths',
     ),
     "layers": (str, lambda x: x.strip() != "", '"all" or numbers and ranges such as "0-5,11"'),
     "train": (str, lambda x: x in PARTS, f"one of {', '.join(PARTS)}"),

@@ -16,7 +16,7 @@ from redmux.errors import (
     RequestCancelledError,
     UnimplementedError,
 )
-from redmux_adapters import Adapter, HeadConfig
+from redmux_adapters import HeadConfig
 from redmux_server.api.validation import ReadInput, TextPair, Validator
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import (
@@ -29,7 +29,6 @@ from redmux_server.engine.request import (
     SamplingParams,
 )
 from redmux_server.metrics import Metrics
-from redmux_server.models.heads import Heads
 from redmux_server.models.text import TextCodec
 from redmux_server.published import Published
 from redmux_server.registry import AdapterRegistry
@@ -68,7 +67,6 @@ class ReadableModel:
     architecture: str
     hidden_size: int
     default_pooling: Pooling
-    heads: Heads | None  # None where adapters cannot have any
 
 
 class ReadingService:
@@ -137,7 +135,7 @@ class ReadingService:
         return Classifications(logits, scores, head, published, _num_tokens(calls))
 
     def _resolve_head(self, name: str) -> tuple[Published, HeadConfig]:
-        if self._model.heads is None:
+        if self._model.kind != "encoder":
             raise FailedPreconditionError(
                 f"the model is of kind {self._model.kind} ({self._model.architecture}), which "
                 "classifies nothing; use Generate or Complete"
@@ -170,8 +168,6 @@ class ReadingService:
         for index, (ids, _) in enumerate(encoded):
             self._validator.input_ids(index, ids)
         adapter = await self._registry.fetch(published) if published else None
-        if reading.pooling is None:
-            self._check_head(adapter)
         calls = []
         for ids, type_ids in encoded:
             future: asyncio.Future[Sequence[float]] = loop.create_future()
@@ -189,14 +185,6 @@ class ReadingService:
             calls.append(_Call(request, future))
         self._engine.submit(*(call.request for call in calls))
         return calls
-
-    def _check_head(self, adapter: Adapter | None) -> None:
-        assert self._model.heads is not None
-        assert adapter is not None
-        assert adapter.head is not None, "the configuration of the version says so"
-        why = self._model.heads.why_not(adapter.head)
-        if why is not None:
-            raise FailedPreconditionError(f"the adapter cannot classify: {why}")
 
     def _encode(self, inputs: Sequence[ReadInput]) -> list[Encoded]:
         return [self._encode_one(item) for item in inputs]

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redmux_adapters import Head, HeadConfig
+from redmux_adapters.head import KINDS
 
 # Rows of one batch element. A product of this shape gives a row the same bits wherever it stands
 # and however many there are; one that fits the number of requests would not.
@@ -13,10 +15,12 @@ _ROWS = 8
 # The layer before the one that puts out the labels, if the head brings it, and what follows it.
 _HIDDEN: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "roberta": ("dense", torch.tanh),
+    "electra": ("dense", F.gelu),
     "distilbert": ("pre_classifier", torch.relu),
 }
 _OUTPUT = {
-    "roberta": "out_proj", "distilbert": "classifier", "bert": "classifier", "mean": "classifier"
+    "roberta": "out_proj", "electra": "out_proj", "distilbert": "classifier",
+    "bert": "classifier", "mean": "classifier",
 }  # fmt: skip
 
 
@@ -32,16 +36,10 @@ class Heads:
         self._pooler = pooler
         self._device = device
 
-    def why_not(self, head: Head) -> str | None:
-        """Returns why this model cannot have such a head, None if it can."""
-        if head.hidden_size != self._hidden_size:
-            return (
-                f"its head is for hidden size {head.hidden_size}, the model's is "
-                f"{self._hidden_size}"
-            )
-        if head.config.kind == "bert" and self._pooler is None:
-            return "its head stands on the base model's pooler, which this base model has not"
-        return None
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of heads that this model can have."""
+        return [kind for kind in KINDS if kind != "bert" or self._pooler is not None]
 
     def logits(self, heads: Sequence[Head], states: Sequence[Tensor]) -> list[Tensor]:
         """Returns the logits [labels] of each request from its hidden states [tokens, hidden].
@@ -60,7 +58,7 @@ class Heads:
 
     def _apply(self, kind: str, heads: Sequence[Head], pooled: Tensor) -> list[Tensor]:
         if kind == "bert":
-            assert self._pooler is not None, "checked by why_not"
+            assert self._pooler is not None, "see `kinds`"
             pooled = self._pooler(pooled[:, None])  # it takes sequences, and their first tokens
         slabs = _slabs(heads)
         x = torch.zeros(len(slabs), _ROWS, self._hidden_size, device=self._device)
