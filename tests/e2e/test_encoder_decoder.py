@@ -139,25 +139,38 @@ def scores_by_hand(model, source_ids, target_ids, edits):
     return logprobs.tolist(), (logits.argmax(-1) == targets).tolist()
 
 
+def record_counts(runner, counts):
+    """Adds how many tokens of the decoder each request has in a step."""
+    forward = runner.forward
+
+    def record(work):
+        counts.update(item.count for item in work)
+        return forward(work)
+
+    runner.forward = record
+
+
 async def test_continuations_are_scored_by_the_decoder_whatever_the_cutting(folder, start_server):
     model, tokenizer = load_seq2seq_base(str(folder))
     adapter = random_adapter(model, 1, editable_sites(model))
-    targets, found = ["yes", "a longer answer, cut into steps", "x"], []
-    for options in ({"max_running": 2, "max_batch_tokens": 2, "max_context": 48}, {}):
+    targets, found, counts = ["yes", "a longer answer, cut into steps", "x"], [], set()
+    for options in ({"max_running": 4, "max_batch_tokens": 4, "max_context": 40}, {}):
         server = await start_server(model=str(folder), **options)
+        record_counts(server.model.runner, counts if options else set())
         async with redmux.AsyncClient(f"127.0.0.1:{server.port}") as client:
             await client.adapters.put("a", to_bytes(adapter))
             for name in (None, "a"):
-                both = [client.score(SOURCES[1], targets, adapter=name) for _ in range(2)]
+                both = [client.score(SOURCES[0], targets, adapter=name) for _ in range(2)]
                 one, other = await asyncio.gather(*both)
                 assert one == other
                 found.append(one)
-            made = await client.generate(SOURCES[1], max_tokens=6, logprobs=True, ignore_eos=True)
-            (again,) = (await client.score(SOURCES[1], [made.token_ids])).continuations
+            made = await client.generate(SOURCES[0], max_tokens=6, logprobs=True, ignore_eos=True)
+            (again,) = (await client.score(SOURCES[0], [made.token_ids])).continuations
             assert again.logprobs == made.logprobs
             assert again.all_greedy
     assert found[:2] == found[2:]  # exactly
-    source_ids = tokenizer(SOURCES[1])["input_ids"]
+    assert counts & set(range(4, len(targets[1])))  # it was cut
+    source_ids = tokenizer(SOURCES[0])["input_ids"]
     for scores, edits in zip(found, ({}, adapter.edits), strict=False):
         assert scores.usage.prompt_tokens == len(source_ids)
         for text, got in zip(targets, scores.continuations, strict=True):

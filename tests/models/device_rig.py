@@ -2,7 +2,7 @@
 
 import torch
 
-from redmux_adapters import editable_sites, ffn_sites, load_base
+from redmux_adapters import editable_sites, ffn_sites, load_base, with_layer_norms
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
@@ -43,7 +43,7 @@ class DeviceRig:
 
     def __init__(self, folder, *, graphs=True, max_running=6, max_context=96, num_blocks=40):
         self.model, _ = load_base(str(folder), torch.float32)
-        sites = editable_sites(self.model)
+        sites = with_layer_norms(editable_sites(self.model))
         shapes, _ = discover(self.model)
         self.cache = PagedKVCache(shapes, num_blocks, GraphableAttention(), CPU, torch.float32)
         attach(self.model, self.cache)

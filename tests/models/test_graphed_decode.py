@@ -1,5 +1,6 @@
 """Captured decode steps: the same logits as launched ones, whatever the padding and the mix."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from models.device_rig import DeviceRig
 from reference import edited
 
-from redmux_adapters import Adapter, Edit
+from redmux_adapters import Adapter, Edit, red_sites, with_layer_norms
 from redmux_server.models.graphed_decode import batch_sizes
 
 PROMPTS = [[5 + i] * (3 + 7 * i) for i in range(6)]
@@ -52,6 +53,17 @@ def test_a_replayed_step_equals_plain_transformers_edited_by_hand(rig, base, n):
         for row, r in zip(got, requests, strict=True):
             torch.testing.assert_close(row, plain(base, r.token_ids, r.adapter), **TOLERANCE)
     assert rig.log.count("replay") == 3
+
+
+def test_sums_and_layer_norms_are_replayed_beside_plain_edits(rig, base):
+    sums = with_layer_norms(red_sites(base.model, "res"))
+    adapters = [None, base.adapter(1), dataclasses.replace(base, ffn=sums).adapter(2)]
+    requests = [rig.request(PROMPTS[i], adapters[i % 3]) for i in range(6)]
+    rig.prefill(*requests)
+    got = rig.decode(*requests)
+    for row, r in zip(got, requests, strict=True):
+        torch.testing.assert_close(row, plain(base, r.token_ids, r.adapter), **TOLERANCE)
+    assert "replay" in rig.log
 
 
 @pytest.mark.parametrize("n", [1, 3, 6])
