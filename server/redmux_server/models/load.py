@@ -38,6 +38,7 @@ from redmux_server.models.text import TextCodec
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE_BYTES = 2 << 30
+_DEFAULT_IDLE_BYTES = 128 << 20
 _PRECISIONS = {
     "none": "fp32",
     "bf16": "bf16 weights and activations",
@@ -67,6 +68,7 @@ class BaseModel:
     linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
     bit_identical: bool
     reasons: Sequence[str]
+    max_idle_blocks: int | None = None  # kept for later prompts; None bounds nothing
     decoder_start: int | None = None  # of an encoder-decoder: what its decoder starts with
 
 
@@ -82,16 +84,15 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     sites = editable_sites(model)
     prepare = _on_cpu if choices.device.type == "cpu" else _on_device
     parts = prepare(config, choices, model, sites)
+    block_bytes = parts.runner.cache.block_size * parts.kv_bytes_per_token
+    max_idle = _max_idle(config, choices.device, block_bytes)
     reasons = [
         *choices.reasons,
         *parts.reasons,
         "bit-identical in any batch: yes, checked at start"
         if parts.bit_identical
         else "bit-identical in any batch: no, logits may differ in their last bits",
-        f"prefix cache: on, blocks of {parts.runner.cache.block_size} tokens, "
-        f"never shared by tenants or adapters"
-        if config.prefix_cache
-        else "prefix cache: off (set by configuration)",
+        _prefix_reason(config, parts.runner.cache, max_idle),
     ]
     for reason in reasons:
         logger.info("%s", reason)
@@ -113,6 +114,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         linears=parts.linears,
         bit_identical=parts.bit_identical,
         reasons=reasons,
+        max_idle_blocks=max_idle,
     )
 
 
@@ -204,6 +206,23 @@ def _context_reason(max_context: int, limit: ContextLimit) -> str:
 
 def _kv_bytes_per_token(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
     return sum(2 * s.num_kv_heads * s.head_dim for s in shapes) * dtype.itemsize
+
+
+def _max_idle(config: ServerConfig, device: torch.device, block_bytes: int) -> int | None:
+    """Returns how many blocks may wait for later prompts, or None for all of them."""
+    if config.prefix_cache_bytes or device.type == "cpu":
+        return (config.prefix_cache_bytes or _DEFAULT_IDLE_BYTES) // block_bytes
+    return None
+
+
+def _prefix_reason(config: ServerConfig, cache: KVCache, max_idle: int | None) -> str:
+    if not config.prefix_cache:
+        return "prefix cache: off (set by configuration)"
+    num_idle = cache.num_blocks if max_idle is None else min(cache.num_blocks, max_idle)
+    return (
+        f"prefix cache: on, keeps {num_idle * cache.block_size} tokens in blocks of "
+        f"{cache.block_size}, never shared by tenants or adapters"
+    )
 
 
 def _free_bytes(device: torch.device) -> int:
