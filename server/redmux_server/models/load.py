@@ -82,6 +82,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     model = model.to(choices.device)
     identity = fingerprint(model)
     sites = editable_sites(model)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     prepare = _on_cpu if choices.device.type == "cpu" else _on_device
     parts = prepare(config, choices, model, sites)
     block_bytes = parts.runner.cache.block_size * parts.kv_bytes_per_token
@@ -104,7 +105,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         architecture=model.config.architectures[0],
         sites=sites,
         hidden_size=model.config.get_text_config().hidden_size,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         max_context=parts.max_context,
         num_blocks=parts.runner.cache.num_blocks,
         block_size=parts.runner.cache.block_size,
@@ -272,6 +273,8 @@ def _fuse(
     linears = decoder.linears
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
+    if not decoder.needs_embeddings:
+        model.set_input_embeddings(nn.Identity())
     unmap(model)
     products = f"{len(linears)} packed products, {_PRECISIONS[quantization]}"
     return _Checked(decoder, linears, bit_identical, f"layers: fused, {products}, {_off_by(error)}")
