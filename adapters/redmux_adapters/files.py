@@ -20,7 +20,7 @@ from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
 from .head import Head, check_shapes
 from .header import HEAD_PREFIX, Header, Limits, read_header, write_container
 from .strictjson import shown
-from .vectors import check_values, digest_of, read_head, read_vectors, site_dims, vector_bytes
+from .vectors import check_values, digest_of, read_head, read_vectors, vector_bytes
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DEFAULT = Limits()
@@ -179,14 +179,21 @@ def read_file(path: Path, max_bytes: int) -> bytes:
             raise InvalidAdapterError(f"{path} is not a regular file")
         if status.st_size > max_bytes:
             raise InvalidAdapterError(f"{path} has {status.st_size} bytes; limit {max_bytes}")
-        with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(status.st_size + 1)
+        data = _read(descriptor, status.st_size + 1)
     except OSError as err:
         raise InvalidAdapterError(f"cannot read {path}: {err.strerror}") from None
     finally:
         os.close(descriptor)
     if len(data) != status.st_size:
         raise InvalidAdapterError(f"{path} changed while it was read; try again")
+    return data
+
+
+def _read(descriptor: int, num_bytes: int) -> bytes:
+    """Returns that many bytes, or fewer at the end of the file."""
+    data = os.read(descriptor, num_bytes)  # of a regular file this is all, but for signals
+    while len(data) < num_bytes and (more := os.read(descriptor, num_bytes - len(data))):
+        data += more
     return data
 
 
@@ -253,7 +260,7 @@ def _check_head(header: Header, config: AdapterConfig, hidden_size: int | None) 
 
 
 def _check_header_sites(header: Header, expected_sites: Mapping[str, int] | None) -> None:
-    dims = site_dims(header)
+    dims = header.tensors.site_dims  # raises by itself where they disagree
     if expected_sites is not None:
         check_sites(dims, expected_sites)
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from redmux.errors import InvalidAdapterError
 
@@ -54,11 +54,30 @@ class TensorEntry:
         return self.shape[0]
 
 
-class Tensors(NamedTuple):
-    """The tensors of a file in the order of its header."""
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """The tensors of a file in the order of its header; files of the same sites share one."""
 
     edits: Mapping[str, TensorEntry]  # "<module path>.scale" or ".bias": a vector
     head: Mapping[str, TensorEntry]  # "dense.weight" and so on, without "head."
+
+    @functools.cached_property
+    def site_dims(self) -> Mapping[str, int]:
+        """{module path: output size}, sorted by path; raises where scale and bias disagree."""
+        dims: dict[str, int] = {}
+        for name, entry in self.edits.items():
+            site = name.rpartition(".")[0]
+            if dims.setdefault(site, entry.dim) != entry.dim:
+                raise InvalidAdapterError(
+                    f"scale and bias of {shown(site)} have {dims[site]} and {entry.dim} values; "
+                    "they have to be the same"
+                )
+        return MappingProxyType(dict(sorted(dims.items())))
+
+    @functools.cached_property
+    def are_fp32(self) -> bool:
+        """Whether every tensor of the file is fp32."""
+        return all(e.dtype == "F32" for e in (*self.edits.values(), *self.head.values()))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ A torch operation on a vector of a thousand values costs more than its arithmeti
 has dozens of them; a server that checks ten thousand files at start cannot afford it.
 """
 
+import functools
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -22,22 +24,10 @@ from .strictjson import shown
 
 MAX_MAGNITUDE = 1e4
 _DIGEST_DOMAIN = b"redmux-adapter-v1"
+_IS_LITTLE = sys.byteorder == "little"
 
 Vector = NDArray[np.float32]
 Vectors = Mapping[str, tuple[Vector, Vector]]  # module path -> scale, bias, each [dim]
-
-
-def site_dims(header: Header) -> dict[str, int]:
-    """Returns {module path: output size}, sorted by path; raises where scale and bias disagree."""
-    dims: dict[str, int] = {}
-    for name, entry in header.tensors.edits.items():
-        site = name.rpartition(".")[0]
-        if dims.setdefault(site, entry.dim) != entry.dim:
-            raise InvalidAdapterError(
-                f"scale and bias of {shown(site)} have {dims[site]} and {entry.dim} values; they "
-                "have to be the same"
-            )
-    return dict(sorted(dims.items()))
 
 
 def read_vectors(header: Header, data: bytes) -> Vectors:
@@ -48,7 +38,7 @@ def read_vectors(header: Header, data: bytes) -> Vectors:
     """
     given = _read_all(header, header.tensors.edits, data)
     vectors = {}
-    for site, dim in site_dims(header).items():
+    for site, dim in header.tensors.site_dims.items():
         scale, bias = given.get(f"{site}.scale"), given.get(f"{site}.bias")
         vectors[site] = (
             np.ones(dim, np.float32) if scale is None else scale,
@@ -67,8 +57,7 @@ def read_head(header: Header, data: bytes) -> HeadArrays:
 def _read_all(header: Header, entries: Mapping[str, TensorEntry], data: bytes) -> dict[str, Vector]:
     """Returns the values of `entries`, flat: views of `data` where the whole file is fp32."""
     body = 8 + int.from_bytes(data[:8], "little")
-    everything = (*header.tensors.edits.values(), *header.tensors.head.values())
-    if all(entry.dtype == "F32" for entry in everything):
+    if header.tensors.are_fp32:
         values = np.frombuffer(data, "<f4", offset=body).astype(np.float32, copy=False)
         return {name: values[e.start // 4 : e.end // 4] for name, e in entries.items()}
     return {name: _read_one(entry, data, body) for name, entry in entries.items()}
@@ -86,14 +75,18 @@ def _read_one(entry: TensorEntry, data: bytes, body: int) -> Vector:
 def check_values(vectors: Vectors, head: HeadArrays = MappingProxyType({})) -> None:
     """Raises InvalidAdapterError for values that are not finite or exceed 1e4 in magnitude."""
     for name, array in head.items():
-        if not np.abs(array).max() <= MAX_MAGNITUDE:
+        if not _are_in_range(array):
             _find_bad_value(f"{HEAD_PREFIX}{name}", array.reshape(-1))
-    flat = np.concatenate([vector for pair in vectors.values() for vector in pair])
-    if np.abs(flat).max() <= MAX_MAGNITUDE:  # false where a NaN is
+    if _are_in_range(np.concatenate([vector for pair in vectors.values() for vector in pair])):
         return
     for site, (scale, bias) in vectors.items():
         _find_bad_value(f"{site}.scale", scale)
         _find_bad_value(f"{site}.bias", bias)
+
+
+def _are_in_range(values: NDArray[np.float32]) -> bool:
+    # A NaN is the least and the greatest, and fails every comparison.
+    return bool(values.min() >= -MAX_MAGNITUDE and values.max() <= MAX_MAGNITUDE)
 
 
 def _find_bad_value(name: str, vector: Vector) -> None:
@@ -113,7 +106,11 @@ def _find_bad_value(name: str, vector: Vector) -> None:
 
 def vector_bytes(vector: Vector) -> bytes:
     """Returns the fp32 values, row by row, as little-endian bytes, whatever the machine's order."""
-    return vector.astype("<f4", copy=False).tobytes()
+    return _little(vector).tobytes()
+
+
+def _little(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    return array if _IS_LITTLE else array.astype("<f4")
 
 
 def digest_of(
@@ -132,15 +129,21 @@ def digest_of(
     parts: list[bytes | memoryview] = []
     for text in (_DIGEST_DOMAIN, base_fingerprint.encode(), prompt):
         parts += [len(text).to_bytes(8, "little"), text]
-    for site, pair in sorted(vectors.items()):
-        path = site.encode()
-        parts += [len(path).to_bytes(8, "little"), path]
-        for vector in pair:
-            parts += [vector.nbytes.to_bytes(8, "little"), vector.astype("<f4", copy=False).data]
+    for site, (scale, bias) in sorted(vectors.items()):
+        before, between = _framing(site, scale.nbytes, bias.nbytes)
+        parts += [before, _little(scale).data, between, _little(bias).data]
     if head_config is not None:
         text = json.dumps(head_config.to_json(), sort_keys=True, separators=(",", ":")).encode()
         parts += [len(text).to_bytes(8, "little"), text]
         for name, array in sorted(head.items()):
-            text, data = name.encode(), array.astype("<f4", copy=False).tobytes()
+            text, data = name.encode(), _little(array).tobytes()
             parts += [len(text).to_bytes(8, "little"), text, len(data).to_bytes(8, "little"), data]
     return f"sha256:{hashlib.sha256(b''.join(parts)).hexdigest()}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _framing(site: str, scale_bytes: int, bias_bytes: int) -> tuple[bytes, bytes]:
+    """Returns what a digest takes before the scale of a site, and between it and the bias."""
+    path = site.encode()
+    lengths = [size.to_bytes(8, "little") for size in (len(path), scale_bytes, bias_bytes)]
+    return lengths[0] + path + lengths[1], lengths[2]

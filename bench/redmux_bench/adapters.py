@@ -1,8 +1,10 @@
 """Random adapters for a load: of the size and magnitude of trained ones, each different."""
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
 import torch
 
@@ -11,17 +13,17 @@ from redmux_adapters import Adapter, Edit, ffn_sites, to_bytes
 from redmux_adapters.base import resolve
 from redmux_bench import report
 
+_T = TypeVar("_T")
+_AT_ONCE = 4  # requests: while the server checks one adapter, the next is made here
+
 
 def random_adapter(base_fingerprint: str, sites: Mapping[str, int], seed: int) -> Adapter:
     """Returns an adapter of every site: scales 1 + 0.1 * normal, biases 0.05 * normal."""
     generator = torch.Generator().manual_seed(seed)
-    edits = {
-        site: Edit(
-            1 + 0.1 * torch.randn(dim, generator=generator),
-            0.05 * torch.randn(dim, generator=generator),
-        )
-        for site, dim in sites.items()
-    }
+    dims = list(sites.values())
+    scales, biases = torch.randn(2, sum(dims), generator=generator)
+    pairs = zip((1 + 0.1 * scales).split(dims), (0.05 * biases).split(dims), strict=True)
+    edits = {site: Edit(*pair) for site, pair in zip(sites, pairs, strict=True)}
     return Adapter(base_fingerprint, edits)
 
 
@@ -68,31 +70,44 @@ class RandomAdapters:
         adapter = random_adapter(self._base_fingerprint, self._sites, seed)
         return f"bench/{self._seed}-{number:05d}", to_bytes(adapter)
 
-    async def put(self, count: int) -> list[str]:
-        """Puts the next `count` adapters and returns their names."""
-        names: list[str] = []
-        await self._put(count, names)
-        return names
-
     @asynccontextmanager
     async def published(self, count: int) -> AsyncIterator[Sequence[str]]:
         """Puts the next `count` adapters, yields their names and deletes them at the end."""
-        names: list[str] = []
+        names: list[str] = []  # of what was put, also if a later one fails
+
+        async def put(_: int) -> None:
+            name, content = self.new()
+            await self._client.adapters.put(name, content)
+            names.append(name)
+
+        async def delete(name: str) -> None:
+            with suppress(RedmuxError):
+                await self._client.adapters.delete(name)
+
         try:
-            await self._put(count, names)
+            await _each(put, range(count), count, "put")
+            names.sort()
             yield names
         finally:
-            with report.progress(len(names), "delete") as bar:
-                for name in names:
-                    with suppress(RedmuxError):
-                        await self._client.adapters.delete(name)
-                    bar.update()
+            await _each(delete, list(names), len(names), "delete")
 
-    async def _put(self, count: int, names: list[str]) -> None:
-        """Appends each name once it is put, so that after a failure it is known what was."""
-        with report.progress(count, "put") as bar:
-            for _ in range(count):
-                name, content = self.new()
-                await self._client.adapters.put(name, content)
-                names.append(name)
-                bar.update()
+
+async def _each(
+    call: Callable[[_T], Awaitable[None]], items: Iterable[_T], count: int, label: str
+) -> None:
+    """Calls with every item, a few at a time; raises the first error, once all calls have ended."""
+    left = iter(items)
+
+    async def work() -> None:
+        for item in left:
+            await call(item)
+            bar.update()
+
+    with report.progress(count, label) as bar:
+        tasks = [asyncio.create_task(work()) for _ in range(_AT_ONCE)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

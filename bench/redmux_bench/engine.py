@@ -21,7 +21,6 @@ from redmux_server.engine.request import Event, Failed, Request, SamplingParams,
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
 from redmux_server.models.load import load_causal
-from redmux_server.models.paged_attention import BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class LoneEngine:
         model = load_causal(config, choose(config))
         self.vocab_size = model.vocab_size
         scheduler = Scheduler(
-            BlockPool(model.num_blocks, BLOCK),
+            BlockPool(model.num_blocks, model.block_size, model.max_idle_blocks),
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
         )

@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,48 +15,85 @@ from redmux_bench.server_process import ServerProcess, start
 
 @dataclass(frozen=True, slots=True)
 class Startup:
-    """Seconds from the start of the process until it serves; medians of the rounds."""
+    """Seconds from the start of the process until it serves; medians of the rounds.
+
+    `first_s` is with `adapters` files in the folder that no server has seen, `later_s` with the
+    index that the one before has left.
+    """
 
     adapters: int
     empty_s: float
-    full_s: float
-    extra_ms_per_adapter: float
+    first_s: float
+    later_s: float
+    first_extra_s: float  # median of the rounds' differences from the empty folder
+    later_extra_s: float
     empty_rounds_s: Sequence[float]
-    full_rounds_s: Sequence[float]
+    first_rounds_s: Sequence[float]
+    later_rounds_s: Sequence[float]
 
 
 def measure(options: argparse.Namespace) -> Startup:
-    """Lets a server keep --registered adapters in a folder, then starts servers in turn."""
-    times_s: dict[str, list[float]] = {"empty": [], "full": []}
+    """Writes --registered adapters into a folder, then starts servers in turn."""
     with tempfile.TemporaryDirectory(prefix="redmux-bench-") as parent:
-        with _serving(options, f"{parent}/full") as process:
-            asyncio.run(_fill(options, process))
-        Path(parent, "empty").mkdir()
-        with report.progress(2 * options.rounds, "start") as bar:
+        empty, full = Path(parent, "empty"), Path(parent, "full")
+        empty.mkdir()
+        with _serving(options, empty) as process:  # warms what is kept between starts, too
+            asyncio.run(_fill(options, process, full))
+        times: list[tuple[float, float, float]] = []
+        with report.progress(3 * options.rounds, "start") as bar:
             for _ in range(options.rounds):
-                for name, times in times_s.items():
-                    with _serving(options, f"{parent}/{name}") as process:
-                        times.append(process.startup_s)
-                    bar.update()
-    empty_s, full_s = (statistics.median(times) for times in times_s.values())
-    extra_ms = 1e3 * (full_s - empty_s) / options.registered
-    return Startup(options.registered, empty_s, full_s, extra_ms, *times_s.values())
+                (full / ".index.json").unlink(missing_ok=True)
+                times.append(
+                    (
+                        _startup_s(options, empty, bar.update),
+                        _startup_s(options, full, bar.update),
+                        _startup_s(options, full, bar.update),
+                    )
+                )
+    empties, firsts, laters = zip(*times, strict=True)
+    return Startup(
+        adapters=options.registered,
+        empty_s=statistics.median(empties),
+        first_s=statistics.median(firsts),
+        later_s=statistics.median(laters),
+        first_extra_s=statistics.median(first - empty for empty, first, _ in times),
+        later_extra_s=statistics.median(later - empty for empty, _, later in times),
+        empty_rounds_s=empties,
+        first_rounds_s=firsts,
+        later_rounds_s=laters,
+    )
 
 
-def _serving(options: argparse.Namespace, folder: str) -> ServerProcess:
-    return start(options, options.concurrency, "--adapter-dir", folder)
+def _startup_s(options: argparse.Namespace, folder: Path, done: Callable[[], object]) -> float:
+    with _serving(options, folder) as process:
+        done()
+        return process.startup_s
 
 
-async def _fill(options: argparse.Namespace, process: ServerProcess) -> None:
+def _serving(options: argparse.Namespace, folder: Path) -> ServerProcess:
+    return start(options, options.concurrency, "--adapter-dir", str(folder))
+
+
+async def _fill(options: argparse.Namespace, process: ServerProcess, folder: Path) -> None:
+    """Writes the files that a server would keep there; through one, it would take minutes."""
     async with process.client() as client:
         adapters = await RandomAdapters.of(client, options.model, options.seed)
-        await adapters.put(options.registered)
+    with report.progress(options.registered, "write") as bar:
+        for _ in range(options.registered):
+            name, content = adapters.new()
+            path = folder / f"{name}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            bar.update()
 
 
 def print_startup(result: Startup) -> None:
-    """Prints both starts and what an adapter adds."""
+    """Prints the starts and what the adapters add."""
     report.print_table(
-        ("adapters in the folder", "s to ready"),
-        [(0, result.empty_s), (result.adapters, result.full_s)],
+        ("adapters in the folder", "s to ready", "s more"),
+        [
+            ("none", result.empty_s, 0.0),
+            (f"{result.adapters}, first start", result.first_s, result.first_extra_s),
+            (f"{result.adapters}, later start", result.later_s, result.later_extra_s),
+        ],
     )
-    print(f"{result.extra_ms_per_adapter:.3f} ms per adapter")

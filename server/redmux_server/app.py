@@ -273,7 +273,7 @@ def _engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metr
     max_open = config.max_running + config.max_queue
     if isinstance(model, BaseModel):
         scheduler = Scheduler(
-            BlockPool(model.num_blocks, model.block_size),
+            BlockPool(model.num_blocks, model.block_size, model.max_idle_blocks),
             max_running=config.max_running,
             max_batch_tokens=model.max_batch_tokens,
             # What a decoder keeps of an answer depends on the source as well.

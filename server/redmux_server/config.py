@@ -42,6 +42,11 @@ class ServerConfig:
     prefix_cache: bool = _option(
         True, "true or false: whether prompts that begin alike share their computed beginning"
     )
+    prefix_cache_bytes: int = _option(
+        0,
+        "memory for computed beginnings that no running request uses; 0 is 128 MiB on a CPU and "
+        "the whole key/value cache on a GPU, where that is taken at start",
+    )
     bank_bytes: int = _option(256 << 20, "memory for the vectors of adapters in use")
     host_cache_bytes: int = _option(
         256 << 20, "memory for the vectors of adapters that were used last, read from adapter_dir"
@@ -89,9 +94,9 @@ class ServerConfig:
 
 _LOWEST = {
     "port": 0, "metrics_port": 0, "threads": 0, "max_running": 1, "max_batch_tokens": 1,
-    "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "bank_bytes": 0,
-    "host_cache_bytes": 0, "training_share": 0.001, "training_queue": 1, "training_max_tokens": 1,
-    "drain_s": 0,
+    "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "prefix_cache_bytes": 0,
+    "bank_bytes": 0, "host_cache_bytes": 0, "training_share": 0.001, "training_queue": 1,
+    "training_max_tokens": 1, "drain_s": 0,
 }  # fmt: skip
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),

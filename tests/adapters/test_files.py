@@ -279,6 +279,14 @@ def test_size_is_checked_before_reading(tmp_path):
         read_adapter(tmp_path / "big")
 
 
+def test_a_file_that_comes_in_pieces_is_read_whole(tmp_path, monkeypatch):
+    path = tmp_path / WEIGHTS
+    path.write_bytes(to_bytes(Adapter(BASE, {"a": Edit(torch.ones(50), torch.zeros(50))})))
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, count: read(descriptor, min(count, 100)))
+    assert read_adapter(path) == parse_adapter(path.read_bytes())
+
+
 def test_incomplete_folders_are_refused(tmp_path):
     with pytest.raises(InvalidAdapterError, match=r"cannot open .*adapter_config\.json: No such"):
         read_adapter(tmp_path)

@@ -176,6 +176,15 @@ async def test_info_tells_whether_there_is_a_prefix_cache(on, start_server):
     assert answers[1].usage.cached_prompt_tokens == on * 2 * BLOCK
 
 
+async def test_no_more_is_kept_than_fits_into_prefix_cache_bytes(start_server):
+    server = await start_server(prefix_cache_bytes=1)  # less than a block
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        choices = (await client.info()).choices
+        answers = [await client.generate(SYSTEM, max_tokens=1) for _ in range(2)]
+    assert any(c.startswith("prefix cache: on, keeps 0 tokens in blocks of 32") for c in choices)
+    assert [a.usage.cached_prompt_tokens for a in answers] == [0, 0]
+
+
 SMALL = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 FAMILIES = {
     "gpt2": SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},

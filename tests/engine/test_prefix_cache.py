@@ -40,10 +40,12 @@ class PrefixMachine(RuleBasedStateMachine):
     """Random traffic with common beginnings; requests end, leave and fail at any time."""
 
     @initialize(
-        num_blocks=st.integers(5, 12), max_running=st.integers(1, 4), extra=st.integers(0, 12)
-    )
-    def start(self, num_blocks, max_running, extra):
-        self.pool = BlockPool(num_blocks, BLOCK)
+        num_blocks=st.integers(5, 12), max_running=st.integers(1, 4), extra=st.integers(0, 12),
+        max_idle=st.none() | st.integers(0, 4),
+    )  # fmt: skip
+    def start(self, num_blocks, max_running, extra, max_idle):
+        self.pool = BlockPool(num_blocks, BLOCK, max_idle)
+        self.max_idle = max_idle
         self.max_running = max_running
         self.budget = max_running + extra
         self.scheduler = Scheduler(self.pool, max_running=max_running, max_batch_tokens=self.budget)
@@ -144,9 +146,10 @@ class PrefixMachine(RuleBasedStateMachine):
         if not is_sound:
             assert not any(b in self.pool._index for b in blocks if b not in used)
             assert all(b in self.pool._index for b in before if b in used)
-        elif gone.num_output:  # all that it computed can be found
+        elif gone.num_output:  # all that it computed can be found, or as much as may be kept
             usable = gone.num_computed // BLOCK
-            assert len(self.pool.find(gone.block_keys)) == usable
+            found = len(self.pool.find(gone.block_keys))
+            assert found == usable or min(usable, self.max_idle) <= found < usable
         assert gone.blocks == []
 
     def note_idle(self):
@@ -173,6 +176,10 @@ class PrefixMachine(RuleBasedStateMachine):
             assert len(set(running.blocks)) == len(running.blocks)
 
     @invariant()
+    def no_more_blocks_are_idle_than_may_be(self):
+        assert self.max_idle is None or len(self.pool._idle) <= self.max_idle
+
+    @invariant()
     def what_can_be_found_begins_with_what_can_be_found(self):
         known = set(self.shared.values())
         assert len(known) == len(self.shared)  # no content twice
@@ -197,9 +204,9 @@ TestPrefixMachine = PrefixMachine.TestCase
 TestPrefixMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def make(num_blocks=100, **options):
+def make(num_blocks=100, max_idle=None, **options):
     limits = {"max_running": 4, "max_batch_tokens": 64}
-    return Scheduler(BlockPool(num_blocks, BLOCK), **limits | options)
+    return Scheduler(BlockPool(num_blocks, BLOCK, max_idle), **limits | options)
 
 
 def run(scheduler, *requests):
@@ -337,6 +344,45 @@ def test_the_least_recently_used_prompt_makes_room_last_block_first():
     run(scheduler, request([3] * 17, max_tokens=3))  # takes the four and one of the kept
     assert run(scheduler, request(a)) == [8]
     assert run(scheduler, request(b)) == [4]
+
+
+def test_of_too_many_idle_blocks_the_least_recently_used_are_forgotten():
+    scheduler = make(max_idle=3)
+    a, b = [1] * 9, [2] * 9
+    run(scheduler, request(a))
+    run(scheduler, request(b))
+    assert run(scheduler, request(a)) == [4]  # its second block made room
+    assert run(scheduler, request(b)) == [4]  # as did b's then
+    assert scheduler._blocks.num_free == 100
+
+
+def test_a_prompt_that_is_longer_than_what_may_be_kept_leaves_its_beginning():
+    scheduler = make(max_idle=3)
+    run(scheduler, request(range(30)))
+    assert run(scheduler, request(range(30))) == [12]
+
+
+def test_blocks_that_running_requests_share_do_not_count_as_idle():
+    scheduler = make(max_idle=0)
+    assert run(scheduler, request(range(9), max_tokens=9)) == [0]
+    early, late = request(range(9), max_tokens=9), request(range(9))
+    scheduler.submit(early)
+    (item,) = scheduler.plan()
+    item.request.num_computed += item.count
+    item.request.token_ids.append(9)
+    scheduler.share(early)
+    assert run(scheduler, late) == [8]
+
+
+def test_one_request_after_the_other_touches_few_blocks():
+    """So memory, which is taken when a block is first used, stays bounded."""
+    scheduler, touched = make(max_idle=3), set()
+    for first in range(30):
+        scheduler.submit(new := request([first] * 9))
+        scheduler.plan()
+        touched.update(new.blocks)
+        run(scheduler)
+    assert len(touched) <= 3 + 3
 
 
 def test_a_full_cache_admits_what_an_empty_one_would():

@@ -21,7 +21,7 @@ SHAPE = {
     "num_key_value_heads": 2, "head_dim": 20, "max_position_embeddings": 256,
 }  # fmt: skip
 FAMILIES = {
-    "llama": SHAPE | {"attention_bias": True, "mlp_bias": True},
+    "llama": SHAPE | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "mistral": SHAPE | {"sliding_window": 9},
     "qwen2": SHAPE | {"head_dim": 8},
     "qwen3": SHAPE | {"tie_word_embeddings": False},
@@ -97,6 +97,15 @@ def test_these_families_are_fused_and_bit_identical(family):
     _, loaded, _ = family
     assert any("fused" in reason for reason in loaded.reasons)
     assert loaded.bit_identical
+
+
+def test_the_values_of_tied_embeddings_are_kept_once(family):
+    plain, loaded, _ = family
+    decoder = loaded.runner._decoder
+    embeddings = plain.get_input_embeddings()
+    assert decoder.needs_embeddings == (not plain.config.tie_word_embeddings)
+    ids = torch.tensor([0, 259, 17, 31, 32, 17])
+    assert torch.equal(decoder._embed(ids), embeddings(ids))
 
 
 def test_a_model_that_the_fused_form_gets_wrong_runs_as_transformers_has_it(

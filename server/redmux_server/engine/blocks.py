@@ -12,15 +12,17 @@ class BlockPool:
     A block that was shared can have several users. Once it has none it is idle: it stays findable,
     but counts as free and is handed out when no other is left, least recently used first. Users
     of a block use all blocks before it as well, and give back the last first: so a block is always
-    handed out before the ones that it continues. Blocks that were never shared are handed out
-    most recently freed first, so that memory stays compact and warm.
+    handed out before the ones that it continues. Other blocks are handed out most recently freed
+    first, so that memory stays compact and warm.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, max_idle: int | None = None) -> None:
+        """`max_idle` bounds the idle blocks; those that are one too many are no longer findable."""
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._max_idle = num_blocks if max_idle is None else max_idle
         self._num_users = [0] * num_blocks
         self._index = PrefixIndex()
 
@@ -80,16 +82,19 @@ class BlockPool:
                 self._idle[block] = None
             else:
                 self._free.append(block)
+        while len(self._idle) > self._max_idle:
+            self._free.append(self._forget_oldest())
 
     def _use(self, block: int) -> None:
         self._idle.pop(block, None)
         self._num_users[block] += 1
 
     def _take(self) -> int:
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._idle.popitem(last=False)
-            self._index.drop(block)
+        block = self._free.pop() if self._free else self._forget_oldest()
         self._num_users[block] = 1
+        return block
+
+    def _forget_oldest(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        self._index.drop(block)
         return block

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.request import Scored, Work
-from redmux_server.engine.sampling import NonFinite
+from redmux_server.engine.sampling import NonFinite, likeliest
 
 _ROWS = 32  # scored at a time: so many rows of the vocabulary are held a second time
 
@@ -21,10 +21,10 @@ def score(logits: Tensor, item: Work) -> Scored | NonFinite:
     is_greedy: list[bool] = []
     for start in range(0, len(wanted), _ROWS):
         rows, chosen = logits[start : start + _ROWS], targets[start : start + _ROWS]
-        highest, likeliest = rows.max(-1)
-        if not bool(highest.isfinite().all()):  # NaN and +inf win every maximum
+        highest_ids, is_finite = likeliest(rows)
+        if not all(is_finite):
             return NonFinite()
         values = torch.log_softmax(rows.float(), -1).gather(1, chosen[:, None])
         logprobs += values[:, 0].tolist()
-        is_greedy += (likeliest == chosen).tolist()
+        is_greedy += [a == b for a, b in zip(highest_ids, chosen.tolist(), strict=True)]
     return Scored(logprobs, is_greedy)

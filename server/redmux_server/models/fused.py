@@ -55,10 +55,13 @@ class FusedDecoder:
         Raises FailedPreconditionError if this CPU has no products of `precision`.
         """
         self._cache = cache
-        self._embed = model.get_input_embeddings()
         self._rotary = model.model.rotary_emb
         layers = list(model.model.layers)
         self._packing = _packed(layers, model.lm_head, precision)
+        embeddings = model.get_input_embeddings()
+        is_tied = model.lm_head.weight is embeddings.weight
+        # One copy is enough of what is a tenth of a large model and a fifth of a small one.
+        self._embeddings = None if is_tied and precision == "fp32" else embeddings
         self._model = _model(model, layers, rules, cache)
         self._layout: Mapping[str, SiteColumns] = {}
         self._unedited = np.full((len(layers), len(SITES) + 1, 2), -1, np.int64)
@@ -69,6 +72,11 @@ class FusedDecoder:
     def linears(self) -> list[nn.Module]:
         """Every matrix product, in the order in which a step runs them."""
         return [PackedLinear(self._packing, i) for i in range(len(self._packing.shapes))]
+
+    @property
+    def needs_embeddings(self) -> bool:
+        """Whether it reads the model's own embeddings, and not the same values in the head."""
+        return self._embeddings is not None
 
     def forget_sites(self) -> None:
         """See `Decoder`; a site costs something only where a step's adapters have it."""
@@ -99,7 +107,7 @@ class FusedDecoder:
         """Leaves the last hidden states in the room, and fills `logits` if it has rows."""
         index = self._cache.index
         assert index is not None, "the cache's step is not entered"
-        x: Tensor = self._embed(ids)
+        x = self._embed(ids)
         cos, sin = self._rotary(x[None], positions[None])
         rows, row_of, starts = _NO_ROWS, np.zeros(len(ids), np.int32), self._unedited
         if edits is not None:
@@ -116,6 +124,12 @@ class FusedDecoder:
             last.numpy(), logits.numpy(),
         )  # fmt: skip
         run(numba.get_num_threads(), step, self._model, self._packing.packed, self._room)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        if self._embeddings is None:
+            return torch.from_numpy(self._packing.rows(len(self._packing.shapes) - 1, ids.numpy()))
+        embedded: Tensor = self._embeddings(ids)
+        return embedded
 
     def _placed(self, layout: Mapping[str, SiteColumns]) -> Array:
         """Returns where each layer's sites lie in the rows, looked up when they changed."""

@@ -38,6 +38,7 @@ from redmux_server.models.text import TextCodec
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CACHE_BYTES = 2 << 30
+_DEFAULT_IDLE_BYTES = 128 << 20
 _PRECISIONS = {
     "none": "fp32",
     "bf16": "bf16 weights and activations",
@@ -68,6 +69,7 @@ class BaseModel:
     linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
     bit_identical: bool
     reasons: Sequence[str]
+    max_idle_blocks: int | None = None  # kept for later prompts; None bounds nothing
     decoder_start: int | None = None  # of an encoder-decoder: what its decoder starts with
 
 
@@ -81,18 +83,18 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     model = model.to(choices.device)
     identity = fingerprint(model)
     sites = with_layer_norms(editable_sites(model))
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     prepare = _on_cpu if choices.device.type == "cpu" else _on_device
     parts = prepare(config, choices, model, sites)
+    block_bytes = parts.runner.cache.block_size * parts.kv_bytes_per_token
+    max_idle = _max_idle(config, choices.device, block_bytes)
     reasons = [
         *choices.reasons,
         *parts.reasons,
         "bit-identical in any batch: yes, checked at start"
         if parts.bit_identical
         else "bit-identical in any batch: no, logits may differ in their last bits",
-        f"prefix cache: on, blocks of {parts.runner.cache.block_size} tokens, "
-        f"never shared by tenants or adapters"
-        if config.prefix_cache
-        else "prefix cache: off (set by configuration)",
+        _prefix_reason(config, parts.runner.cache, max_idle),
     ]
     for reason in reasons:
         logger.info("%s", reason)
@@ -104,7 +106,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         architecture=model.config.architectures[0],
         sites=sites,
         hidden_size=model.config.get_text_config().hidden_size,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=vocab_size,
         max_context=parts.max_context,
         max_batch_tokens=config.max_batch_tokens,
         num_blocks=parts.runner.cache.num_blocks,
@@ -115,6 +117,7 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
         linears=parts.linears,
         bit_identical=parts.bit_identical,
         reasons=reasons,
+        max_idle_blocks=max_idle,
     )
 
 
@@ -208,6 +211,23 @@ def _kv_bytes_per_token(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int
     return sum(2 * s.num_kv_heads * s.head_dim for s in shapes) * dtype.itemsize
 
 
+def _max_idle(config: ServerConfig, device: torch.device, block_bytes: int) -> int | None:
+    """Returns how many blocks may wait for later prompts, or None for all of them."""
+    if config.prefix_cache_bytes or device.type == "cpu":
+        return (config.prefix_cache_bytes or _DEFAULT_IDLE_BYTES) // block_bytes
+    return None
+
+
+def _prefix_reason(config: ServerConfig, cache: KVCache, max_idle: int | None) -> str:
+    if not config.prefix_cache:
+        return "prefix cache: off (set by configuration)"
+    num_idle = cache.num_blocks if max_idle is None else min(cache.num_blocks, max_idle)
+    return (
+        f"prefix cache: on, keeps {num_idle * cache.block_size} tokens in blocks of "
+        f"{cache.block_size}, never shared by tenants or adapters"
+    )
+
+
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] * 3  # the GPU is ours: take three quarters
@@ -255,6 +275,8 @@ def _fuse(
     linears = decoder.linears
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
+    if not decoder.needs_embeddings:
+        model.set_input_embeddings(nn.Identity())
     unmap(model)
     products = f"{len(linears)} packed products, {_PRECISIONS[quantization]}"
     return _Checked(decoder, linears, bit_identical, f"layers: fused, {products}, {_off_by(error)}")

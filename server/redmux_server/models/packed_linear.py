@@ -139,6 +139,18 @@ class Packing:
         flat = panels.numpy().reshape(-1).view(packed.panels.dtype)
         packed.panels[start : start + flat.size] = flat
 
+    def rows(self, i: int, outputs: Array) -> Array:
+        """Returns the weights [n, in_features] of these outputs of layer i, in fp32 as they came.
+
+        Other precisions do not have them any more.
+        """
+        assert self.precision == "fp32"
+        out_features, depth = self.shapes[i]
+        num_panels, start = -(-out_features // PANEL), int(self.packed.starts[i])
+        flat = self.packed.panels[start : start + num_panels * depth * PANEL]
+        panels = flat.reshape(num_panels, depth, PANEL)
+        return np.ascontiguousarray(panels[outputs // PANEL, :, outputs % PANEL])
+
     def run(self, layers: Sequence[int], num_rows: int) -> None:
         """Runs the products of these layers, one after the other, on rows that mean nothing.
 
