@@ -17,9 +17,11 @@ from typing import Any
 
 from glue_data import TASKS, Record, Split, load
 from glue_metrics import score
+
 from redmux import Client
 from redmux_adapters import read_adapter
 from redmux_adapters.train.cli import main as train
+from redmux_adapters.train.job import read_job
 from redmux_bench import report
 from redmux_bench.server_process import ServerProcess
 
@@ -42,12 +44,12 @@ def main() -> int:
             lines = map(json.dumps, getattr(split, part))
             (work / f"{name}.{part}.jsonl").write_text("\n".join(lines) + "\n")
     job.write_text(description)
-    names = [f"{name}-{method}" for name in tasks for method in methods]
-    if not all((work / "adapters" / name / "adapter_config.json").exists() for name in names):
+    folders = _folders(job)
+    if not all((folder / "adapter_config.json").exists() for folder in folders.values()):
         threads = ["--threads", str(options.threads)] if options.threads else []
         if train(["--job", str(job), "--resume", *threads]):
             return 1
-    rows = [*_majority(splits), *_serve(options, splits, methods)]
+    rows = [*_majority(splits), *_serve(options, splits, methods, folders)]
     report.print_table(
         ("task", "method", "values", "metric", "validation", "test", "n", "as trained"),
         [
@@ -98,7 +100,8 @@ def _job(
             per_epoch = -(-len(split.train) // values["batch_size"])
             values["eval_every"] = per_epoch
             if options.steps:
-                values |= {"steps": options.steps, "eval_every": min(per_epoch, options.steps // 3)}
+                every = min(per_epoch, -(-options.steps // 2))
+                values |= {"steps": options.steps, "eval_every": every}
             tasks.append({
                 "name": f"{name}-{method}", "data": f"{name}.train.jsonl",
                 "valid": f"{name}.valid.jsonl", "seed": options.seed,
@@ -106,7 +109,8 @@ def _job(
                    else {"metric": "loss"}),
                 **values,
             })  # fmt: skip
-    return {"base": options.model, "device": options.device, "output": "adapters", "tasks": tasks}
+    run = {"base": options.model, "device": options.device, "checkpoint_every": 10}
+    return {**run, "output": "adapters", "tasks": tasks}
 
 
 def _majority(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
@@ -116,12 +120,22 @@ def _majority(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
         if TASKS[name].labels:
             labels = [str(record["label"]) for record in split.train]
             answer = float(max(TASKS[name].labels, key=labels.count))
-            rows.append(_row(name, "majority", split, lambda records: [answer] * len(records)))
+            answers = [answer] * len(split.valid), [answer] * len(split.test)
+            rows.append(_row(name, "majority", split, *answers))
     return rows
 
 
+def _folders(job: Path) -> dict[str, Path]:
+    """Returns where the adapter of each task of a job file is, or will be."""
+    described = read_job(job, {})
+    return {task.name: described.folder(task.name) for task in described.tasks}
+
+
 def _serve(
-    options: argparse.Namespace, splits: Mapping[str, Split], methods: Sequence[str]
+    options: argparse.Namespace,
+    splits: Mapping[str, Split],
+    methods: Sequence[str],
+    folders: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
     """Returns the scores of every adapter's answers, as a server gives them to a client."""
     flags = ["--model", options.model, "--max-running", str(_INPUTS_PER_CALL)]
@@ -131,17 +145,16 @@ def _serve(
     with ServerProcess(*flags) as server, Client(server.address) as client:
         for name, split in splits.items():
             for method in methods:
-                folder = Path(options.work) / "adapters" / f"{name}-{method}"
-                adapter = client.adapters.put(folder.name, folder)
-                row = _row(
-                    name, method, split,
-                    lambda records, adapter=folder.name: _classify(client, adapter, records),
-                )  # fmt: skip
-                edits = read_adapter(folder).edits.values()
-                is_edited = method != "head"
-                row["values"] = sum(2 * edit.scale.numel() for edit in edits) * is_edited
-                row["digest"] = adapter.digest
-                row["as_trained"] = _is_as_trained(folder, row)
+                adapter = f"{name}-{method}"
+                client.adapters.put(adapter, folders[adapter])
+                halves = (split.valid, split.test)
+                answers = (_classify(client, adapter, half) for half in halves)
+                row = _row(name, method, split, *answers)
+                if method != "head":
+                    edits = read_adapter(folders[adapter]).edits.values()
+                    row["values"] = sum(2 * edit.scale.numel() for edit in edits)
+                metrics = Path(options.work) / "adapters" / "metrics.csv"
+                row["as_trained"] = _is_as_trained(metrics, adapter, row)
                 rows.append(row)
     return rows
 
@@ -156,26 +169,28 @@ def _classify(client: Client, adapter: str, records: Sequence[Record]) -> list[f
     return answers
 
 
-def _row(name: str, method: str, split: Split, answer: Any) -> dict[str, Any]:
+def _row(
+    name: str, method: str, split: Split, valid: Sequence[float], test: Sequence[float]
+) -> dict[str, Any]:
+    """Returns the scores of a method's answers to both halves."""
     row: dict[str, Any] = {"task": name, "method": method, "values": 0, "as_trained": None}
-    for part in ("valid", "test"):
-        records = getattr(split, part)
-        key = "label" if TASKS[name].labels else "score"
-        right, answers = [float(record[key]) for record in records], answer(records)
+    key = "label" if TASKS[name].labels else "score"
+    for part, answers in (("valid", valid), ("test", test)):
+        right = [float(record[key]) for record in getattr(split, part)]
         row[part] = {metric: score(metric, answers, right) for metric in TASKS[name].metrics}
-        row[f"num_{part}"] = len(records)
+        row[f"num_{part}"] = len(right)
     return row
 
 
-def _is_as_trained(folder: Path, row: Mapping[str, Any]) -> bool | None:
+def _is_as_trained(metrics: Path, task: str, row: Mapping[str, Any]) -> bool | None:
     """Whether the server was right as often on the validation half as the trainer had counted."""
     if "accuracy" not in row["valid"]:
         return None
-    with (folder.parent / "metrics.csv").open(newline="") as file:
+    with metrics.open(newline="") as file:
         counted = [
             float(line["accuracy"])
             for line in csv.DictReader(file)
-            if line["task"] == folder.name and line["split"] == "valid"
+            if line["task"] == task and line["split"] == "valid"
         ]
     return round(max(counted) * row["num_valid"]) == round(
         row["valid"]["accuracy"] / 100 * row["num_valid"]
