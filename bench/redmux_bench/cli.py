@@ -151,11 +151,14 @@ def _add_train(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
     parser.add_argument("--model", help="as for redmux train --base; default: smollm2")
     _add(parser, "--tasks", positive, 8, "adapters")
     _add(
-        parser, "--batch-sizes", positive_list, "1,4", "examples of an adapter in a step", "N,N,..."
+        parser, "--batch-sizes", positive_list, "1,2", "examples of an adapter in a step", "N,N,..."
     )
     _add(parser, "--steps", positive, 2, "optimizer steps of each adapter in a round")
     _add(parser, "--prompt-tokens", lengths, "32:64", "length, or a range to draw it from", "N|A:B")
-    _add(parser, "--output-tokens", lengths, "8:24", "length, or a range to draw it from", "N|A:B")
+    _add(
+        parser, "--output-tokens", lengths, "8:24",
+        "the same of answers, which only decoders learn", "N|A:B",
+    )  # fmt: skip
     _add(parser, "--max-pass-tokens", positive, 2048, "as for redmux train")
     _add(parser, "--threads", count, 0, "of torch; 0 is its own choice")
     _add(parser, "--seed", count, 0, "of everything that is drawn")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from redmux_adapters.base import DEFAULT_MODEL
+from redmux_adapters.base import DEFAULT_MODEL, read_config
+from redmux_adapters.kind import model_kind
 from redmux_adapters.train import (
     Example,
     Stepped,
@@ -45,7 +46,8 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = options.model or DEFAULT_MODEL
-    base = load_training_base(model, "causal", torch.float32)
+    is_encoder = model_kind(read_config(model)) == "encoder"
+    base = load_training_base(model, "classifier" if is_encoder else "causal", torch.float32)
     rows = [_measure(options, base, batch_size) for batch_size in options.batch_sizes]
     report.print_table(
         ("examples a step", f"{options.tasks} together tokens/s", "one by one", "ratio"),
@@ -99,12 +101,16 @@ def _task(options: argparse.Namespace, base: TrainingBase, number: int, batch_si
         length = drawn.randint(lengths.low, lengths.high)
         return tuple(drawn.randrange(vocabulary) for _ in range(length))
 
+    is_encoder = base.kind == "classifier"
     examples = [
-        Example(tokens(options.prompt_tokens), tokens(options.output_tokens))
-        for _ in range(max(32, batch_size))
+        Example(tokens(options.prompt_tokens), label=i % 2)
+        if is_encoder
+        else Example(tokens(options.prompt_tokens), tokens(options.output_tokens))
+        for i in range(max(32, batch_size))
     ]
     # More steps than are taken: neither way comes to an end.
     training = TrainingOptions(
         learning_rate=1e-3, steps=1_000_000, batch_size=batch_size, seed=number
     )
-    return Task(f"bench-{number}", examples, training)
+    labels = ("0", "1") if is_encoder else ()
+    return Task(f"bench-{number}", examples, training, labels=labels)

@@ -1,6 +1,9 @@
 """The commands as people run them, on a tiny random model."""
 
 import pytest
+from encoders import save_tiny_encoder
+
+from redmux_bench.cli import main
 
 LOAD = ("--prompt-tokens", "4:8", "--output-tokens", "5", "--seed", "3")
 
@@ -143,3 +146,13 @@ def test_jobs_compares_latencies_with_and_without_training(bench, serving, capsy
     assert got["p99_ratio"] == pytest.approx(sum(ratios) / 2)
     assert got["failures"] == {}
     assert "while training over that alone" in capsys.readouterr().out
+
+
+def test_train_takes_an_encoder(tmp_path, capsys):
+    model = save_tiny_encoder(tmp_path / "encoder", "bert")
+    code = main([
+        "train", "--model", str(model), "--tasks", "2", "--batch-sizes", "1", "--rounds", "1",
+        "--prompt-tokens", "4:8",
+    ])  # fmt: skip
+    assert code == 0
+    assert "2 together tokens/s" in capsys.readouterr().out

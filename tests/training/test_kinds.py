@@ -1,6 +1,7 @@
 """Encoders with heads and encoder-decoders, against transformers' own models."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,36 @@ def test_the_trained_head_is_one_of_transformers(name):
     scored = last_held_out(events, "score")
     assert scored.accuracy is None
     assert trainer.adapter("score").head.config.problem_type == "regression"
+
+
+def test_the_second_of_two_texts_is_told_by_its_types():
+    whole, base = whole_and_base("bert")
+    task = classify("pairs", 2, head="mean")
+    valid = [e._replace(types=(0, 0) + (1,) * (len(e.inputs) - 2)) for e in task.valid]
+    trainer = Trainer(base, [replace(task, valid=[*valid, task.valid[0]])])
+    first = next(e for e in trainer.step() if isinstance(e, Evaluated))
+    trainer.close()
+    head = TrainedHead(base, "mean", task.labels, task.options.seed).parameters
+    losses = []
+    for example in [*valid, task.valid[0]]:
+        types = example.types or [0] * len(example.inputs)
+        inputs = {"input_ids": example.inputs, "token_type_ids": types}
+        inputs = {name: torch.tensor([values]) for name, values in inputs.items()}
+        pooled = whole.bert(**inputs).last_hidden_state[0].mean(0)
+        logits = F.linear(pooled, head["classifier.weight"], head["classifier.bias"])
+        losses.append(F.cross_entropy(logits, torch.tensor(example.label)).item())
+    assert first.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_a_head_can_be_trained_without_an_edit():
+    _, base = whole_and_base("bert")
+    trainer = Trainer(base, [classify("alone", 2, train="head"), classify("edited", 2)])
+    initial = {name: p.detach().clone() for name, p in trainer.learners[0].head.parameters.items()}
+    run(trainer)
+    alone, edited_too = trainer.learners
+    assert not alone._vectors()["values"].any()
+    assert edited_too._vectors()["values"].any()
+    assert any((alone._vectors()[name] != values).any() for name, values in initial.items())
 
 
 def test_head_and_vectors_learn_as_by_hand():

@@ -255,6 +255,7 @@ def test_a_cancelled_task_keeps_what_it_has_learned(training_base):
         ([make_task(layers="x")], "numbers and ranges"),
         ([make_task(sites="*.up_proj", layers="2-4")], r"layers: \[3, 4\]"),
         ([make_task(sites="res_with_attn")], "is no module's output"),
+        ([make_task(train="head")], "which only encoders' adapters have"),
         ([make_task(sites="model.*.nothing")], "no linear module matches"),
         (
             [Task("t", [Example((1,) * 3000, (0,))], TrainingOptions(learning_rate=1.0))],

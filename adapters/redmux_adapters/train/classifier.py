@@ -86,16 +86,22 @@ class ClassifierObjective:
         self._autocast = autocast
         self._device = bank.values.device
         self._pad = base.model.config.pad_token_id or 0
+        embeddings = getattr(base.model.embeddings, "token_type_embeddings", None)
+        self._has_types = embeddings is not None and embeddings.num_embeddings > 1
 
     def run(self, rows: Sequence[Row], train: bool) -> None:
         """Computes the rows' losses and, if `train`, adds gradients to the bank and the heads."""
         lengths = [len(row.example.inputs) for row in rows]
         ids = padded([row.example.inputs for row in rows], self._pad).to(self._device)
         mask = attention_mask(lengths, ids.shape[1]).to(self._device)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self._has_types:
+            types = [row.example.types or (0,) * len(row.example.inputs) for row in rows]
+            inputs["token_type_ids"] = padded(types, 0).to(self._device)
         adapters = torch.tensor([row.adapter for row in rows], device=self._device)
         with torch.set_grad_enabled(train):
             with self._bank.editing(adapters), precision(self._device, self._autocast):
-                states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+                states = self._model(**inputs).last_hidden_state
             total = torch.zeros((), device=self._device)
             for adapter in sorted({row.adapter for row in rows}):
                 places = [i for i, row in enumerate(rows) if row.adapter == adapter]

@@ -24,12 +24,15 @@ class Example(NamedTuple):
     """One training example.
 
     `inputs` is the prompt, the encoder's text or the text to label; `targets` what has to be
-    generated, with the end token; `label` the index of a class, or the score.
+    generated, with the end token; `label` the index of a class, or the score. `types` tells of each
+    input token whether the first or the second of two texts holds it, for models that are told so;
+    empty, all belong to the first.
     """
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...] = ()
     label: float = 0.0
+    types: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -142,7 +145,8 @@ class ExampleReader:
         text = _text(fields, "text")
         pair = _text(fields, "text_pair") if fields.get("text_pair") is not None else None
         label = self._label(fields) if "label" in self.form else _score(fields)
-        return Example(self._writer.text(text, pair), label=label)
+        ids, types = self._writer.texts(text, pair)
+        return Example(ids, label=label, types=types)
 
     def _label(self, fields: Mapping[str, Any]) -> int:
         label = fields.get("label")

@@ -11,7 +11,7 @@ from ..head import KINDS
 from ..sites import POSITIONS
 
 SCHEDULES = ("linear", "cosine", "constant")
-PARTS = ("both", "scale", "bias")
+PARTS = ("both", "scale", "bias", "head")
 HEADS = ("auto", *KINDS)
 METRICS = ("loss", "accuracy")
 
@@ -37,7 +37,7 @@ class TrainingOptions:
         "ffn"  # a position of the paper, "all", or patterns of module paths with *, and commas
     )
     layers: str = "all"  # "all", or numbers and ranges, as in "0-5,11"
-    train: Literal["both", "scale", "bias"] = "both"
+    train: Literal["both", "scale", "bias", "head"] = "both"  # "head": no edit, to compare with
     eval_every: int = 50  # steps between evaluations, where there is held-out data
     patience: int = 0  # evaluations without improvement before an early stop; 0: never
     metric: Literal["loss", "accuracy"] = "loss"  # what is best on held-out data

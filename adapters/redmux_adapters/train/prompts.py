@@ -67,17 +67,16 @@ class PromptWriter:
 
     def pair(self, source: str, target: str) -> tuple[_Ids, _Ids]:
         """Returns the ids of an encoder's text and of the decoder's, which ends with the end."""
-        return self.text(source), self._ids(target) + self._end()
+        return self.texts(source)[0], self._ids(target) + self._end()
 
-    def text(self, text: str, pair: str | None = None) -> _Ids:
-        """Returns the ids of a text, or of two, with the special tokens that the model expects."""
+    def texts(self, text: str, pair: str | None = None) -> tuple[_Ids, _Ids]:
+        """Returns the ids of a text, or of two, with the special tokens that the model expects.
+
+        With two come the types of their tokens, where the tokenizer has any.
+        """
         encoded = self._tokenizer(text, pair)
-        if pair is not None and any(encoded.get("token_type_ids") or ()):
-            raise InvalidArgumentError(
-                "text_pair: this base model tells the second text by token types, which are not "
-                "supported; give both as one text"
-            )
-        return tuple(encoded["input_ids"])
+        types = encoded.get("token_type_ids") if pair is not None else None
+        return tuple(encoded["input_ids"]), tuple(types or ())
 
     def _end_of_answer(self) -> str | None:
         """Returns what follows an answer up to its end token; None if that has to be added."""

@@ -55,6 +55,11 @@ class Trainer:
         autocast: bool = False,
     ) -> None:
         _check_tasks(tasks, max_pass_tokens)
+        for task in tasks:
+            if task.options.train == "head" and base.kind != "classifier":
+                raise InvalidArgumentError(
+                    f"task {task.name!r} trains its head alone, which only encoders' adapters have"
+                )
         self.base = base
         self._max_pass_tokens = max_pass_tokens
         sites = [base.choose_sites(t.options.sites, t.options.layers) for t in tasks]

@@ -106,13 +106,15 @@ class FusedDeviceDecoder:
     """A Llama-like model as four products a layer and the kernels of `triton_layers` between them.
 
     The products of q, k, v and of gate, up are one each; the model's own modules become views of
-    the joined weights, so that nothing is held twice.
+    the joined weights, so that nothing is held twice. While some adapter edits what no kernel does,
+    the sum of a layer or a LayerNorm behind an edit, steps run through `others` instead.
     """
 
     def __init__(
-        self, model: Any, rules: Sequence[LayerRule], cache: PagedKVCache, max_context: int
-    ) -> None:
-        """`max_context` bounds the positions.
+        self, model: Any, rules: Sequence[LayerRule], cache: PagedKVCache, max_context: int,
+        others: HookedDecoder,
+    ) -> None:  # fmt: skip
+        """`max_context` bounds the positions; `others` is the same model over the same cache.
 
         Raises ImportError without Triton, and ValueError for a model that it cannot run.
         """
@@ -120,6 +122,7 @@ class FusedDeviceDecoder:
 
         if reason := why_not_fused_on_device(model, rules):
             raise ValueError(reason)
+        self._others = others
         self._kernels = triton_layers
         self._cache = cache
         self._embedding: Tensor = model.get_input_embeddings().weight
@@ -135,6 +138,12 @@ class FusedDeviceDecoder:
 
     def install(self, layout: Mapping[str, SiteColumns]) -> None:
         """See DeviceDecoder."""
+        known = {path for layer in self._layers for path in layer.sites}
+        self._uses_others = not layout.keys() <= known
+        if self._uses_others:
+            self._others.install(layout)
+        else:
+            self._others.forget_sites()
         self._starts = [
             [layout[path].start if path in layout else -1 for path in layer.sites]
             for layer in self._layers
@@ -146,11 +155,15 @@ class FusedDeviceDecoder:
 
     def logits(self, step: StepTensors, table: Tensor) -> Tensor:
         """See DeviceDecoder."""
+        if self._uses_others:
+            return self._others.logits(step, table)
         h = self.hidden(step, table)
         return F.linear(h if step.last is None else h[step.last], self._head)
 
     def hidden(self, step: StepTensors, table: Tensor) -> Tensor:
         """See DeviceDecoder."""
+        if self._uses_others:
+            return self._others.hidden(step, table)
         kernels, eps, rows, paged = self._kernels, self._eps, step.rows, step.paged
         attention = self._cache.attention
         x = F.embedding(step.ids, self._embedding)
@@ -207,7 +220,7 @@ def _layer(i: int, layer: Any, rule: LayerRule, cache: PagedKVCache) -> _Layer:
         layer.post_attention_layernorm.weight,
         _join_in_place(mlp.gate_proj, mlp.up_proj),
         _join_in_place(mlp.down_proj),
-        [f"model.layers.{i}.{site}" for site in SITES],
+        [f"model.layers.{i}.{site}" for site in SITES if site],
     )
 
 

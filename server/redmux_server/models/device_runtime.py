@@ -127,13 +127,14 @@ class DeviceRuntime:
         why = why_not_fused_on_device(model, rules)
         if self.edit is torch_edit:
             why = "its kernels are Triton's"
+        hooked = HookedDecoder(model, cache, self.edit)
         if why is None:
+            positions = max(max_context, MAX_CONTEXT)
             try:
-                positions = max(max_context, MAX_CONTEXT)
-                yield FusedDeviceDecoder(model, rules, cache, positions), "layers: fused by Triton"
+                fused = FusedDeviceDecoder(model, rules, cache, positions, hooked)
+                yield fused, "layers: fused by Triton"
             except (ImportError, ValueError) as err:
                 why = str(err)
-        hooked = HookedDecoder(model, cache, self.edit)
         yield hooked, "layers: transformers' own" + (f" ({why})" if why else "")
 
     def _maker(
