@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -13,14 +14,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from redmux_adapters import editable_sites, ffn_sites
+from redmux_adapters import LAYER_NORM, editable_sites, ffn_sites, with_layer_norms
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models.attention import attach, discover
-from redmux_server.models.device_decoder import FusedDeviceDecoder
+from redmux_server.models.device_decoder import FusedDeviceDecoder, HookedDecoder
 from redmux_server.models.device_runner import DeviceRunner
 from redmux_server.models.paged_cache import PagedKVCache
+from redmux_server.models.row_edit import torch_edit
 from redmux_server.models.selfcheck import _random_adapter
 
 TritonAttention = pytest.importorskip("redmux_server.models.paged_triton").TritonAttention
@@ -50,9 +52,9 @@ def make_model(kind):
 class Rig:
     """The fused model behind a DeviceRunner, and requests on it."""
 
-    def __init__(self, model, *, graphs=None):
+    def __init__(self, model):
         shapes, rules = discover(model)
-        self.sites = editable_sites(model)
+        self.sites = with_layer_norms(editable_sites(model))
         self.cache = PagedKVCache(shapes, 12, TritonAttention(2), CPU, torch.float32)
         self.cache.poison(range(13), float("nan"))
         attach(model, self.cache)
@@ -62,8 +64,9 @@ class Rig:
         )  # fmt: skip
         self.bank.reserve(ffn_sites(model))
         self.pool = BlockPool(12, self.cache.block_size)
-        decoder = FusedDeviceDecoder(model, rules, self.cache, 128)
-        self.runner = DeviceRunner(model, decoder, self.cache, self.bank, 1, graphs=graphs)
+        others = HookedDecoder(model, self.cache, torch_edit)
+        decoder = FusedDeviceDecoder(model, rules, self.cache, 128, others)
+        self.runner = DeviceRunner(model, decoder, self.cache, self.bank, 1, graphs=None)
 
     def request(self, prompt, adapter=None):
         request = Request(
@@ -88,8 +91,12 @@ def by_hand(model, ids, adapter):
     """Plain transformers' logits [tokens, vocab], the edit applied by hooks: scale * h + bias."""
     edits = {} if adapter is None else adapter.edits
     handles = [
-        model.get_submodule(site).register_forward_hook(
-            lambda module, args, h, e=edit: h * e.scale + e.bias
+        model.get_submodule(site.removesuffix(LAYER_NORM)).register_forward_hook(
+            lambda module, args, h, e=edit, s=site: (
+                F.layer_norm(h, h.shape[-1:], e.scale, e.bias)
+                if s.endswith(LAYER_NORM)
+                else h * e.scale + e.bias
+            )
         )
         for site, edit in edits.items()
     ]
@@ -99,27 +106,38 @@ def by_hand(model, ids, adapter):
     return logits
 
 
+def run(rig, adapters):
+    """Chunks, decodes beside chunks, decodes; returns requests and (request, row) pairs."""
+    first, second, third = requests = [
+        rig.request(range(3 + i, 10 + 3 * i), a) for i, a in enumerate(adapters)
+    ]
+    rows = [(first, rig.step((first, 7), (second, 4))[0])]
+    rows += zip((second, third), rig.step((second, 5), (third, 11)), strict=True)
+    ends = [len(r.token_ids) - 1 for r, _ in rows]
+    for request, token in zip(requests, (9, 8, 7), strict=True):
+        request.token_ids.append(token)
+    rows += zip(requests, rig.step(*((r, 1) for r in requests)), strict=True)
+    return [(r, row, i) for (r, row), i in zip(rows, ends * 2, strict=True)]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_mixed_steps_equal_plain_transformers(kind):
     plain, rig = make_model(kind), Rig(make_model(kind))
-    ffn = {site: dim for site, dim in rig.sites.items() if site.endswith("down_proj")}
-    adapters = [None, _random_adapter(ffn, 1), _random_adapter(rig.sites, 2)]
-    requests = [rig.request(range(3 + i, 10 + 3 * i), a) for i, a in enumerate(adapters)]
-    first, second, third = requests
-    steps = [
-        [(first, 7), (second, 4)],
-        [(second, 5), (third, 11)],
-    ]
-    got = [rig.step(*parts) for parts in steps]
-    for request, token in zip(requests, (9, 8, 7), strict=True):
-        request.token_ids.append(token)
-    got.append(rig.step((first, 1), (second, 1), (third, 1)))
-    want = [by_hand(plain, r.token_ids, r.adapter) for r in requests]
-    expected = [
-        torch.stack([want[0][6]]),
-        torch.stack([want[1][8], want[2][-2]]),
-        torch.stack([w[-1] for w in want]),
-    ]
-    expected[0] = torch.cat([expected[0]])
-    for rows, right in zip(got, expected, strict=True):
-        torch.testing.assert_close(rows[: len(right)], right, rtol=2e-4, atol=2e-4)
+    linears = {site: dim for site, dim in rig.sites.items() if site.endswith("_proj")}
+    ffn = {site: dim for site, dim in linears.items() if site.endswith("down_proj")}
+    adapters = [None, _random_adapter(ffn, 1), _random_adapter(linears, 2)]
+    for n, (request, row, end) in enumerate(run(rig, adapters)):
+        right = by_hand(plain, request.token_ids[: end + 1 + n // 3], request.adapter)[-1]
+        torch.testing.assert_close(row, right, rtol=2e-4, atol=2e-4)
+
+
+def test_sums_and_layer_norms_are_edited_as_in_plain_transformers():
+    plain, rig = make_model("llama"), Rig(make_model("llama"))
+    sums = {site: dim for site, dim in rig.sites.items() if site.split(".")[-1].isdigit()}
+    ffn = [site for site in rig.sites if site.endswith("down_proj")]
+    norms = {site + end: 24 for site in ffn for end in ("", LAYER_NORM)}  # behind the edit
+    assert len(sums) == len(ffn) == 2
+    adapters = [None, _random_adapter(sums, 1), _random_adapter(norms, 2)]
+    for n, (request, row, end) in enumerate(run(rig, adapters)):
+        right = by_hand(plain, request.token_ids[: end + 1 + n // 3], request.adapter)[-1]
+        torch.testing.assert_close(row, right, rtol=2e-4, atol=2e-4)

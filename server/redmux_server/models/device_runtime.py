@@ -95,7 +95,7 @@ class DeviceRuntime:
             for uses_graphs in (True, False) if self.uses_graphs else (False,):
                 make = self._maker(model, decoder, cache, uses_graphs)
                 try:
-                    bit_identical = self._check(make, sites, expected)
+                    bit_identical = self._check(make, _expected_sites(model) or sites, expected)
                     bank = AdapterBank(
                         sites, device=self.device, dtype=self._table_dtype, max_bytes=bank_bytes,
                         min_slots=max_running + 1, preallocated=True,
