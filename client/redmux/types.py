@@ -249,7 +249,7 @@ class TrainingOptions(TypedDict, total=False):
     label_smoothing: float
     sites: str
     layers: str
-    train: Literal["both", "scale", "bias"]
+    train: Literal["both", "scale", "bias", "head"]
     eval_every: int
     patience: int
     metric: Literal["loss", "accuracy"]
