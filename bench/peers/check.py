@@ -1,6 +1,6 @@
 """Sees that an engine computes the model: greedy answers to one fixed prompt, compared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peer import Peer, PeerError
@@ -26,13 +26,14 @@ def fixed_answers(peer: Peer) -> Answers:
     return answers
 
 
-def agreement(answers: Mapping[str, Answers], reference: str) -> dict[str, Any]:
+def agreement(
+    answers: Mapping[str, Answers], reference: str, lora: Sequence[str]
+) -> dict[str, Any]:
     """Returns per engine how many leading tokens are those of a reference engine.
 
-    Base rows are compared with `reference`. LoRA rows are compared with the first other engine
-    that has adapters, since redmux's are RED adapters.
+    Base rows are compared with `reference`, those with adapters of the engines in `lora` with the
+    first of these, since redmux's are RED adapters.
     """
-    lora = [name for name in answers if name != reference and "adapters" in answers[name]]
     result: dict[str, Any] = {"tokens": TOKENS, "reference": reference}
     for name, own in answers.items():
         row = {"base": leading(own["base"][0], answers[reference]["base"][0])}

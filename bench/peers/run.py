@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers = {}
         for peer in peers:
             report["peers"][peer.name], answers[peer.name] = start(peer, args)
-        report["agreement"] = agreement(answers, report["reference"])
+        lora = [
+            p.name for p in peers if "adapters" in answers[p.name] and not isinstance(p, RedmuxPeer)
+        ]
+        report["agreement"] = agreement(answers, report["reference"], lora)
         print(json.dumps(report["agreement"], indent=1))
         for number in range(args.rounds):
             for peer in peers:
