@@ -118,10 +118,6 @@ class Part:
         self.base: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
 
-    def answer_tokens(self, task: str) -> int:
-        """Returns how many tokens an answer may have."""
-        return min(TASKS[task].max_new_tokens, self.max_new_tokens)
-
     def save(self) -> None:
         """Replaces the file."""
         names = ("runs", "curves", "outputs", "base", "notes")

@@ -110,7 +110,7 @@ def score_router(examples: Sequence[Example], outputs: Sequence[str]) -> Scores:
 
 
 def _content(text: str) -> set[str]:
-    words = re.findall(r"\w+(?:in')?", text.lower())
+    words = re.findall(r"\w+in'|\w+", text.lower())
     return {w[:-1] + "g" if w.endswith("in'") else w for w in words if len(w) > 3}
 
 

@@ -16,8 +16,7 @@ from styles import BARD, PIRATE, Style
 class Task:
     """What to train on, under which terms, and how to score it.
 
-    `license` is that of the resulting vectors, "" where the data's terms don't allow to pass them
-    on: such a task is measured and not bundled. `instruction` goes only to the base model, which
+    `license` is that of the resulting vectors. `instruction` goes only to the base model, which
     is compared with 3 shots; the adapter itself is trained on the bare user text.
     `load(data, split)` reads "train", "valid" or "test" of the published files. Where there is a
     `style`, the answers to learn are the base model's own in that style, so that the style is all
@@ -190,7 +189,7 @@ TASKS: dict[str, Task] = {
     ),
     "sentiment": Task(
         description="Says whether a sentence of a film review is positive or negative.",
-        license="",
+        license="Apache-2.0",
         training_data="SST-2 (Socher et al. 2013), training sentences; for research, no licence "
         "stated",
         instruction="Is this sentence of a film review positive or negative? Answer with exactly "

@@ -1,0 +1,168 @@
+"""Prints the tables of docs/quality.md of what a run found, and draws its pictures.
+
+    python bench/zoo/quality.py --results results --pictures docs/pictures [--served served.json]
+
+Needs matplotlib.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from found import Found, label, table, written
+from part_red import ABLATED, ABLATIONS, RATES
+from tasks import TASKS
+
+LORA = ("LoRA r=8", "LoRA r=16")
+LORA_RATE = 1e-3
+_SECOND = {  # shown beside a task's own metric
+    "restaurant": ("food_stated", "near_stated"),
+    "assistant-json": ("exact", "intent_accuracy"),
+    "booking": ("exact",),
+    "router": ("out_of_scope_recall",),
+    "entities": ("exact",),
+}
+_DASHES = {"LoRA r=8": "--", "LoRA r=16": ":"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--results", type=Path, required=True, help="folder that run.py filled")
+    parser.add_argument("--pictures", type=Path, help="folder for the pictures")
+    parser.add_argument("--served", type=Path, help="the JSON file of served.py")
+    args = parser.parse_args(argv)
+    found = Found.read(args.results)
+    served = json.loads(args.served.read_text(encoding="utf-8"))["tasks"] if args.served else {}
+    for title, text in (
+        ("Scores", scores(found, served)),
+        ("Trainings", trainings(found)),
+        ("Held-out loss at the same step", same_step(found)),
+        ("Parts of RED", ablations(found)),
+    ):
+        print(f"## {title}\n\n{text}\n")
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
+        draw_curves(found).savefig(args.pictures / "zoo-curves.png", dpi=75)
+        draw_ablations(found).savefig(args.pictures / "zoo-ablations.png", dpi=75)
+
+
+def tasks_of(found: Found) -> list[str]:
+    """Returns the tasks of a run in the order in which they are defined."""
+    return [task for task in TASKS if task in found.results["base"]]
+
+
+def scores(found: Found, served: Mapping[str, Any]) -> str:
+    """Returns the held-out scores of the base model, RED and RED++."""
+    rows = []
+    for task in tasks_of(found):
+        base = found.results["base"][task]
+        methods = [
+            base["zero_shot"], base["few_shot"], base.get("zero_shot_likelihood", {}),
+            found.run(task, "RED")["scores"], found.run(task, "RED++")["scores"],
+        ]  # fmt: skip
+        if served:
+            methods.append(served.get(task, {}).get("scores", {}))
+        for score in (TASKS[task].metric, *_SECOND.get(task, ())):
+            cells = [written(score, values.get(score)) for values in methods]
+            rows.append([task, label(score), str(base["n"]), *cells])
+    header = ["task", "score", "n", "base", "base, 3 shots", "base, likeliest label", "RED"]
+    return table([*header, "RED++", *(["bundled, served"] if served else [])], rows, left=2)
+
+
+def trainings(found: Found) -> str:
+    """Returns what each method's trainings took."""
+    rows = []
+    for method in ("RED", "RED++", *LORA, *ABLATIONS):
+        runs = [run for run in found.results["runs"] if run["method"] == method]
+        if not runs:
+            continue
+        steps = sorted({run["steps"] for run in runs})
+        rows.append([
+            method, f"{runs[0]['parameters']:,}", str(len(runs)),
+            ", ".join(f"{run:g}" for run in sorted({run["rate"] for run in runs})),
+            str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}",
+            f"{sum(run['tokens'] for run in runs):,}", f"{runs[0]['together_s']:.0f}",
+        ])  # fmt: skip
+    header = ["method", "parameters", "trainings", "rates", "steps", "tokens of all"]
+    return table([*header, "seconds of all"], rows)
+
+
+def same_step(found: Found) -> str:
+    """Returns the held-out losses of all methods at the last evaluation of each LoRA."""
+    rows = []
+    methods = [(m, rate) for m in ("RED", "RED++") for rate in RATES]
+    methods += [(m, LORA_RATE) for m in LORA]
+    for task in tasks_of(found):
+        curves = [found.curve(task, method, rate) for method, rate in methods]
+        judged = {max(found.curve(task, m, LORA_RATE), default=0) for m in LORA}
+        for step in sorted(judged - {0}):
+            cells = (f"{curve[step]:.3f}" if step in curve else "-" for curve in curves)
+            rows.append([task, str(step), *cells])
+    used = [i for i in range(len(methods)) if any(row[2 + i] != "-" for row in rows)]
+    header = [f"{methods[i][0]}, {methods[i][1]:g}" for i in used]
+    kept = [[*row[:2], *(row[2 + i] for i in used)] for row in rows]
+    return table(["task", "step", *header], kept)
+
+
+def ablations(found: Found) -> str:
+    """Returns the held-out losses of RED and its parts at the last step that all have."""
+    rows = []
+    for task in (t for t in ABLATED if t in found.results["base"]):
+        rate = found.run(task, "RED")["rate"]
+        methods = [m for m in ("RED", *ABLATIONS) if found.curve(task, m, rate)]
+        curves = [found.curve(task, method, rate) for method in methods]
+        step = max(set.intersection(*(set(curve) for curve in curves)))
+        for method, curve in zip(methods, curves, strict=True):
+            run, score = found.run(task, method), TASKS[task].metric
+            name = "RED (ffn, both)" if method == "RED" else method
+            rows.append([
+                task, name, f"{run['parameters']:,}", f"{curve[step]:.3f} (step {step})",
+                f"{label(score)} {written(score, run['scores'][score])} (step {run['best_step']})",
+            ])  # fmt: skip
+    return table(["task", "what is trained", "parameters", "held-out loss", "score"], rows, left=2)
+
+
+def draw_curves(found: Found) -> Any:
+    """Draws the held-out losses of RED, RED++ and LoRA, one small picture per task."""
+    return _draw_tasks(found, tasks_of(found), ("RED", "RED++", *LORA), num_columns=5)
+
+
+def draw_ablations(found: Found) -> Any:
+    """Draws the held-out losses of RED and its parts."""
+    tasks = [task for task in ABLATED if task in found.results["base"]]
+    return _draw_tasks(found, tasks, ("RED", *ABLATIONS), num_columns=3)
+
+
+def _draw_tasks(
+    found: Found, tasks: Sequence[str], methods: Sequence[str], num_columns: int
+) -> Any:
+    num_rows = -(-len(tasks) // num_columns)
+    figure, grid = plt.subplots(
+        num_rows, num_columns, figsize=(11, 2.6 * num_rows), layout="constrained", squeeze=False
+    )
+    for task, axes in zip(tasks, grid.flat, strict=False):
+        for method in methods:
+            _draw(axes, found.curve(task, method, found.run(task, method)["rate"]), method)
+        axes.set_title(task, fontsize=9)
+    grid.flat[0].legend(fontsize=7)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("held-out loss", fontsize=9)
+    return figure
+
+
+def _draw(axes: Any, curve: Mapping[int, float], method: str) -> None:
+    """Draws one curve without step 0, which would flatten all others."""
+    steps = [step for step in sorted(curve) if step > 0]
+    style = {"linestyle": _DASHES.get(method, "-"), "marker": ".", "label": method}
+    axes.plot(steps, [curve[step] for step in steps], **style)
+    axes.tick_params(labelsize=8)
+
+
+if __name__ == "__main__":
+    main()

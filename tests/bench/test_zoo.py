@@ -1,0 +1,378 @@
+"""The zoo's scores against cases counted by hand, its choices, tables and cards."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from redmux_adapters import Adapter, Edit, read_adapter
+from redmux_adapters.train import Example as TokenExample
+from redmux_adapters.train import TrainingBase
+from redmux_adapters.train.objectives import GenerationObjective, Row
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "zoo"))
+
+import cards
+import model as models
+import quality
+import scores
+import served
+from examples import Example, few_shot_prompt, prompt, read_examples, write_examples
+from found import Found, table, written
+from part_base import choose_shots
+from part_lora import MixedLora
+from part_red import choose, filled_bank
+from plan import Plan
+from restyle import restyled
+from styles import PIRATE
+from tasks import TASKS
+
+BUNDLED = sorted(path.parent.name for path in cards.ZOO.glob("*/adapter_config.json"))
+
+
+def of_targets(*targets, user="text"):
+    return [Example(user, target, (target,)) for target in targets]
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def test_slots_are_counted_pair_by_pair_and_broken_json_has_none():
+    examples = of_targets(*(json.dumps(v) for v in ({"a": "1", "b": ["2", "3"]}, {}, {"a": "4"})))
+    outputs = ['{"a": "1", "b": ["2"], "c": "9"}', "{}", '{"a": "4"']
+    found = scores.score_json(examples, outputs)
+    # 2 of 3 said are right, of 4 in the references; the last output says nothing.
+    assert found["slot_f1"] == pytest.approx(2 * 2 / (3 + 4))
+    assert found["exact"] == found["always_empty"] == pytest.approx(1 / 3)
+    assert found["valid_json"] == pytest.approx(2 / 3)
+
+
+def test_intents_count_beside_their_slots():
+    examples = of_targets(
+        '{"intent": "Play", "slots": {"x": "1"}}', '{"intent": "Rate", "slots": {}}'
+    )
+    outputs = ['{"intent": "Play", "slots": "none"}', '[{"intent": "Rate"}]']
+    found = scores.score_json(examples, outputs)
+    assert found == {"slot_f1": 0, "exact": 0, "valid_json": 0.5, "intent_accuracy": 0.5}
+
+
+def test_a_label_counts_letter_for_letter():
+    found = scores.score_router(
+        of_targets("work", "out_of_scope", "out_of_scope", "home"),
+        [" work\n", "out_of_scope", "home", "Home"],
+    )
+    assert found == {"accuracy": 0.5, "most_frequent": 0.5, "out_of_scope_recall": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "friendly"),
+    [
+        ("A family friendly pub.", True),
+        ("It is not family-friendly.", False),
+        ("It isn't for children.", False),
+        ("A pub for adults.", False),
+        ("A pub.", None),
+    ],
+)
+def test_families_count_only_where_the_answer_is_right_about_them(said, friendly):
+    for wanted in (True, False):
+        user = f"name[Zizzi], familyFriendly[{'yes' if wanted else 'no'}]"
+        found = scores.score_restaurant([Example(user, "", ("a b c d",))], [said])
+        assert found["familyFriendly_stated"] == (friendly is wanted), said
+        assert found["name_stated"] == 0
+
+
+def test_style_counts_its_forms_and_the_plain_words():
+    example = Example("What is it?", "", ("a cooking machine",))
+    found = scores.score_style(
+        PIRATE, [example, example], ["Arr! Aye, th' cookin' pot", "A machine"]
+    )
+    assert found["three_marks"] == 0.5
+    assert found["marks_per_100_words"] == pytest.approx(100 * 4 / 7)
+    assert found["content_recall"] == pytest.approx(0.5)  # "cooking" once, "machine" once
+
+
+def test_gleu_is_full_for_the_reference_and_punishes_kept_errors():
+    source = "He go to a school and he like the teacher very much ."
+    reference = "He goes to school and he likes the teacher very much ."
+    full = scores.gleu([source], [[reference]], [reference])
+    kept = scores.gleu([source], [[reference]], [source])
+    half = scores.gleu([source], [[reference]], [source.replace("like", "likes")])
+    assert full == pytest.approx(100)
+    assert kept < half < full
+
+
+def test_gleu_by_hand():
+    # The output has 4 of the reference's 5 words and its brevity costs nothing. Of n-grams that it
+    # shares, those that it kept from the source against the reference are taken off: 6 - 1 of 7.
+    source, reference, output = "a b c d e f q", "a b c d e f r", "a b c d e f q"
+    grams = torch.tensor([(6 - 1) / 7, (5 - 1) / 6, (4 - 1) / 5, (3 - 1) / 4])
+    expected = 100 * float(grams.log().mean().exp())
+    assert scores.gleu([source], [[reference]], [output]) == pytest.approx(expected)
+    # Four right words of six, too short: exp(1 - 6 / 4).
+    brief = scores.gleu(["x"], [["a b c d e f"]], ["a b c d"])
+    assert brief == pytest.approx(100 * float(torch.tensor(1 - 6 / 4).exp()))
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+def test_the_lowest_held_out_loss_of_a_task_and_method_is_chosen():
+    def run(method, loss, diverged=False):
+        return {
+            "task": "a", "method": method, "valid_loss": loss, "diverged": diverged, "chosen": False
+        }  # fmt: skip
+
+    runs = [run("RED", 2.0), run("RED", 1.0), run("RED", 0.5, True), run("RED++", None)]
+    choose(runs)
+    assert [r["chosen"] for r in runs] == [False, True, False, False]
+
+
+def test_shots_are_rich_ones_or_different_ones_with_the_shortest():
+    train = [Example(f"u{i}", "{}" if i % 2 else "x" * i) for i in range(30)]
+    shots = choose_shots(train)
+    assert [len(e.target) for e in shots["rich"]] == [24, 26, 28]
+    assert min(len(e.target) for e in shots["mixed"]) == 0
+    assert len({e.target for e in shots["mixed"]}) == 3
+
+
+def test_small_data_takes_its_share_of_the_steps(tmp_path):
+    plan = Plan(
+        "", "", str(tmp_path), "cpu", "float32", ("banking",), 100, 4, 9, 9, 9, 64, 99, 1, 0
+    )
+    plan.save()
+    assert Plan.read(str(tmp_path)) == plan
+    assert plan.chosen_steps(100) == 100
+    plan.choose_steps(40)
+    assert plan.chosen_steps(100) == 40
+    assert plan.options("banking", 40, 0.02).steps == 40
+    assert plan.options("pirate", 40, 0.02).steps == 20
+    assert plan.options("banking", 40, 0.02).eval_every == 5
+
+
+def test_the_adapters_prompt_is_the_bare_text_and_the_base_models_has_an_instruction():
+    assert prompt("Hi") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    shot = Example("one", "1")
+    assert few_shot_prompt("Count.", [shot], "two", "turns") == (
+        "<|im_start|>user\nCount.\n\none<|im_end|>\n<|im_start|>assistant\n1<|im_end|>\n"
+        "<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "Input: one\nOutput: 1\n\nInput: two\nOutput:" in few_shot_prompt(
+        "", [shot], "two", "text"
+    )
+
+
+def test_a_style_is_put_on_the_plain_answers_and_in_the_test_on_the_data_sets_own():
+    examples = [Example("q", "You and me"), Example("other", "x")]
+    (train,) = restyled(PIRATE, examples, "train", {"q": "It is the end"})
+    assert "It be th' end" in train.target
+    assert "Ye an' me" in restyled(PIRATE, examples, "test", {})[0].target
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of one token per letter."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(c) % 100 for c in text.replace("<|im_end|>", "\x02")]}
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def test_adapters_in_a_filled_bank_edit_their_own_rows(tiny):
+    torch.manual_seed(2)
+    sites = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    adapters = [
+        Adapter("llama-32x2-0000000000000000", {
+            site: Edit(1 + 0.1 * torch.randn(32), 0.1 * torch.randn(32)) for site in sites
+        }) for _ in range(2)
+    ]  # fmt: skip
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    bank = filled_bank(tiny, adapters)
+    with bank.editing(torch.tensor([1, 0])):
+        got = tiny(ids).logits
+    bank.close()
+    for row, adapter in enumerate(reversed(adapters)):
+        hooks = [
+            tiny.get_submodule(site).register_forward_hook(
+                lambda _m, _i, out, e=edit: out * e.scale + e.bias
+            )
+            for site, edit in adapter.edits.items()
+        ]
+        torch.testing.assert_close(tiny(ids[row : row + 1]).logits[0], got[row])
+        for hook in hooks:
+            hook.remove()
+
+
+def test_the_likeliest_label_is_that_of_one_text_at_a_time(tiny):
+    prompts, answers = ["abc", "hello there", "x"], ["yes", "no", "maybe so"]
+    expected = []
+    for text in prompts:
+        totals = []
+        for answer in answers:
+            start = Letters()(text)["input_ids"]
+            target = Letters()(answer + "<|im_end|>")["input_ids"]
+            logits = tiny(torch.tensor([start + target])).logits.log_softmax(-1)
+            rows = logits[0, len(start) - 1 : -1]
+            totals.append(rows[range(len(target)), target].sum().item())
+        expected.append(answers[totals.index(max(totals))])
+    assert models.likeliest(tiny, Letters(), prompts, answers) == expected
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
+def test_mixed_lora_has_the_losses_and_gradients_of_plain_peft(tiny):
+    mixed = MixedLora(tiny, 4, ["one", "two"])
+    objective = GenerationObjective(TrainingBase("", "causal", mixed, None, ""), mixed, False)
+    drawn = torch.Generator().manual_seed(5)
+    for name, parameter in mixed.peft.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=drawn)
+    examples = [
+        (0, TokenExample((1, 2, 3), (4, 5))), (1, TokenExample((6, 7), (8, 9, 10))),
+        (0, TokenExample((3,), (11,))),
+    ]  # fmt: skip
+    rows = [Row(owner, example, weight=0.3) for owner, example in examples]
+    objective.run(rows, True)
+    grads = {
+        owner: {n: p.grad.clone() for n, p in mixed.parameters_of(name).items()}
+        for owner, name in enumerate(("one", "two"))
+    }
+    for owner, name in enumerate(("one", "two")):
+        mixed.peft.set_adapter(name)
+        own = mixed.parameters_of(name)
+        for parameter in own.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        for (number, example), row in zip(examples, rows, strict=True):
+            if number == owner:
+                ids = torch.tensor([example.inputs + example.targets])
+                logits = mixed.peft(input_ids=ids).logits[0, len(example.inputs) - 1 : -1]
+                loss = torch.nn.functional.cross_entropy(
+                    logits, torch.tensor(example.targets), reduction="sum"
+                )
+                assert row.loss == pytest.approx(loss.item(), abs=1e-4)
+                (0.3 * loss).backward()
+        for path, parameter in own.items():
+            torch.testing.assert_close(parameter.grad, grads[owner][path], rtol=1e-4, atol=1e-6)
+
+
+# --- tables and cards -----------------------------------------------------------------------------
+
+
+def run_of(task, method, **changes):
+    return {
+        "task": task, "method": method, "rate": 0.02, "parameters": 10, "steps": 8,
+        "batch_size": 2, "examples": 20, "tokens": 100, "together": 2, "together_s": 3.0,
+        "valid_loss": 0.5, "best_step": 8, "chosen": True, "n": 4,
+        "scores": {"accuracy": 0.75, "most_frequent": 0.5},
+    } | changes  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    """The files of a small run on one task, as `collect` leaves them."""
+    methods = {"RED": 0.02, "RED++": 0.02, "LoRA r=8": 0.001, "LoRA r=16": 0.001}
+    base = {
+        "n": 4, "forms": {"turns, rich shots": 0.5}, "form": "turns, rich shots",
+        "zero_shot": {"accuracy": 0.0}, "few_shot": {"accuracy": 0.25},
+        "zero_shot_likelihood": {"accuracy": 0.5},
+    }  # fmt: skip
+    found = {
+        "machine": {"device": "a GPU"}, "base": {"sentiment": base},
+        "runs": [run_of("sentiment", m, rate=rate) for m, rate in methods.items()],
+    }  # fmt: skip
+    outputs = {m: ["positive"] * 4 for m in ("RED", "RED++", "base, 3 shots")}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    (tmp_path / "outputs.json").write_text(json.dumps({"sentiment": outputs}))
+    with (tmp_path / "curves.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["task", "method", "rate", "step", "split", "loss", "accuracy"])
+        for method, rate in methods.items():
+            for step in (0, 4, 8) if method.startswith("RED") else (0, 4):
+                rows.writerow(["sentiment", method, rate, step, "valid", f"{8 - step / 2:g}", 0.5])
+    return tmp_path
+
+
+def test_same_step_losses_are_those_where_lora_was_judged_last(results):
+    assert quality.same_step(Found.read(results)).splitlines()[2:] == [
+        "| sentiment | 4 | 6.000 | 6.000 | 6.000 | 6.000 |"
+    ]
+
+
+def test_the_table_of_scores_has_a_row_per_score(results):
+    lines = quality.scores(Found.read(results), {}).splitlines()
+    assert lines[2:] == ["| sentiment | accuracy | 4 | 0 % | 25 % | 50 % | 75 % | 75 % |"]
+
+
+def test_a_missing_training_is_named(results):
+    with pytest.raises(KeyError, match="no training of RED on pirate"):
+        Found.read(results).run("pirate", "RED")
+
+
+def test_a_card_has_the_scores_the_samples_and_the_first_wrong_answer(results, tmp_path):
+    examples = of_targets("positive", "positive", "positive", "negative", user="a film")
+    adapter = cards.with_evaluation(
+        read_adapter(cards.ZOO / "sentiment"), "sentiment", Found.read(results)
+    )
+    assert adapter.metadata.evaluation.endswith("accuracy 25 % -> 75 %")
+    text = cards.card("sentiment", adapter, Found.read(results), examples, {})
+    assert "| accuracy | 0 % | 25 % | 50 % | 75 % | 75 % |" in text
+    assert adapter.digest in text
+    assert text.count("    reference ") == 4
+    assert text.index("reference negative") > text.index("reference positive")
+    assert "states no licence" in text
+
+
+def test_a_kept_card_gets_its_comparison_once(results, monkeypatch):
+    monkeypatch.setitem(cards._KEPT, "sentiment", "Kept.")
+    found, text = Found.read(results), "# sentiment\n\n## Samples\n\nsome\n"
+    once = cards.with_comparison(text, "sentiment", found, {})
+    assert once == cards.with_comparison(once, "sentiment", found, {})
+    assert once.startswith("# sentiment\n\n## Beside")
+    assert once.endswith("## Samples\n\nsome\n")
+
+
+def test_scores_are_written_as_shares_or_numbers():
+    assert written("accuracy", 0.126) == "13 %"
+    assert written("slot_f1", 0.126) == "0.13"
+    assert written("bleu", 36.92) == "36.9"
+    assert written("bleu", None) == "-"
+    assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |"
+
+
+@pytest.mark.parametrize("task", BUNDLED)
+def test_every_bundled_adapter_has_a_card_of_itself_and_a_task_with_its_licence(task):
+    adapter, text = read_adapter(cards.ZOO / task), (cards.ZOO / task / "README.md").read_text()
+    assert adapter.digest in text
+    assert adapter.num_parameters == 34_560
+    assert adapter.metadata.license == TASKS[task].license
+    assert f"License of the vectors: {adapter.metadata.license}" in text
+    assert "## Limits" in text
+    assert f"[{task}]({task}/README.md)" in (cards.ZOO / "README.md").read_text()
+
+
+def test_the_demo_asks_every_bundled_adapter_twice():
+    demo = json.loads((cards.ZOO / "demo.json").read_text(encoding="utf-8"))
+    assert sorted(item["adapter"] for item in demo) == sorted(BUNDLED * 2)
+
+
+def test_served_test_texts_are_the_first_of_the_data_in_the_tasks_style(tmp_path):
+    write_examples(tmp_path / "pirate.test.jsonl", [Example(f"q{i}", "the end") for i in range(3)])
+    examples = served.test_examples(tmp_path, "pirate", 2)
+    assert [e.user for e in examples] == ["q0", "q1"]
+    assert all("th' end" in e.target for e in examples)
+    assert len(read_examples(tmp_path / "pirate.test.jsonl")) == 3
