@@ -58,6 +58,7 @@ def test_the_wheel_installs_four_packages_and_the_bundled_adapters(tmp_path):
     for name in ("redmux/py.typed", "redmux/v1/inference_service_pb2.pyi"):
         assert name in names
     assert "redmux_adapters/zoo/pirate/adapter_model.safetensors" in names
+    assert "redmux_adapters/zoo/grammar/README.md" in names
 
 
 def test_the_changelog_speaks_of_this_version():
