@@ -12,7 +12,6 @@ from .head import Head, HeadConfig
 from .header import Limits
 from .prompt import PromptFormat, Turn
 from .sites import (
-    LAYER_NORM,
     Position,
     addressable_sites,
     editable_sites,
@@ -23,7 +22,6 @@ from .sites import (
 )
 
 __all__ = [
-    "LAYER_NORM",
     "Adapter",
     "AdapterMetadata",
     "Edit",

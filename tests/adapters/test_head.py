@@ -94,7 +94,7 @@ def test_summary_counts_the_head_apart():
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"kind": "gpt"}, "head kind is 'gpt'; known are roberta, distilbert, bert"),
+        ({"kind": "gpt"}, "head kind is 'gpt'; known are roberta, electra, distilbert, bert"),
         ({"problem_type": "x"}, "problem_type is 'x'; it has to be one of single_label"),
         ({"labels": ()}, r"labels are \(\); they have to be a list of 1 to 1024"),
         ({"labels": "yes"}, "labels are 'yes'; they have to be a list"),

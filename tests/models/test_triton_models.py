@@ -14,7 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from redmux_adapters import LAYER_NORM, editable_sites, ffn_sites, with_layer_norms
+from redmux_adapters import editable_sites, ffn_sites, with_layer_norms
+from redmux_adapters.sites import LAYER_NORM
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work

@@ -78,7 +78,7 @@ BAD = [
     ([InlineTask("a", PAIRS, options={"steps": 0})], r"tasks\[0\]: steps is 0"),
     ([InlineTask("a", PAIRS, options={"learning_rate": float("nan")})], "learning_rate is nan"),
     ([InlineTask("a", PAIRS), InlineTask("b", PAIRS, options={"layers": "9"})], r"tasks\[1\]: "),
-    ([InlineTask("a", PAIRS, options={"sites": "nothing"})], "no editable module matches"),
+    ([InlineTask("a", PAIRS, options={"sites": "nothing"})], "no linear module matches"),
     ([InlineTask("a", PAIRS, options={"prompt_format": "html"})], "unknown prompt format 'html'"),
     ([InlineTask("a", PAIRS, options={"patience": 2, "valid_share": 0})], "no held-out data"),
     ([InlineTask("a", [{"text": "x", "label": "y"}])], r"tasks\[0\]: the data has text and label"),

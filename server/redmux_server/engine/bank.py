@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from redmux_adapters import LAYER_NORM, Edit
+from redmux_adapters import Edit
+from redmux_adapters.sites import LAYER_NORM
 from redmux_server.models.editing import SiteColumns
 
 IDENTITY = 0  # slot of the bare base model: scale 1, bias 0

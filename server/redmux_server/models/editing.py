@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from redmux_adapters import LAYER_NORM
+from redmux_adapters.sites import LAYER_NORM
 from redmux_server.models.layer_norm import normalise
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from redmux.errors import FailedPreconditionError
-from redmux_adapters import LAYER_NORM, Adapter, Edit, Head, HeadConfig
+from redmux_adapters import Adapter, Edit, Head, HeadConfig
+from redmux_adapters.sites import LAYER_NORM
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.reading import Reader

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from redmux_adapters import LAYER_NORM
+from redmux_adapters.sites import LAYER_NORM
 from redmux_server.models.accelerate import joined
 from redmux_server.models.attention import LayerRule
 from redmux_server.models.decoder_pass import SITES, Model, Room, Step, run

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from redmux.errors import FailedPreconditionError
 from redmux_adapters import (
-    LAYER_NORM,
     Adapter,
     Edit,
     editable_sites,
@@ -17,6 +16,7 @@ from redmux_adapters import (
     load_seq2seq_base,
     with_layer_norms,
 )
+from redmux_adapters.sites import LAYER_NORM
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank

@@ -36,7 +36,7 @@ def _edit_row(y, rows, row, starts):
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _layer_norm_row(y, vectors):
-    total = 0.0  # fp64: nobody waits for this one
+    total = 0.0  # in fp64 and in order, not vectorised: few adapters bring one
     for d in range(y.size):
         total += y[d]
     mean = total / y.size

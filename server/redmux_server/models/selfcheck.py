@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from redmux.errors import FailedPreconditionError
-from redmux_adapters import LAYER_NORM, Adapter, Edit
+from redmux_adapters import Adapter, Edit
+from redmux_adapters.sites import LAYER_NORM
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
