@@ -38,31 +38,8 @@ class GraphableAttention(TorchAttention):
     can_graph = True
 
 
-class DeviceRig:
-    """A model behind a DeviceRunner, and requests that hold blocks and slots."""
-
-    def __init__(self, folder, *, graphs=True, max_running=6, max_context=96, num_blocks=40):
-        self.model, _ = load_base(str(folder), torch.float32)
-        sites = with_layer_norms(editable_sites(self.model))
-        shapes, _ = discover(self.model)
-        self.cache = PagedKVCache(shapes, num_blocks, GraphableAttention(), CPU, torch.float32)
-        attach(self.model, self.cache)
-        self.bank = AdapterBank(
-            sites, device=CPU, dtype=torch.float32, max_bytes=0, min_slots=max_running + 1,
-            preallocated=True,
-        )  # fmt: skip
-        self.bank.reserve(ffn_sites(self.model))
-        self.log = []
-        self.pool = BlockPool(num_blocks, self.cache.block_size)
-        width = -(-max_context // self.cache.block_size)
-        decoder = HookedDecoder(self.model, self.cache, torch_edit)
-        self.runner = DeviceRunner(
-            self.model, decoder, self.cache, self.bank, 2,
-            graphs=Graphs(self.new_capture, max_running, width) if graphs else None,
-        )  # fmt: skip
-
-    def new_capture(self):
-        return FakeCapture(self.log)
+class Stepper:
+    """Requests that hold blocks of `pool` and slots of `bank`, and steps of `runner` on them."""
 
     def request(self, prompt, adapter=None, max_tokens=20):
         request = Request(
@@ -90,3 +67,30 @@ class DeviceRig:
         for i, request in enumerate(requests):
             request.token_ids.append((7 * i + 11) % 250 if token is None else token)
         return self.step(*((r, 1) for r in requests))
+
+
+class DeviceRig(Stepper):
+    """A model behind a DeviceRunner, and requests that hold blocks and slots."""
+
+    def __init__(self, folder, *, graphs=True, max_running=6, max_context=96, num_blocks=40):
+        self.model, _ = load_base(str(folder), torch.float32)
+        sites = with_layer_norms(editable_sites(self.model))
+        shapes, _ = discover(self.model)
+        self.cache = PagedKVCache(shapes, num_blocks, GraphableAttention(), CPU, torch.float32)
+        attach(self.model, self.cache)
+        self.bank = AdapterBank(
+            sites, device=CPU, dtype=torch.float32, max_bytes=0, min_slots=max_running + 1,
+            preallocated=True,
+        )  # fmt: skip
+        self.bank.reserve(ffn_sites(self.model))
+        self.log = []
+        self.pool = BlockPool(num_blocks, self.cache.block_size)
+        width = -(-max_context // self.cache.block_size)
+        decoder = HookedDecoder(self.model, self.cache, torch_edit)
+        self.runner = DeviceRunner(
+            self.model, decoder, self.cache, self.bank, 2,
+            graphs=Graphs(self.new_capture, max_running, width) if graphs else None,
+        )  # fmt: skip
+
+    def new_capture(self):
+        return FakeCapture(self.log)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models.device_rig import Stepper
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -18,7 +19,6 @@ from redmux_adapters import editable_sites, ffn_sites, with_layer_norms
 from redmux_adapters.sites import LAYER_NORM
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
-from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models.attention import attach, discover
 from redmux_server.models.device_decoder import FusedDeviceDecoder, HookedDecoder
 from redmux_server.models.device_runner import DeviceRunner
@@ -50,8 +50,8 @@ def make_model(kind):
     return model
 
 
-class Rig:
-    """The fused model behind a DeviceRunner, and requests on it."""
+class Rig(Stepper):
+    """The fused model behind a DeviceRunner."""
 
     def __init__(self, model):
         shapes, rules = discover(model)
@@ -68,23 +68,6 @@ class Rig:
         others = HookedDecoder(model, self.cache, torch_edit)
         decoder = FusedDeviceDecoder(model, rules, self.cache, 128, others)
         self.runner = DeviceRunner(model, decoder, self.cache, self.bank, 1, graphs=None)
-
-    def request(self, prompt, adapter=None):
-        request = Request(
-            prompt_ids=list(prompt), max_tokens=8, sampling=SamplingParams(),
-            stop_token_ids=frozenset(), tenant="", adapter=adapter, logprobs=False,
-            sink=lambda event: None,
-        )  # fmt: skip
-        request.blocks = self.pool.allocate(request.max_length)
-        if adapter is not None:
-            request.slot = self.bank.acquire(adapter.digest, adapter.edits)
-        return request
-
-    def step(self, *parts):
-        logits = self.runner.forward([Work(r, n) for r, n in parts])
-        for request, count in parts:
-            request.num_computed += count
-        return logits
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """What a model on a GPU runs with: attention, edits, graphs, each chosen once with its reason."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,19 +90,19 @@ class DeviceRuntime:
         that their adapters never move its table. Raises FailedPreconditionError if even the
         plainest fails its check.
         """
-        limits = max_running, max_context
+        ffn = _expected_sites(model)
         refused: list[str] = []
         for decoder, reason in self._decoders(model, rules, cache, max_context):
             for uses_graphs in (True, False) if self.uses_graphs else (False,):
-                make = self._maker(model, decoder, cache, uses_graphs)
+                make = functools.partial(self._runner, model, decoder, cache, uses_graphs)
                 try:
-                    bit_identical = self._check(make, _expected_sites(model) or sites, expected)
+                    bit_identical = self._check(make, ffn or sites, expected)
                     bank = AdapterBank(
                         sites, device=self.device, dtype=self._table_dtype, max_bytes=bank_bytes,
                         min_slots=max_running + 1, preallocated=True,
                     )  # fmt: skip
-                    bank.reserve(_expected_sites(model))
-                    runner = make(bank, *limits)
+                    bank.reserve(ffn)
+                    runner = make(bank, max_running, max_context)
                 except (RuntimeError, FailedPreconditionError) as err:
                     what = f"not used: {reason}, {_launches(uses_graphs)}: {err}"
                     logger.warning("%s", what)
@@ -137,19 +138,16 @@ class DeviceRuntime:
                 why = str(err)
         yield hooked, "layers: transformers' own" + (f" ({why})" if why else "")
 
-    def _maker(
-        self, model: Any, decoder: DeviceDecoder, cache: PagedKVCache, uses_graphs: bool
-    ) -> Callable[[AdapterBank, int, int], DeviceRunner]:
-        def make(bank: AdapterBank, max_running: int, max_context: int) -> DeviceRunner:
-            graphs = Graphs(CudaCapture, max_running, -(-max_context // cache.block_size))
-            runner = DeviceRunner(
-                model, decoder, cache, bank, self.num_threads,
-                graphs=graphs if uses_graphs else None,
-            )  # fmt: skip
-            runner.prepare()
-            return runner
-
-        return make
+    def _runner(
+        self, model: Any, decoder: DeviceDecoder, cache: PagedKVCache, uses_graphs: bool,
+        bank: AdapterBank, max_running: int, max_context: int,
+    ) -> DeviceRunner:  # fmt: skip
+        graphs = Graphs(CudaCapture, max_running, -(-max_context // cache.block_size))
+        runner = DeviceRunner(
+            model, decoder, cache, bank, self.num_threads, graphs=graphs if uses_graphs else None
+        )
+        runner.prepare()
+        return runner
 
     def _check(
         self, make: Callable[[AdapterBank, int, int], DeviceRunner], sites: Mapping[str, int],
