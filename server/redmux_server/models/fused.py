@@ -48,20 +48,17 @@ class FusedDecoder:
     reads_table = True
 
     def __init__(
-        self, model: Any, rules: Sequence[LayerRule], cache: NumbaKVCache, precision: str = "fp32"
+        self, model: Any, rules: Sequence[LayerRule], cache: NumbaKVCache, packing: Packing
     ) -> None:
-        """`model` must be fusable and stays as it is; its weights are copied.
-
-        Raises FailedPreconditionError if this CPU has no products of `precision`.
-        """
+        """`model` must be fusable and stays as it is; `packing` is `pack` of it."""
         self._cache = cache
         self._rotary = model.model.rotary_emb
         layers = list(model.model.layers)
-        self._packing = _packed(layers, model.lm_head, precision)
+        self._packing = packing
         embeddings = model.get_input_embeddings()
         is_tied = model.lm_head.weight is embeddings.weight
         # One copy is enough of what is a tenth of a large model and a fifth of a small one.
-        self._embeddings = None if is_tied and precision == "fp32" else embeddings
+        self._embeddings = None if is_tied and packing.precision == "fp32" else embeddings
         self._model = _model(model, layers, rules, cache)
         self._layout: Mapping[str, SiteColumns] = {}
         self._unedited = np.full((len(layers), len(SITES) + 1, 2), -1, np.int64)
@@ -171,13 +168,16 @@ class FusedDecoder:
         )  # fmt: skip
 
 
-def _packed(layers: Sequence[Any], head: nn.Module, precision: str) -> Packing:
-    """Returns the packed products of all layers, then of the head."""
+def pack(model: Any, precision: str = "fp32") -> Packing:
+    """Returns a copy of the products of all layers, then of the head.
+
+    Raises FailedPreconditionError if this CPU has no products of `precision`.
+    """
     groups: list[tuple[Any, ...]] = []
-    for a, m in ((layer.self_attn, layer.mlp) for layer in layers):
+    for a, m in ((layer.self_attn, layer.mlp) for layer in model.model.layers):
         groups += [(a.q_proj, a.k_proj, a.v_proj), (a.o_proj,)]
         groups += [(m.gate_proj, m.up_proj), (m.down_proj,)]
-    groups.append((head,))
+    groups.append((model.lm_head,))
     shapes = [(sum(x.out_features for x in group), group[0].in_features) for group in groups]
     packing = Packing(shapes, precision)
     for i, group in enumerate(groups):

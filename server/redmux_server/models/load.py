@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ from redmux_server.models.accelerate import pack_linears, unmap
 from redmux_server.models.attention import LayerRule, attach, discover
 from redmux_server.models.context_limit import ContextLimit, context_limit
 from redmux_server.models.device_runtime import DeviceRuntime
-from redmux_server.models.fused import FusedDecoder, why_not_fusable
+from redmux_server.models.fused import FusedDecoder, pack, why_not_fusable
 from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, TorchKVCache
-from redmux_server.models.packed_linear import PackedLinear
+from redmux_server.models.packed_linear import PackedLinear, Packing
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.phases import counters_of
 from redmux_server.models.runner import CachedRunner, CausalRunner, Decoder, TransformersDecoder
 from redmux_server.models.selfcheck import (
     ROUNDED_TOLERANCE,
@@ -133,13 +135,13 @@ class _Parts:
 
 
 def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]) -> _Parts:
-    expected = reference(model)
+    packing, expected = _pack_and_run(model, choices)
     shapes, rules = discover(model)
     limit = context_limit(model.config, rules)
     max_context, num_tokens = _context_and_cache(config, model, shapes, limit)
     cache, attention_reason = _make_cache(shapes, num_tokens // BLOCK, choices)
     quantization = config.quantization
-    checked = _fuse(model, rules, cache, sites, expected, choices, quantization) or _keep(
+    checked = _fuse(model, packing, rules, cache, sites, expected, choices, quantization) or _keep(
         model, cache, sites, expected, choices, quantization
     )
     bank = AdapterBank(
@@ -155,6 +157,24 @@ def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[s
         runner, bank, checked.linears, _kv_bytes_per_token(shapes, choices.dtype), max_context,
         checked.bit_identical, reasons,
     )  # fmt: skip
+
+
+def _pack_and_run(model: Any, choices: Choices) -> tuple[Packing | None, Reference]:
+    """Returns the model's products packed, None for a model that is not fused, and its logits.
+
+    Both at once: reading weights that lie on disk and finding memory for others is mostly waiting.
+    """
+    if choices.dtype != torch.float32 or why_not_fusable(model):
+        return None, reference(model)
+
+    def packed() -> Packing:
+        counters_of(1, 1)  # at the first call of a kernel numba reads its tables, half a second
+        return pack(model)
+
+    with ThreadPoolExecutor(1, "packing") as thread:
+        packing = thread.submit(packed)
+        expected = reference(model)
+        return packing.result(), expected
 
 
 def _on_device(
@@ -256,20 +276,20 @@ class _Checked:
 
 
 def _fuse(
-    model: Any, rules: Sequence[LayerRule], cache: KVCache, sites: Mapping[str, int],
-    expected: Reference, choices: Choices, quantization: str,
+    model: Any, packing: Packing | None, rules: Sequence[LayerRule], cache: KVCache,
+    sites: Mapping[str, int], expected: Reference, choices: Choices, quantization: str,
 ) -> _Checked | None:  # fmt: skip
     """Returns the model as a FusedDecoder, its own layers released, or None where that fails."""
-    if not isinstance(cache, NumbaKVCache) or why_not_fusable(model):
+    if packing is None or not isinstance(cache, NumbaKVCache):
         return None
-    decoder = FusedDecoder(model, rules, cache)
+    decoder = FusedDecoder(model, rules, cache, packing)
     try:
         error, bit_identical = _check(decoder, cache, sites, expected, choices)
     except FailedPreconditionError as err:
         logger.warning("not fused: %s", err)
         return None
     if quantization != "none":  # only now: rounded weights would hide what else is wrong
-        decoder = FusedDecoder(model, rules, cache, quantization)
+        decoder = FusedDecoder(model, rules, cache, pack(model, quantization))
         tolerance = ROUNDED_TOLERANCE[quantization]
         error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     linears = decoder.linears
