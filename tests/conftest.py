@@ -11,6 +11,8 @@ from redmux import AsyncClient
 from redmux_adapters import Adapter, Edit, fingerprint, load_base, to_bytes
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run in two processes: threads that wait for each other busily would hold up the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Triton's kernels run in its interpreter, which it decides on when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"

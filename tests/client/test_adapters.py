@@ -93,7 +93,7 @@ def test_a_missing_file_is_an_os_error(client, tmp_path):
         ("a", "model.pt", None),
         ("a", b"", 3),
         ("a", b"", {"r": float("nan")}),
-        ("a", b"", {"r": object()}),
+        ("a", b"", {"r": set()}),
         (3, b"", None),
         (None, b"", None),
     ],
