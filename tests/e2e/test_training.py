@@ -9,6 +9,7 @@ from contextlib import aclosing
 import psutil
 import pytest
 import torch
+from encoders import save_tiny_encoder
 from training.tiny_tasks import furthest
 
 from redmux import (
@@ -40,8 +41,8 @@ LONG = {"steps": 100_000, "batch_size": 1, "valid_share": 0.0}
 pytestmark = pytest.mark.timeout(600)  # a process that trains has to import and to load
 
 
-def trained_by_the_library(folder, tasks):
-    base = load_training_base(str(folder), "causal", torch.float32)
+def trained_by_the_library(folder, tasks, kind="causal"):
+    base = load_training_base(str(folder), kind, torch.float32)
     trainer = Trainer(base, make_inline_tasks(base, tasks))
     while trainer.active:
         trainer.step()
@@ -99,6 +100,46 @@ async def test_adapters_come_out_as_the_library_trains_them_while_streams_do_not
         assert ours.token_ids != (await client.generate("say 3", max_tokens=8)).token_ids
         assert {a.name async for a in client.adapters.list()} == {"acme/yes", "no", "offline"}
     assert (tmp_path / "acme" / "yes.safetensors").is_file()
+
+
+async def test_an_encoder_learns_to_classify_pairs_and_to_score(start_server, tmp_path_factory):
+    folder = save_tiny_encoder(tmp_path_factory.mktemp("bert"), "bert")
+    server = await start_server(model=str(folder))
+    texts = [(f"text {c}", f"{c if i % 2 else '?'}" * 6) for i, c in enumerate("abcdefghijklmnop")]
+    pairs = [
+        {"text": text, "text_pair": pair, "label": "other" if "?" in pair else "same"}
+        for text, pair in texts
+    ]
+    scored = [{"text": "z" * n, "score": n / 10} for n in range(1, 11)]
+    options = {"steps": 200, "batch_size": 8, "valid_share": 0.0}
+    tasks = [
+        TrainingTask("pairs", pairs, options=options | {"labels": ["same", "other"]}),
+        TrainingTask("length", scored, options=options),
+    ]
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        job = await client.jobs.create(tasks)
+        last = (await collect(client.jobs.watch(job.id)))[-1]
+        assert (last.state, last.is_success) == ("finished", True)
+        classified = await client.classify(texts, adapter="pairs")
+        assert classified.labels == ("same", "other")
+        got = [max(zip(r.scores, r.labels, strict=True))[1] for r in classified.results]
+        assert got == [pair["label"] for pair in pairs]
+        lengths = await client.classify([item["text"] for item in scored], adapter="length")
+        assert lengths.problem_type == "regression"
+        (short,), (long,) = lengths.results[0].scores, lengths.results[-1].scores
+        assert long - short > 0.3
+
+        inline = [InlineTask(t.adapter, t.records, t.valid, t.options) for t in tasks]
+        expected = await asyncio.to_thread(trained_by_the_library, folder, inline, "classifier")
+        for task, adapter in zip(last.tasks, expected, strict=True):
+            served = await server.registry.fetch(server.registry.resolve(task.adapter))
+            assert furthest(served, adapter) < 1e-4
+            assert served.head.config == adapter.head.config
+            for name, tensor in adapter.head.tensors.items():
+                assert torch.allclose(served.head.tensors[name], tensor, atol=1e-4)
+
+        with pytest.raises(InvalidArgumentError, match="this base model is an encoder"):
+            await client.jobs.create([TrainingTask("a", YES)])
 
 
 async def collect(events):
