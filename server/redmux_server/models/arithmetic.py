@@ -149,6 +149,7 @@ def step_kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Fun
         builder.store(real([0] * PANEL), target, align=4)
     fma = declare(builder, f"llvm.fma.v{PANEL}f32", *[real] * 4)
     parts = builder.sdiv(builder.add(n, builder.sub(size, INDEX(1))), size)
+    ahead = builder.mul(n, INDEX(PANEL))  # the next panel comes from memory meanwhile
     with cgutils.for_range(builder, parts) as loop:
         begin = builder.mul(loop.index, size)
         left = builder.sub(n, begin)
@@ -158,7 +159,7 @@ def step_kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Fun
             builder.store(builder.load(start, align=4), total)
         _accumulate(
             builder, arithmetic, sums, builder.gep(a, [begin]), a_stride,
-            _at(builder, b, INDEX(PANEL), begin), INDEX(PANEL), count, INDEX(0),
+            _at(builder, b, INDEX(PANEL), begin), INDEX(PANEL), count, ahead,
         )  # fmt: skip
         for r, (total, target) in enumerate(zip(sums, targets, strict=True)):
             step = builder.load(

@@ -180,12 +180,14 @@ def num_parts(in_features: int) -> int:
 def _sum_floats(x, steps, row0, rows, packed, i, p, sums):
     depth = x.shape[1]
     groups = depth // packed.group
+    # Where a panel is passed over more than once, the next one comes from memory meanwhile.
+    ahead = groups * PANEL * (rows > ROWS)
     for k in range(0, groups, _DEPTH):
         n = min(_DEPTH, groups - k)
         product(
             rows, PANEL, x.reshape(-1), row0 * depth + k * packed.group, depth,
             packed.panels, packed.starts[i] + (p * groups + k) * PANEL, PANEL, n * packed.group,
-            sums, 0, PANEL, k, 0,
+            sums, 0, PANEL, k, ahead,
         )  # fmt: skip
 
 
