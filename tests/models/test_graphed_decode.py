@@ -80,8 +80,9 @@ def test_a_replayed_step_equals_a_launched_one(rig, eager, base, n):
 
 def test_every_size_is_captured_once_and_the_largest_first(rig):
     sizes = []
-    compute = rig.runner._compute
-    rig.runner._compute = lambda step: sizes.append(len(step.ids)) or compute(step)
+    decoder = rig.runner._decoder
+    logits = decoder.logits
+    decoder.logits = lambda step, table: sizes.append(len(step.ids)) or logits(step, table)
     rig.runner.prepare()
     assert list(dict.fromkeys(sizes)) == [6, 4, 2, 1]
     assert rig.log == ["capture"] * 4

@@ -1,8 +1,10 @@
 """The models that a DeviceRunner can run: as transformers has them, or fused by Triton kernels."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from redmux_server.models.editing import Editing, RowEdit, SiteColumns, TableRow
 from redmux_server.models.fused import why_not_fusable
 from redmux_server.models.paged_cache import AttentionRule, PagedKVCache
 from redmux_server.models.paged_step import PagedStep
+
+if TYPE_CHECKING:
+    from redmux_server.models.triton_products import FewRowProducts
 
 # Rotations whose angles depend on the longest position of a step.
 _CHANGING_ROTATIONS = ("dynamic", "longrope")
@@ -31,6 +36,15 @@ class StepTensors:
     last: Tensor | None  # [samples] int64, tokens whose logits are wanted; None for all
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeWay:
+    """A way to compute the logits of decode steps of up to `most_rows` requests."""
+
+    name: str
+    logits: Callable[[StepTensors, Tensor], Tensor]  # as DeviceDecoder.logits
+    most_rows: int = sys.maxsize
+
+
 class DeviceDecoder(Protocol):
     """A causal language model over the packed tokens of one step."""
 
@@ -45,6 +59,9 @@ class DeviceDecoder(Protocol):
 
     def hidden(self, step: StepTensors, table: Tensor) -> Tensor:
         """Returns the last hidden states [tokens, hidden]."""
+
+    def decode_ways(self) -> Sequence[DecodeWay]:
+        """Returns the ways to compute decode steps with the installed sites, `logits` first."""
 
 
 class HookedDecoder:
@@ -86,6 +103,10 @@ class HookedDecoder:
             ).last_hidden_state[0]
         return states
 
+    def decode_ways(self) -> Sequence[DecodeWay]:
+        """See DeviceDecoder."""
+        return [DecodeWay("transformers' own modules", self.logits)]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
@@ -108,14 +129,16 @@ class FusedDeviceDecoder:
     The products of q, k, v and of gate, up are one each; the model's own modules become views of
     the joined weights, so that nothing is held twice. While some adapter edits what no kernel does,
     the sum of a layer or a LayerNorm behind an edit, steps run through `others` instead.
+    Decode steps may have a second way, where the products do what the kernels do otherwise.
     """
 
     def __init__(
         self, model: Any, rules: Sequence[LayerRule], cache: PagedKVCache, max_context: int,
-        others: HookedDecoder,
+        others: HookedDecoder, few_rows: "Mapping[str, FewRowProducts] | None" = None,
     ) -> None:  # fmt: skip
         """`max_context` bounds the positions; `others` is the same model over the same cache.
 
+        `few_rows` are kinds of products that decode steps may use instead, by name.
         Raises ImportError without Triton, and ValueError for a model that it cannot run.
         """
         from redmux_server.models import triton_layers
@@ -123,6 +146,7 @@ class FusedDeviceDecoder:
         if reason := why_not_fused_on_device(model, rules):
             raise ValueError(reason)
         self._others = others
+        self._few_rows = few_rows or {}
         self._kernels = triton_layers
         self._cache = cache
         self._embedding: Tensor = model.get_input_embeddings().weight
@@ -164,26 +188,57 @@ class FusedDeviceDecoder:
         """See DeviceDecoder."""
         if self._uses_others:
             return self._others.hidden(step, table)
-        kernels, eps, rows, paged = self._kernels, self._eps, step.rows, step.paged
-        attention = self._cache.attention
+        kernels, eps, rows = self._kernels, self._eps, step.rows
         x = F.embedding(step.ids, self._embedding)
         h = kernels.add_norm(x, None, self._layers[0].norm, eps, table, rows, -1)
         next_norms = [*(layer.norm for layer in self._layers[1:]), self._norm]
         for layer, starts, next_norm in zip(self._layers, self._starts, next_norms, strict=True):
-            q_start, k_start, v_start, o_start, gate_start, up_start, down_start = starts
-            query = kernels.rotate(
-                F.linear(h, *layer.qkv), layer.keys, layer.values, paged.slots, step.positions,
-                self._cos, self._sin, layer.head_norms, table, rows,
-                (q_start, k_start, v_start),
-            )  # fmt: skip
-            mixed = attention(paged, layer.rule, query, layer.keys, layer.values)
-            y = F.linear(mixed.flatten(1), *layer.out)
+            *qkv_starts, o_start, gate_start, up_start, down_start = starts
+            mixed = self._attend(layer, F.linear(h, *layer.qkv), step, table, qkv_starts)
+            y = F.linear(mixed, *layer.out)
             h = kernels.add_norm(x, y, layer.ffn_norm, eps, table, rows, o_start)
             gated = kernels.gate(F.linear(h, *layer.gate_up), table, rows, gate_start, up_start)
             y = F.linear(gated, *layer.down)
             h = kernels.add_norm(x, y, next_norm, eps, table, rows, down_start)
         states: Tensor = h
         return states
+
+    def decode_ways(self) -> Sequence[DecodeWay]:
+        """See DeviceDecoder."""
+        ways = [DecodeWay("separate kernels", self.logits)]
+        if not self._uses_others:
+            ways += [
+                DecodeWay(name, functools.partial(self._few_row_logits, few), few.most_rows)
+                for name, few in self._few_rows.items()
+            ]
+        return ways
+
+    def _few_row_logits(self, few: "FewRowProducts", step: StepTensors, table: Tensor) -> Tensor:
+        """As `logits` of all tokens, by products that normalise, edit, gate and add."""
+        rows = step.rows
+        residual = few.start(step.ids, self._embedding, self._layers[0].norm)
+        next_norms = [*(layer.norm for layer in self._layers[1:]), self._norm]
+        for layer, starts, next_norm in zip(self._layers, self._starts, next_norms, strict=True):
+            *qkv_starts, o_start, gate_start, up_start, down_start = starts
+            qkv = few.project(residual, *layer.qkv)
+            mixed = self._attend(layer, qkv, step, table, qkv_starts)
+            few.add(residual, mixed, *layer.out, layer.ffn_norm, table, rows, o_start)
+            gated = few.gate(residual, *layer.gate_up, table, rows, gate_start, up_start)
+            few.add(residual, gated, *layer.down, next_norm, table, rows, down_start)
+        h = self._kernels.add_norm(residual.x, None, self._norm, self._eps, table, rows, -1)
+        return F.linear(h, self._head)
+
+    def _attend(
+        self, layer: _Layer, qkv: Tensor, step: StepTensors, table: Tensor, starts: Sequence[int]
+    ) -> Tensor:
+        """Returns what the heads give out, [tokens, heads * head_dim]."""
+        paged = step.paged
+        query = self._kernels.rotate(
+            qkv, layer.keys, layer.values, paged.slots, step.positions,
+            self._cos, self._sin, layer.head_norms, table, step.rows, starts,
+        )  # fmt: skip
+        mixed = self._cache.attention(paged, layer.rule, query, layer.keys, layer.values)
+        return mixed.flatten(1)
 
 
 def why_not_fused_on_device(model: Any, rules: Sequence[LayerRule]) -> str | None:

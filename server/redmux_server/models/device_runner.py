@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.request import Request, Work
+from redmux_server.models.decode_ways import Seconds, cuda_seconds, summary
 from redmux_server.models.device_decoder import DeviceDecoder, StepTensors
 from redmux_server.models.graphed_decode import Capture, GraphedDecode, batch_sizes
 from redmux_server.models.kvcache import KVCache, Segment
@@ -27,6 +28,8 @@ class Graphs:
     new_capture: Callable[[], Capture]  # a fresh memory pool for every set of graphs
     max_running: int
     max_blocks: int  # most cache blocks of a request
+    ways: frozenset[str] | None = None  # names of decode ways to choose from; None for all
+    seconds: Seconds = cuda_seconds  # times a replay
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +80,11 @@ class DeviceRunner:
         """See CachedRunner."""
         self._decoder.forget_sites()
 
+    @property
+    def ways(self) -> str:
+        """Which way computes the captured sizes; empty where nothing is captured."""
+        return "" if self._decode is None else summary(self._decode.chosen)
+
     @torch.inference_mode()
     def prepare(self) -> None:
         """Installs the hooks of the bank's layout and captures, unless both stand already.
@@ -101,7 +109,7 @@ class DeviceRunner:
             return self._replay(self._decode, [item.request for item in work])
         step = self._host_step(work)
         tensors = self._tensors(step)
-        return self._compute(tensors)[: len(step.last)]
+        return self._decoder.logits(tensors, self._bank.table)[: len(step.last)]
 
     @torch.inference_mode()
     def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
@@ -155,16 +163,18 @@ class DeviceRunner:
         paged = PagedStep.of(step.index, index)
         return StepTensors(ids.long(), positions.long(), rows, paged, kept.long())
 
-    def _compute(self, step: StepTensors) -> Tensor:
-        """Launches the forward pass; returns [samples, vocab] logits."""
-        return self._decoder.logits(step, self._bank.table)
-
     def _capture(self, graphs: Graphs) -> GraphedDecode:
         embedding = self.model.get_output_embeddings().weight
+        ways = self._decoder.decode_ways()
+        if graphs.ways is not None:
+            # One of them can be missing with the sites of the bank's layout; the first never is.
+            ways = [way for way in ways if way.name in graphs.ways] or ways[:1]
         return GraphedDecode(
             self._pages,
-            self._compute,
+            ways,
+            self._bank.table,
             graphs.new_capture(),
+            graphs.seconds,
             sizes=batch_sizes(graphs.max_running),
             max_blocks=graphs.max_blocks,
             vocab_size=embedding.shape[0],

@@ -13,6 +13,7 @@ from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_adapters import ffn_sites
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.attention import LayerRule
+from redmux_server.models.decode_ways import Seconds, cuda_seconds
 from redmux_server.models.device_decoder import (
     DeviceDecoder,
     FusedDeviceDecoder,
@@ -21,6 +22,7 @@ from redmux_server.models.device_decoder import (
 )
 from redmux_server.models.device_runner import DeviceRunner, Graphs
 from redmux_server.models.editing import RowEdit
+from redmux_server.models.few_rows import few_row_products
 from redmux_server.models.graphed_decode import CudaCapture
 from redmux_server.models.kvcache import LayerShape
 from redmux_server.models.paged_cache import PagedAttention, PagedKVCache
@@ -41,6 +43,10 @@ class DeviceEngine:
     reasons: tuple[str, ...]
 
 
+# From names of decode ways, bank, most requests and most tokens of one.
+_Make = Callable[[frozenset[str], AdapterBank, int, int], DeviceRunner]
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceRuntime:
     """The parts that `load_causal` puts together for a device other than the CPU."""
@@ -52,6 +58,7 @@ class DeviceRuntime:
     num_threads: int
     uses_graphs: bool
     reasons: tuple[str, ...]
+    seconds: Seconds = cuda_seconds  # times captured steps, to choose between ways
 
     @staticmethod
     def choose(
@@ -86,8 +93,9 @@ class DeviceRuntime:
         """Returns bank and runner for this model, whose attention runs over `cache` already.
 
         The fastest that computes what the model computes: fused kernels before transformers' own
-        modules, captured graphs before eager launches. The bank is laid out for the FFN sites, so
-        that their adapters never move its table. Raises FailedPreconditionError if even the
+        modules, captured graphs before eager launches, and for each captured batch size the way
+        that is fastest. The bank is laid out for the FFN sites, so that their adapters never move
+        its table. Raises FailedPreconditionError if even the
         plainest fails its check.
         """
         ffn = _expected_sites(model)
@@ -95,14 +103,17 @@ class DeviceRuntime:
         for decoder, reason in self._decoders(model, rules, cache, max_context):
             for uses_graphs in (True, False) if self.uses_graphs else (False,):
                 make = functools.partial(self._runner, model, decoder, cache, uses_graphs)
+                first, *others = [way.name for way in decoder.decode_ways()]
+                check = functools.partial(self._check, make, ffn or sites, expected)
                 try:
-                    bit_identical = self._check(make, ffn or sites, expected)
+                    bit_identical = check(frozenset({first}))
+                    ways = self._checked(others if uses_graphs else [], check, refused)
                     bank = AdapterBank(
                         sites, device=self.device, dtype=self._table_dtype, max_bytes=bank_bytes,
                         min_slots=max_running + 1, preallocated=True,
                     )  # fmt: skip
                     bank.reserve(ffn)
-                    runner = make(bank, max_running, max_context)
+                    runner = make(ways | {first}, bank, max_running, max_context)
                 except (RuntimeError, FailedPreconditionError) as err:
                     what = f"not used: {reason}, {_launches(uses_graphs)}: {err}"
                     logger.warning("%s", what)
@@ -110,10 +121,12 @@ class DeviceRuntime:
                     failed = err
                     continue
                 launches = f"decode steps: {_launches(uses_graphs)}"
+                if ways:
+                    launches += f", {runner.ways}"
                 if not self.attention.can_graph:
                     launches += " (this attention has no fixed shape)"
                 reasons = (*self.reasons, reason, launches, *refused)
-                return DeviceEngine(runner, bank, bit_identical, reasons)
+                return DeviceEngine(runner, bank, bit_identical and not ways, reasons)
         raise failed
 
     @property
@@ -132,29 +145,46 @@ class DeviceRuntime:
         if why is None:
             positions = max(max_context, MAX_CONTEXT)
             try:
-                fused = FusedDeviceDecoder(model, rules, cache, positions, hooked)
-                yield fused, "layers: fused by Triton"
+                few_rows, why_not = few_row_products(model)
+                fused = FusedDeviceDecoder(model, rules, cache, positions, hooked, few_rows)
+                lacks = f" (no few-row products: {why_not})" if why_not else ""
+                yield fused, f"layers: fused by Triton{lacks}"
             except (ImportError, ValueError) as err:
                 why = str(err)
         yield hooked, "layers: transformers' own" + (f" ({why})" if why else "")
 
     def _runner(
         self, model: Any, decoder: DeviceDecoder, cache: PagedKVCache, uses_graphs: bool,
-        bank: AdapterBank, max_running: int, max_context: int,
+        ways: frozenset[str], bank: AdapterBank, max_running: int, max_context: int,
     ) -> DeviceRunner:  # fmt: skip
-        graphs = Graphs(CudaCapture, max_running, -(-max_context // cache.block_size))
+        max_blocks = -(-max_context // cache.block_size)
+        graphs = Graphs(CudaCapture, max_running, max_blocks, ways, self.seconds)
         runner = DeviceRunner(
             model, decoder, cache, bank, self.num_threads, graphs=graphs if uses_graphs else None
         )
         runner.prepare()
         return runner
 
+    def _checked(
+        self, ways: Sequence[str], check: Callable[[frozenset[str]], bool], refused: list[str]
+    ) -> frozenset[str]:
+        """Returns those that compute what the model computes; why others do not goes to refused."""
+        passed = set()
+        for way in ways:
+            try:
+                check(frozenset({way}))
+                passed.add(way)
+            except Exception as err:  # a kernel that does not compile must not stop the server
+                what = f"not used: {way}: {type(err).__name__}: {err}"
+                logger.warning("%s", what)
+                refused.append(what.splitlines()[0][:250])
+        return frozenset(passed)
+
     def _check(
-        self, make: Callable[[AdapterBank, int, int], DeviceRunner], sites: Mapping[str, int],
-        expected: Reference,
-    ) -> bool:  # fmt: skip
+        self, make: _Make, sites: Mapping[str, int], expected: Reference, ways: frozenset[str]
+    ) -> bool:
         def runner(bank: AdapterBank) -> DeviceRunner:
-            return make(bank, MAX_RUNNING, MAX_CONTEXT)
+            return make(ways, bank, MAX_RUNNING, MAX_CONTEXT)
 
         with contextlib.closing(SelfCheck(runner, sites, self.device, self.dtype)) as check:
             check.compare(expected)

@@ -1,5 +1,6 @@
 """Decode steps as captured CUDA graphs: one launch instead of hundreds."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -8,13 +9,13 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY
-from redmux_server.models.device_decoder import StepTensors
+from redmux_server.models.decode_ways import Chosen, Replay, Seconds, choose_way
+from redmux_server.models.device_decoder import DecodeWay, StepTensors
 from redmux_server.models.paged_cache import PagedKVCache
 from redmux_server.models.paged_step import HostIndex, Ints, PagedStep, split, staged
 
-Compute = Callable[[StepTensors], Tensor]
 # Takes what launches the work of a step and returns what launches it again.
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
+Capture = Callable[[Callable[[], None]], Replay]
 
 
 class CudaCapture:
@@ -48,6 +49,7 @@ def batch_sizes(max_running: int) -> list[int]:
 class GraphedDecode:
     """Steps of one token per request, replayed from graphs captured per batch size.
 
+    Every size is captured in each of the given ways and keeps the fastest.
     A step is padded to the next captured size. Padded rows are the identity row of the bank and
     one key in the cache's dummy block, so they reach no request. Everything that changes between
     steps is data in static buffers: tokens, positions, cache slots, block tables, lengths and the
@@ -60,8 +62,10 @@ class GraphedDecode:
     def __init__(
         self,
         cache: PagedKVCache,
-        compute: Compute,
+        ways: Sequence[DecodeWay],
+        table: Tensor,
         capture: Capture,
+        seconds: Seconds,
         *,
         sizes: Sequence[int],
         max_blocks: int,
@@ -71,16 +75,22 @@ class GraphedDecode:
     ) -> None:
         """Captures every size, the largest first, as later ones then fit into its memory.
 
+        `table` is the bank's, which the ways read; `seconds` times them, where there are several.
         `max_blocks` bounds the cache blocks of a request, `vocab_size` is the width of the logits.
         """
         self._cache = cache
         self._sizes = sorted(sizes)
         max_keys = max_blocks * cache.block_size
         self._logits = torch.zeros((self._sizes[-1], vocab_size), device=device, dtype=dtype)
-        self._steps: dict[int, tuple[_StaticStep, Callable[[], None]]] = {}
+        self._steps: dict[int, tuple[_StaticStep, Replay]] = {}
+        self.chosen: dict[int, Chosen] = {}
         for size in reversed(self._sizes):
             step = _StaticStep(_dummies(size, cache), max_blocks, max_keys, device)
-            self._steps[size] = step, capture(self._launch_of(step, compute))
+            captured = functools.partial(self._captured, capture, step, table)
+            replay, self.chosen[size] = choose_way(
+                ways, size, captured, self._logits[:size], seconds
+            )
+            self._steps[size] = step, replay
 
     def fits(self, num_requests: int) -> bool:
         """Whether some captured size has room for this many requests."""
@@ -98,12 +108,14 @@ class GraphedDecode:
         replay()
         return self._logits[: len(ids)].clone()
 
-    def _launch_of(self, step: "_StaticStep", compute: Compute) -> Callable[[], None]:
+    def _captured(
+        self, capture: Capture, step: "_StaticStep", table: Tensor, way: DecodeWay
+    ) -> Replay:
         def launch() -> None:
             step.cast()
-            self._logits[: step.size].copy_(compute(step.tensors))
+            self._logits[: step.size].copy_(way.logits(step.tensors, table))
 
-        return launch
+        return capture(launch)
 
 
 class _StaticStep:

@@ -4,6 +4,8 @@ The edits of a site happen in the kernel that reads its output anyway. All arith
 value is rounded to the model's dtype once, where it is stored.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -191,7 +193,7 @@ def gate(gate_up: Tensor, table: Tensor, rows: Tensor, gate_start: int, up_start
 def rotate(
     qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, cos: Tensor,
     sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, table: Tensor, rows: Tensor,
-    starts: tuple[int, int, int],
+    starts: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """Returns the queries [tokens, heads, head_dim], and stores keys and values in their slots.
 

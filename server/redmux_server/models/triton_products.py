@@ -55,7 +55,7 @@ def _two_sums(
     """
     half: tl.constexpr = DIM if GATES else (DIM + 2 * INNER - 1) // (2 * INNER) * INNER
     apart: tl.constexpr = 0 if GATES else half
-    IS_EVEN: tl.constexpr = DIM % INNER == 0 if GATES else DIM == 2 * half
+    IS_EVEN: tl.constexpr = DIM % INNER == 0 if GATES else 2 * half == DIM
     k = tl.arange(0, INNER)
     is_column = column < WIDTH
     lines = h + row * DIM

@@ -31,10 +31,11 @@ class Device:
     def of(device: torch.device) -> "Device":
         """Returns the limits of this CUDA device."""
         properties = torch.cuda.get_device_properties(device)
+        usual = properties.shared_memory_per_block
         return Device(
             properties.multi_processor_count,
-            properties.shared_memory_per_block_optin,
-            properties.major >= 9,
+            getattr(properties, "shared_memory_per_block_optin", usual),  # not in torch's stubs
+            properties.major >= 9 and torch.version.hip is None,
         )
 
 
@@ -63,7 +64,8 @@ def tiles_of(width: int, num_rows: int, itemsize: int, device: Device, *, gates:
     """
     rows = max(_FEWEST_ROWS, 1 << (num_rows - 1).bit_length())
     columns = columns_of(width, device)
-    resident = -(-(-(-width // columns)) // device.num_multiprocessors)
+    programs = -(-width // columns)
+    resident = -(-programs // device.num_multiprocessors)
     room = device.shared_bytes // 2 // resident
     per_input = itemsize * (2 * columns + (1 if gates else 2) * rows)
     inner, buffers = 0, 0
