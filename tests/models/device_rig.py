@@ -34,6 +34,11 @@ class FakeCapture:
         return replay
 
 
+def launches_anew():
+    """A capture that does not even warm up, where launches take long."""
+    return lambda launch: launch
+
+
 class GraphableAttention(TorchAttention):
     can_graph = True
 

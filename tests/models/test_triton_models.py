@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models.device_rig import Stepper
+from models.device_rig import Stepper, launches_anew
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,12 +21,15 @@ from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.models.attention import attach, discover
 from redmux_server.models.device_decoder import FusedDeviceDecoder, HookedDecoder
-from redmux_server.models.device_runner import DeviceRunner
+from redmux_server.models.device_runner import DeviceRunner, Graphs
 from redmux_server.models.paged_cache import PagedKVCache
 from redmux_server.models.row_edit import torch_edit
 from redmux_server.models.selfcheck import _random_adapter
 
 TritonAttention = pytest.importorskip("redmux_server.models.paged_triton").TritonAttention
+from redmux_server.models.triton_products import FewRowProducts  # noqa: E402
+from redmux_server.models.triton_tiles import Device  # noqa: E402
+
 CPU = torch.device("cpu")
 SHAPE = {
     "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -51,9 +54,9 @@ def make_model(kind):
 
 
 class Rig(Stepper):
-    """The fused model behind a DeviceRunner."""
+    """The fused model behind a DeviceRunner whose decode steps are computed in one way."""
 
-    def __init__(self, model):
+    def __init__(self, model, way="separate kernels"):
         shapes, rules = discover(model)
         self.sites = with_layer_norms(editable_sites(model))
         self.cache = PagedKVCache(shapes, 12, TritonAttention(2), CPU, torch.float32)
@@ -66,8 +69,13 @@ class Rig(Stepper):
         self.bank.reserve(ffn_sites(model))
         self.pool = BlockPool(12, self.cache.block_size)
         others = HookedDecoder(model, self.cache, torch_edit)
-        decoder = FusedDeviceDecoder(model, rules, self.cache, 128, others)
-        self.runner = DeviceRunner(model, decoder, self.cache, self.bank, 1, graphs=None)
+        eps = model.model.norm.variance_epsilon
+        few_rows = FewRowProducts(24, eps, torch.float32, Device(2, 100_000, False))
+        decoder = FusedDeviceDecoder(
+            model, rules, self.cache, 128, others, {"few-row products": few_rows}
+        )
+        graphs = Graphs(launches_anew, 4, 4, frozenset({way}))
+        self.runner = DeviceRunner(model, decoder, self.cache, self.bank, 1, graphs=graphs)
 
 
 @torch.inference_mode()
@@ -104,19 +112,25 @@ def run(rig, adapters):
     return [(r, row, i) for (r, row), i in zip(rows, ends * 2, strict=True)]
 
 
+WAYS = ["separate kernels", "few-row products"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", MODELS)
-def test_mixed_steps_equal_plain_transformers(kind):
-    plain, rig = make_model(kind), Rig(make_model(kind))
+def test_mixed_steps_equal_plain_transformers(kind, way):
+    plain, rig = make_model(kind), Rig(make_model(kind), way)
     linears = {site: dim for site, dim in rig.sites.items() if site.endswith("_proj")}
     ffn = {site: dim for site, dim in linears.items() if site.endswith("down_proj")}
     adapters = [None, _random_adapter(ffn, 1), _random_adapter(linears, 2)]
     for n, (request, row, end) in enumerate(run(rig, adapters)):
         right = by_hand(plain, request.token_ids[: end + 1 + n // 3], request.adapter)[-1]
         torch.testing.assert_close(row, right, rtol=2e-4, atol=2e-4)
+    assert rig.runner.ways == f"{way} for 1, 2, 4 requests"
 
 
-def test_sums_and_layer_norms_are_edited_as_in_plain_transformers():
-    plain, rig = make_model("llama"), Rig(make_model("llama"))
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_and_layer_norms_are_edited_as_in_plain_transformers(way):
+    plain, rig = make_model("llama"), Rig(make_model("llama"), way)
     sums = {site: dim for site, dim in rig.sites.items() if site.split(".")[-1].isdigit()}
     ffn = [site for site in rig.sites if site.endswith("down_proj")]
     norms = {site + end: 24 for site in ffn for end in ("", LAYER_NORM)}  # behind the edit

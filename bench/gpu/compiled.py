@@ -1,0 +1,145 @@
+"""Compile the few-row products for a Hopper GPU, without one, and print what they take of it.
+
+    python bench/gpu/compiled.py --shapes 8b --rows 16 32 64
+
+Every product of a layer is compiled as it would be launched. Stack bytes mean spilled registers.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # the interpreter has no compiler
+
+_ROOT = Path(__file__).resolve().parents[2]
+if importlib.util.find_spec("redmux") is None:  # run from a checkout that is not installed
+    sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from rig import SHAPES  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from redmux_server.models import triton_products  # noqa: E402
+from redmux_server.models.triton_tiles import Device  # noqa: E402
+
+Row = dict[str, Any]
+H200 = Device(num_multiprocessors=132, shared_bytes=232448, launches_early=True)
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+          torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
+_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+
+
+class _Compiled:
+    """Stands for a kernel: compiles instead of launching."""
+
+    def __init__(self, kernel: Any, report: Callable[[Row], None]) -> None:
+        self._kernel = kernel
+        self._report = report
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+            values = dict(zip(self._kernel.arg_names, args, strict=False)) | kwargs
+            constants = {p.name: values[p.name] for p in self._kernel.params if p.is_constexpr}
+            signature, attributes = {}, {}
+            for i, name in enumerate(self._kernel.arg_names):
+                signature[name] = "constexpr" if name in constants else _type_of(values[name])
+                if signature[name].startswith("*") and name != "rows":
+                    attributes[(i,)] = [["tt.divisibility", 16]]
+            source = ASTSource(self._kernel, signature, constants, attributes)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            self._report({
+                "kernel": self._kernel.__name__.strip("_").removesuffix("_kernel"),
+                "programs": grid[0], "columns": constants.get("COLUMNS", ""),
+                "inner": constants.get("INNER", ""), "stages": options.get("num_stages", ""),
+                "shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"]),
+            })  # fmt: skip
+
+        return launch
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _resources(cubin: bytes) -> Row:
+    """Returns the registers and stack bytes of a thread."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, f"cuobjdump says nothing of registers: {told}"
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def layer(shape: str, num_rows: int, dtype: torch.dtype, early: bool) -> list[Row]:
+    """Compiles the kernels of a layer of this shape with edits where RED has them."""
+    options, reports = SHAPES[shape], list[Row]()
+    hidden, inner = options["hidden_size"], options["intermediate_size"]
+    heads, kv_heads, dim = (
+        options[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    kernels = ("_start_kernel", "_project_kernel", "_gate_kernel", "_add_kernel")
+    plain = {name: getattr(triton_products, name) for name in kernels}
+    for name, kernel in plain.items():
+        setattr(triton_products, name, _Compiled(kernel, reports.append))
+    try:
+        few = triton_products.FewRowProducts(hidden, 1e-5, dtype, H200, early=early)
+        if num_rows > few.most_rows:
+            return []
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        norm, rows = empty(hidden), empty(num_rows, dtype=torch.int32)
+        table = empty(9, 4 * hidden, dtype=torch.float32)
+        residual = few.start(empty(num_rows, dtype=torch.int64), empty(512, hidden), norm)
+        few.project(residual, empty((heads + 2 * kv_heads) * dim, hidden), None)
+        mixed = empty(num_rows, heads * dim)
+        few.add(residual, mixed, empty(hidden, heads * dim), None, norm, table, rows, -1)
+        gated = few.gate(residual, empty(2 * inner, hidden), None, table, rows, -1, -1)
+        few.add(residual, gated, empty(hidden, inner), None, norm, table, rows, 0)
+    finally:
+        for name, kernel in plain.items():
+            setattr(triton_products, name, kernel)
+    return [{"shape": shape, "rows": num_rows, "dtype": str(dtype)[6:], "early": early, **row}
+            for row in reports]  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], choices=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[16, 32, 64])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"]
+    )
+    args = parser.parse_args(argv)
+    spilled = 0
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            for num_rows in args.rows:
+                for early in (False, True):
+                    for i, row in enumerate(layer(shape, num_rows, getattr(torch, dtype), early)):
+                        if i == 0:
+                            print("  ".join(f"{key:>9}" for key in row))
+                        print("  ".join(f"{value!s:>9}" for value in row.values()), flush=True)
+                        spilled += row["stack"] > 0
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
