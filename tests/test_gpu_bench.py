@@ -8,7 +8,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "bench" / "gpu"
-MODULES = ("run", "checks", "timings", "beside", "rig")
+MODULES = ("run", "checks", "timings", "products", "beside", "rig")
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from rig import Engine, random_model
 from torch import Tensor
 
 from redmux_adapters import Adapter
+from redmux_server.engine.request import Request
+from redmux_server.models.device_runner import DeviceRunner
 from redmux_server.models.editing import SiteColumns
 from redmux_server.models.kvcache import LayerShape, Segment
 from redmux_server.models.paged_cache import PagedAttention, PagedKVCache
@@ -106,23 +108,31 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: 
 
 
 def graphed_decode(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """Decode steps replayed from graphs against the same steps launched eagerly."""
-    rows, logits = [], []
+    """Decode steps replayed from graphs, in every way, against the same steps launched eagerly."""
+    counts = (1, 3, 8, 20)
+    rows: list[Row] = []
+    logits: list[tuple[str, list[Tensor]]] = []
     for uses_graphs in (True, False):
         model = random_model(shape, device, dtype, layers=2)
-        engine = Engine(model, max_running=8, max_context=128, uses_graphs=uses_graphs)
-        logits.append([_decode(engine, n) for n in (1, 3, 8)])
-        reasons = engine.reasons
-    for n, graphed, eager in zip((1, 3, 8), *logits, strict=True):
-        error = float((graphed - eager).abs().max() / eager.abs().max())
-        assert error < _TOLERANCE[dtype], f"{n} requests: {error:.1e}"
-        rows.append({"requests": n, "relative error": f"{error:.1e}",
-                     "bit-equal": torch.equal(graphed, eager)})  # fmt: skip
+        engine = Engine(model, max_running=32, max_context=128, uses_graphs=uses_graphs)
+        ways = engine.ways if uses_graphs else ["launched eagerly"]
+        for way in ways:
+            runner = engine.runner_by(way) if uses_graphs else None
+            logits.append((way, [_decode(engine, n, runner) for n in counts]))
+        if uses_graphs:
+            reasons = engine.reasons
+    *graphed, (_, eager) = logits
+    for way, own in graphed:
+        for n, got, want in zip(counts, own, eager, strict=True):
+            error = float((got - want).abs().max() / want.abs().max())
+            assert error < _TOLERANCE[dtype], f"{way}, {n} requests: {error:.1e}"
+            rows.append({"way": way, "requests": n, "relative error": f"{error:.1e}",
+                         "bit-equal": torch.equal(got, want)})  # fmt: skip
     rows += [{"what ran": reason} for reason in reasons]
     return rows
 
 
-def _decode(engine: Engine, n: int) -> Tensor:
+def _decode(engine: Engine, n: int, runner: DeviceRunner | None) -> Tensor:
     requests = [
         engine.request([3 + i] * (5 + 9 * i), 8, engine.adapter(i) if i % 3 else None)
         for i in range(n)
@@ -132,13 +142,13 @@ def _decode(engine: Engine, n: int) -> Tensor:
     for token in (5, 6, 7):
         for request in requests:
             request.token_ids.append(token)
-        out.append(engine.step([(r, 1) for r in requests]).float())
+        out.append(engine.step([(r, 1) for r in requests], runner).float())
     engine.release(requests)
     return torch.stack(out)
 
 
 def tokens(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """The engine's greedy tokens against plain transformers with the edit applied by hand.
+    """The engine's greedy tokens, in every way, against plain transformers edited by hand.
 
     In half precision a tie may fall either way: then the plain logits of the two tokens must be
     within rounding.
@@ -146,28 +156,39 @@ def tokens(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
     plain = random_model(shape, device, dtype, layers=4)
     engine = Engine(random_model(shape, device, dtype, layers=4), max_running=8, max_context=128)
     adapters = [None, *(engine.adapter(seed, all_sites=seed > 2) for seed in range(1, 5))]
-    requests = [engine.request(range(10 + i, 30 + 5 * i), 16, a) for i, a in enumerate(adapters)]
-    logits = engine.step([(r, len(r.prompt_ids)) for r in requests])
-    for _ in range(15):
-        for request, row in zip(requests, logits, strict=True):
-            request.token_ids.append(int(row.argmax()))
-        logits = engine.step([(r, 1) for r in requests])
     rows = []
-    for i, request in enumerate(requests):
-        wanted = _plain_logits(plain, request.token_ids, request.adapter)
-        first, out = len(request.prompt_ids), request.token_ids
-        steps = wanted[first - 1 : len(out) - 1]  # [15, vocab]
-        chosen = steps.gather(1, torch.tensor(out[first:], device=device)[:, None])[:, 0]
-        gap = float(((steps.max(-1).values - chosen) / steps.abs().max()).max())
-        best = steps.argmax(-1).tolist()
-        equal = sum(a == b for a, b in zip(best, out[first:], strict=True))
-        assert gap < _TOLERANCE[dtype], f"request {i} chose a token that is {gap:.1e} worse"
-        error = float((logits[i].float() - wanted[-1]).abs().max() / wanted[-1].abs().max())
-        assert error < _TOLERANCE[dtype], f"request {i}: logits are off by {error:.1e}"
-        rows.append({"adapter": i or "none", "equal tokens": f"{equal} of {len(steps)}",
-                     "largest gap": f"{gap:.1e}", "logit error": f"{error:.1e}"})  # fmt: skip
+    for way in engine.ways:
+        runner = engine.runner_by(way)
+        requests = [
+            engine.request(range(10 + i, 30 + 5 * i), 16, a) for i, a in enumerate(adapters)
+        ]
+        logits = engine.step([(r, len(r.prompt_ids)) for r in requests], runner)
+        for _ in range(15):
+            for request, row in zip(requests, logits, strict=True):
+                request.token_ids.append(int(row.argmax()))
+            logits = engine.step([(r, 1) for r in requests], runner)
+        for i, (request, row) in enumerate(zip(requests, logits, strict=True)):
+            compared = _compare_tokens(plain, request, row, _TOLERANCE[dtype])
+            rows.append({"way": way, "adapter": i or "none", **compared})
+        engine.release(requests)
     rows += [{"what ran": reason} for reason in engine.reasons]
     return rows
+
+
+def _compare_tokens(plain: Any, request: Request, logits: Tensor, tolerance: float) -> Row:
+    """Compares a request's tokens and its last logits with the plain model's."""
+    wanted = _plain_logits(plain, request.token_ids, request.adapter)
+    first, out = len(request.prompt_ids), request.token_ids
+    steps = wanted[first - 1 : len(out) - 1]  # [15, vocab]
+    chosen = steps.gather(1, torch.tensor(out[first:], device=steps.device)[:, None])[:, 0]
+    gap = float(((steps.max(-1).values - chosen) / steps.abs().max()).max())
+    best = steps.argmax(-1).tolist()
+    equal = sum(a == b for a, b in zip(best, out[first:], strict=True))
+    assert gap < tolerance, f"a token was chosen that is {gap:.1e} worse"
+    error = float((logits.float() - wanted[-1]).abs().max() / wanted[-1].abs().max())
+    assert error < tolerance, f"logits are off by {error:.1e}"
+    return {"equal tokens": f"{equal} of {len(steps)}", "largest gap": f"{gap:.1e}",
+            "logit error": f"{error:.1e}"}  # fmt: skip
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from redmux_adapters import Adapter, Edit, editable_sites, ffn_sites, fingerprin
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models.attention import attach, discover
+from redmux_server.models.device_runner import DeviceRunner
 from redmux_server.models.device_runtime import DeviceRuntime
 from redmux_server.models.selfcheck import min_cache_tokens, reference
 
@@ -77,7 +78,23 @@ class Engine:
             bank_bytes=1 << 30,
         )  # fmt: skip
         self.runner, self.bank, self.reasons = parts.runner, parts.bank, parts.reasons
+        self._cache = cache
         self._pool = BlockPool(cache.num_blocks, block)
+
+    @property
+    def ways(self) -> list[str]:
+        """Names of the ways to compute decode steps; one only where nothing is captured."""
+        graphs = self.runner._graphs
+        ways = [way.name for way in self.runner._decoder.decode_ways()]
+        return ways[:1] if graphs is None else [w for w in ways if w in (graphs.ways or ways)]
+
+    def runner_by(self, way: str) -> DeviceRunner:
+        """Returns a runner of the same parts whose decode steps are computed in this way alone."""
+        own = self.runner
+        graphs = own._graphs and dataclasses.replace(own._graphs, ways=frozenset({way}))
+        runner = DeviceRunner(self.model, own._decoder, self._cache, self.bank, 1, graphs=graphs)
+        runner.prepare()
+        return runner
 
     def adapter(self, seed: int, all_sites: bool = False) -> Adapter:
         """Returns a random adapter of the magnitude of trained ones, of the FFN or of all sites."""
@@ -114,9 +131,11 @@ class Engine:
             if request.adapter is not None and request.slot is not None:
                 self.bank.release(request.slot)
 
-    def step(self, work: Sequence[tuple[Request, int]]) -> Tensor:
-        """Computes a step and counts its tokens as done."""
-        logits = self.runner.forward([Work(r, n) for r, n in work])
+    def step(
+        self, work: Sequence[tuple[Request, int]], runner: DeviceRunner | None = None
+    ) -> Tensor:
+        """Computes a step, by another runner if given, and counts its tokens as done."""
+        logits = (runner or self.runner).forward([Work(r, n) for r, n in work])
         for request, count in work:
             request.num_computed += count
         return logits

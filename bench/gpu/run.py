@@ -25,6 +25,7 @@ if importlib.util.find_spec("redmux") is None:  # run from a checkout that is no
 
 import beside  # noqa: E402
 import checks  # noqa: E402
+import products  # noqa: E402
 import timings  # noqa: E402
 import torch  # noqa: E402
 
@@ -120,6 +121,8 @@ def run_checks(report: Report, device: torch.device, smoke: bool) -> None:
     half = torch.float32 if smoke else torch.bfloat16
     heads = [LayerShape(4, 2, 16)] if smoke else _HEADS
     report.part("check: edits", lambda: checks.edit_kernel(device, smoke))
+    if not smoke:
+        report.part("check: few-row products", lambda: products.check(device))
     for dtype in dict.fromkeys((half, torch.float32)):
         for name, make in checks.libraries(device, dtype):
             for shape in heads:
@@ -157,6 +160,10 @@ def run_timings(report: Report, device: torch.device, shapes: Sequence[str], smo
         report.part(
             f"time: attention by {name}",
             lambda make=make: timings.attention(make, _HEADS[1], device, dtype),
+        )
+    for shape in [] if smoke else shapes:
+        report.part(
+            f"time: products, {shape}", lambda shape=shape: products.speeds(shape, device, dtype)
         )
     for shape in shapes:
         if bytes_per_s is not None:

@@ -3,7 +3,7 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from rig import Engine, random_model
 
 from redmux_server.engine.request import Request
+from redmux_server.models.device_runner import DeviceRunner
 from redmux_server.models.graphed_decode import CudaCapture
 from redmux_server.models.kvcache import LayerShape, Segment
 from redmux_server.models.paged_cache import AttentionRule, PagedAttention, PagedKVCache
@@ -82,8 +83,11 @@ def decode_steps(
     sweep = _adapter_sweep(engine, requests, (0, 1, 4, 8) if smoke else (0, 1, 16, 64, 128, 256),
                            repeats, rounds)  # fmt: skip
     sizes = [1 << i for i in range(largest.bit_length())]
-    floors = [_batch_row(engine, requests[:n], context, bytes_per_s, repeats, rounds)
-              for n in sizes]  # fmt: skip
+    runners = {way: engine.runner_by(way) for way in engine.ways}
+    floors = [
+        row for n in sizes
+        for row in _batch_rows(engine, runners, requests[:n], context, bytes_per_s, repeats, rounds)
+    ]  # fmt: skip
     profiles = [] if smoke else [_profile(engine, requests[:n]) for n in (1, largest)]
     return sweep, floors, prefills, *profiles, engine.reasons
 
@@ -143,8 +147,10 @@ def _prefilled(engine: Engine, count: int, context: int) -> list[Request]:
     return requests
 
 
-def _decode(engine: Engine, requests: Sequence[Request]) -> None:
-    logits = engine.step([(r, 1) for r in requests])
+def _decode(
+    engine: Engine, requests: Sequence[Request], runner: DeviceRunner | None = None
+) -> None:
+    logits = engine.step([(r, 1) for r in requests], runner)
     logits.argmax(-1).tolist()
     for request in requests:
         request.num_computed -= 1  # the same step again
@@ -186,23 +192,33 @@ def _adapter_sweep(
     return rows
 
 
-def _batch_row(
-    engine: Engine, requests: Sequence[Request], context: int, bytes_per_s: float, repeats: int,
-    rounds: int,
-) -> Row:  # fmt: skip
-    def steps() -> None:
-        for _ in range(repeats):
-            _decode(engine, requests)
+def _batch_rows(
+    engine: Engine, runners: Mapping[str, DeviceRunner], requests: Sequence[Request],
+    context: int, bytes_per_s: float, repeats: int, rounds: int,
+) -> list[Row]:  # fmt: skip
+    """Times a step in every way, interleaved."""
 
-    steps()
-    times = [_timed(steps, engine.model.device) / repeats for _ in range(rounds)]
-    step_s = statistics.median(times)
+    def steps(runner: DeviceRunner) -> None:
+        for _ in range(repeats):
+            _decode(engine, requests, runner)
+
+    times: dict[str, list[float]] = {way: [] for way in runners}
+    for runner in runners.values():
+        steps(runner)
+    for _ in range(rounds):
+        for way, runner in runners.items():
+            took = _timed(functools.partial(steps, runner), engine.model.device)
+            times[way].append(took / repeats)
     floor_s = step_bytes(engine.model, len(requests), context) / bytes_per_s
-    return {
-        "batch": len(requests), "step ms": round(1e3 * step_s, 3),
-        "floor ms": round(1e3 * floor_s, 3), "step / floor": round(step_s / floor_s, 3),
-        "tokens/s": round(len(requests) / step_s),
-    }  # fmt: skip
+    rows = []
+    for way, own in times.items():
+        step_s = statistics.median(own)
+        rows.append({
+            "batch": len(requests), "step ms": round(1e3 * step_s, 3),
+            "floor ms": round(1e3 * floor_s, 3), "step / floor": round(step_s / floor_s, 3),
+            "tokens/s": round(len(requests) / step_s), "way": way,
+        })  # fmt: skip
+    return rows
 
 
 def step_bytes(model: Any, batch: int, context: int) -> int:
