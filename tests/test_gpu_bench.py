@@ -1,6 +1,8 @@
 """The script for the GPU runs from end to end on the CPU, and one broken part stops no other."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -76,3 +78,16 @@ def test_a_step_must_read_every_weight_and_key_once(run):
     weights = 260 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) + 64
     keys = 3 * 11 * 2 * 2 * 2 * 16  # requests, tokens, layers, keys and values, heads, size
     assert timings.step_bytes(model, 3, 10) == 4 * (weights + keys)
+
+
+@pytest.mark.slow
+def test_few_row_products_compile_for_hopper_and_spill_no_register():
+    pytest.importorskip("triton")
+    command = [sys.executable, FOLDER / "compiled.py", "--shapes", "8b", "--rows", "16"]
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = [line.split()[4] for line in done.stdout.splitlines() if line.split()[0] == "8b"]
+    assert kernels == ["start", "project", "add", "gate", "add"] * 2
