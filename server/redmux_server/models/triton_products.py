@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from redmux_server.models.triton_tiles import Device, columns_of, tiles_of
 
 LARGEST_FP16_NORM = 32.0
-_LINES_AHEAD: tl.constexpr = tl.constexpr(8)  # of the cache, for every row of a weight
+_TILES_AHEAD: tl.constexpr = tl.constexpr(4)  # as many as the loop has in flight
 
 
 @triton.jit
@@ -79,12 +79,12 @@ def _two_sums(
 @triton.jit
 def _fetch_ahead(
     weight, column, WIDTH: tl.constexpr, DIM: tl.constexpr, APART: tl.constexpr,
-    EARLY: tl.constexpr,
+    INNER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Asks the L2 cache for the first inputs of both sums."""
+    """Asks the L2 cache for the first inputs of both sums, a line of 128 bytes at a time."""
     if EARLY:
         LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-        inner = tl.minimum(tl.arange(0, _LINES_AHEAD) * LINE, DIM // 2)
+        inner = tl.minimum(tl.arange(0, _TILES_AHEAD * INNER // LINE) * LINE, DIM // 2)
         line = weight + tl.minimum(column, WIDTH - 1).to(tl.int64) * DIM
         for first in tl.static_range(2):
             place = (line[:, None] + (inner[None, :] + first * APART)).to(tl.int64)
@@ -95,9 +95,18 @@ def _fetch_ahead(
 
 @triton.jit
 def _follow(EARLY: tl.constexpr):
-    """From here on everything before this kernel has ended; the next one may be launched."""
+    """From here on everything before this kernel has ended."""
     if EARLY:
         gdc_wait()
+
+
+@triton.jit
+def _lead(EARLY: tl.constexpr):
+    """From here on the next kernel may be launched.
+
+    That is behind the loop: what it asks the cache for would not stay there any longer.
+    """
+    if EARLY:
         gdc_launch_dependents()
 
 
@@ -149,12 +158,13 @@ def _project_kernel(
 ):  # fmt: skip
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_row = row < num_rows
-    _fetch_ahead(weight, column, WIDTH, DIM, DIM // 2, EARLY)
+    _fetch_ahead(weight, column, WIDTH, DIM, DIM // 2, INNER, EARLY)
     _follow(EARLY)
     parts = _squares(squares, row, is_row, PARTS, PADDED_PARTS)
     first, second = _two_sums(
         h, weight, row, is_row, column, WIDTH, DIM, False, ROWS, COLUMNS, INNER
     )
+    _lead(EARLY)
     y = (first + second) * _norm_scale(parts, eps, DIM, UNIT)
     y = _biased(y, bias, column, WIDTH, HAS_BIAS)
     inside = is_row[:, None] & (column < WIDTH)[None, :]
@@ -175,10 +185,11 @@ def _gate_kernel(
 ):  # fmt: skip
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_row = row < num_rows
-    _fetch_ahead(weight, column, WIDTH, DIM, WIDTH * DIM, EARLY)
+    _fetch_ahead(weight, column, WIDTH, DIM, WIDTH * DIM, INNER, EARLY)
     _follow(EARLY)
     parts = _squares(squares, row, is_row, PARTS, PADDED_PARTS)
     gate, up = _two_sums(h, weight, row, is_row, column, WIDTH, DIM, True, ROWS, COLUMNS, INNER)
+    _lead(EARLY)
     scale = _norm_scale(parts, eps, DIM, UNIT)
     gate = _biased(gate * scale, bias, column, WIDTH, HAS_BIAS)
     up = _biased(up * scale, bias + WIDTH, column, WIDTH, HAS_BIAS)
@@ -206,7 +217,7 @@ def _add_kernel(
     is_row = row < num_rows
     inside = is_row[:, None] & (column < WIDTH)[None, :]
     place = row[:, None] * WIDTH + column[None, :]
-    _fetch_ahead(weight, column, WIDTH, DIM, DIM // 2, EARLY)
+    _fetch_ahead(weight, column, WIDTH, DIM, DIM // 2, INNER, EARLY)
     s, b = _vectors(table, rows, start, table_stride, row, is_row, column, WIDTH, EDITS)
     w = tl.load(norm + column, mask=column < WIDTH, other=0)
     _follow(EARLY)
@@ -214,6 +225,7 @@ def _add_kernel(
     first, second = _two_sums(
         inputs, weight, row, is_row, column, WIDTH, DIM, False, ROWS, COLUMNS, INNER
     )
+    _lead(EARLY)
     y = _biased(first + second, bias, column, WIDTH, HAS_BIAS) * s + b
     after = (before.to(tl.float32) + y).to(x.dtype.element_ty)
     tl.store(x + place, after, mask=inside)
