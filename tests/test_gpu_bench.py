@@ -81,7 +81,7 @@ def test_a_step_must_read_every_weight_and_key_once(run):
 
 
 @pytest.mark.slow
-def test_few_row_products_compile_for_hopper_and_spill_no_register():
+def test_the_kernels_of_a_decode_step_compile_for_hopper_and_spill_no_register():
     pytest.importorskip("triton")
     command = [sys.executable, FOLDER / "compiled.py", "--shapes", "8b", "--rows", "16"]
     path = os.pathsep.join(p for p in sys.path if p)
@@ -90,4 +90,5 @@ def test_few_row_products_compile_for_hopper_and_spill_no_register():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kernels = [line.split()[4] for line in done.stdout.splitlines() if line.split()[0] == "8b"]
-    assert kernels == ["start", "project", "add", "gate", "add"] * 2
+    layer = ["project", "rotate", "attend", "join", "add", "gate", "add"]
+    assert kernels == ["start", *layer] * 2

@@ -1,18 +1,20 @@
-"""Compile the few-row products for a Hopper GPU, without one, and print what they take of it.
+"""Compile the kernels of a decode step for a Hopper GPU, without one, and print what they take.
 
     python bench/gpu/compiled.py --shapes 8b --rows 16 32 64
 
-Every product of a layer is compiled as it would be launched. Stack bytes mean spilled registers.
+Every kernel of a layer is compiled as it would be launched. Stack bytes mean spilled registers.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,17 @@ _ROOT = Path(__file__).resolve().parents[2]
 if importlib.util.find_spec("redmux") is None:  # run from a checkout that is not installed
     sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from rig import SHAPES  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from redmux_server.models import triton_products  # noqa: E402
+from redmux_server.models import paged_triton, triton_layers, triton_products  # noqa: E402
+from redmux_server.models.kvcache import LayerShape  # noqa: E402
+from redmux_server.models.paged_cache import AttentionRule  # noqa: E402
+from redmux_server.models.paged_step import HostIndex, PagedStep  # noqa: E402
 from redmux_server.models.triton_tiles import Device  # noqa: E402
 
 Row = dict[str, Any]
@@ -59,7 +65,7 @@ class _Compiled:
             compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
             self._report({
                 "kernel": self._kernel.__name__.strip("_").removesuffix("_kernel"),
-                "programs": grid[0], "columns": constants.get("COLUMNS", ""),
+                "programs": math.prod(grid), "columns": constants.get("COLUMNS", ""),
                 "inner": constants.get("INNER", ""), "stages": options.get("num_stages", ""),
                 "shared": compiled.metadata.shared, **_resources(compiled.asm["cubin"]),
             })  # fmt: skip
@@ -86,38 +92,66 @@ def _resources(cubin: bytes) -> Row:
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
+_KERNELS = {
+    triton_products: ("_start_kernel", "_project_kernel", "_gate_kernel", "_add_kernel"),
+    triton_layers: ("_rotate_kernel",),
+    paged_triton: ("_attend", "_join"),
+}
+
+
+@contextlib.contextmanager
+def compiling(report: Callable[[Row], None]) -> Iterator[None]:
+    """Makes launches inside the block compile and report."""
+    plain = [(m, name, getattr(m, name)) for m, names in _KERNELS.items() for name in names]
+    for module, name, kernel in plain:
+        setattr(module, name, _Compiled(kernel, report))
+    try:
+        yield
+    finally:
+        for module, name, kernel in plain:
+            setattr(module, name, kernel)
+
+
 def layer(shape: str, num_rows: int, dtype: torch.dtype, early: bool) -> list[Row]:
     """Compiles the kernels of a layer of this shape with edits where RED has them."""
-    options, reports = SHAPES[shape], list[Row]()
+    options, rows = SHAPES[shape], list[Row]()
     hidden, inner = options["hidden_size"], options["intermediate_size"]
     heads, kv_heads, dim = (
         options[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
     )
-    kernels = ("_start_kernel", "_project_kernel", "_gate_kernel", "_add_kernel")
-    plain = {name: getattr(triton_products, name) for name in kernels}
-    for name, kernel in plain.items():
-        setattr(triton_products, name, _Compiled(kernel, reports.append))
-    try:
-        few = triton_products.FewRowProducts(hidden, 1e-5, dtype, H200, early=early)
-        if num_rows > few.most_rows:
-            return []
+    few = triton_products.FewRowProducts(hidden, 1e-5, dtype, H200, early=early)
+    if num_rows > few.most_rows:
+        return []
 
-        def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-        norm, rows = empty(hidden), empty(num_rows, dtype=torch.int32)
-        table = empty(9, 4 * hidden, dtype=torch.float32)
-        residual = few.start(empty(num_rows, dtype=torch.int64), empty(512, hidden), norm)
-        few.project(residual, empty((heads + 2 * kv_heads) * dim, hidden), None)
-        mixed = empty(num_rows, heads * dim)
-        few.add(residual, mixed, empty(hidden, heads * dim), None, norm, table, rows, -1)
-        gated = few.gate(residual, empty(2 * inner, hidden), None, table, rows, -1, -1)
-        few.add(residual, gated, empty(hidden, inner), None, norm, table, rows, 0)
-    finally:
-        for name, kernel in plain.items():
-            setattr(triton_products, name, kernel)
-    return [{"shape": shape, "rows": num_rows, "dtype": str(dtype)[6:], "early": early, **row}
-            for row in reports]  # fmt: skip
+    def report(row: Row) -> None:
+        rows.append(
+            {"shape": shape, "rows": num_rows, "dtype": str(dtype)[6:], "early": early, **row}
+        )
+
+    norm, owners = empty(hidden), empty(num_rows, dtype=torch.int32)
+    table, angles = (empty(9, n, dtype=torch.float32) for n in (4 * hidden, dim))
+    longs, blocks = (empty(num_rows, dtype=torch.int64), empty(num_rows, 9, dtype=torch.int32))
+    pages = empty(99, 32, kv_heads, dim)
+    host = HostIndex.of_decodes(np.zeros(num_rows, int), np.zeros((num_rows, 9), int), 32)
+    step = PagedStep(host, longs, owners, owners, blocks, max_count=1, max_keys=288)
+    rule = AttentionRule(LayerShape(heads, kv_heads, dim), dim**-0.5, 0, 0.0)
+    attention = paged_triton.TritonAttention(H200.num_multiprocessors, early=early)
+    with compiling(report):
+        residual = few.start(longs, empty(512, hidden), norm)
+        qkv = few.project(residual, empty((heads + 2 * kv_heads) * dim, hidden), None)
+        query = triton_layers.rotate(
+            qkv, pages, pages, longs, longs, angles, angles, None, table, owners, (-1, -1, -1),
+            early=early,
+        )  # fmt: skip
+        mixed = attention(step, rule, query, pages, pages).flatten(1)
+        out = empty(hidden, heads * dim)
+        few.add(residual, mixed, out, None, norm, table, owners, -1)
+        gated = few.gate(residual, empty(2 * inner, hidden), None, table, owners, -1, -1)
+        few.add(residual, gated, empty(hidden, inner), None, norm, table, owners, 0)
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

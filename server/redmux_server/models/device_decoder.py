@@ -142,13 +142,16 @@ class FusedDeviceDecoder:
         Raises ImportError without Triton, and ValueError for a model that it cannot run.
         """
         from redmux_server.models import triton_layers
+        from redmux_server.models.paged_triton import TritonAttention
 
         if reason := why_not_fused_on_device(model, rules):
             raise ValueError(reason)
         self._others = others
         self._few_rows = few_rows or {}
         self._kernels = triton_layers
-        self._cache = cache
+        self._attention = self._early_attention = cache.attention
+        if isinstance(self._attention, TritonAttention):
+            self._early_attention = self._attention.launched_early()
         self._embedding: Tensor = model.get_input_embeddings().weight
         self._head: Tensor = model.get_output_embeddings().weight
         self._norm: Tensor = model.model.norm.weight
@@ -221,7 +224,7 @@ class FusedDeviceDecoder:
         for layer, starts, next_norm in zip(self._layers, self._starts, next_norms, strict=True):
             *qkv_starts, o_start, gate_start, up_start, down_start = starts
             qkv = few.project(residual, *layer.qkv)
-            mixed = self._attend(layer, qkv, step, table, qkv_starts)
+            mixed = self._attend(layer, qkv, step, table, qkv_starts, early=few.early)
             few.add(residual, mixed, *layer.out, layer.ffn_norm, table, rows, o_start)
             gated = few.gate(residual, *layer.gate_up, table, rows, gate_start, up_start)
             few.add(residual, gated, *layer.down, next_norm, table, rows, down_start)
@@ -229,16 +232,17 @@ class FusedDeviceDecoder:
         return F.linear(h, self._head)
 
     def _attend(
-        self, layer: _Layer, qkv: Tensor, step: StepTensors, table: Tensor, starts: Sequence[int]
-    ) -> Tensor:
+        self, layer: _Layer, qkv: Tensor, step: StepTensors, table: Tensor, starts: Sequence[int],
+        *, early: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Returns what the heads give out, [tokens, heads * head_dim]."""
         paged = step.paged
         query = self._kernels.rotate(
             qkv, layer.keys, layer.values, paged.slots, step.positions,
-            self._cos, self._sin, layer.head_norms, table, step.rows, starts,
+            self._cos, self._sin, layer.head_norms, table, step.rows, starts, early=early,
         )  # fmt: skip
-        mixed = self._cache.attention(paged, layer.rule, query, layer.keys, layer.values)
-        return mixed.flatten(1)
+        attention = self._early_attention if early else self._attention
+        return attention(paged, layer.rule, query, layer.keys, layer.values).flatten(1)
 
 
 def why_not_fused_on_device(model: Any, rules: Sequence[LayerRule]) -> str | None:

@@ -6,6 +6,7 @@ from torch import Tensor, float32
 
 from redmux_server.models.paged_cache import AttentionRule
 from redmux_server.models.paged_step import PagedStep
+from redmux_server.models.triton_early import follow, launch_options, lead
 
 _KEYS = 64  # of one turn of the loop
 _ROWS = 64  # query rows of one program, where requests bring several tokens
@@ -38,7 +39,7 @@ def _attend(
     num_requests, table_width, scale, window, softcap,
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr,
-    IS_DECODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    IS_DECODE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of one request, the heads of one KV head, a part of the keys.
 
@@ -47,6 +48,8 @@ def _attend(
     """
     tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_kv_heads = tl.num_programs(1)
+    follow(EARLY)
+    lead(EARLY)
     if IS_DECODE:
         request = tile
         start = tile
@@ -117,8 +120,13 @@ def _attend(
 
 
 @triton.jit
-def _join(parts, stats, out, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr):
+def _join(
+    parts, stats, out, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     """One row of one head from its parts, weighted by their sums of exponentials."""
+    follow(EARLY)
+    lead(EARLY)
     place = tl.program_id(0).to(tl.int64)
     part, dim = tl.arange(0, PARTS), tl.arange(0, PADDED_DIM)
     stat = tl.load(stats + place * PARTS + part)
@@ -142,8 +150,15 @@ class TritonAttention:
     block_size = 32
     can_graph = True
 
-    def __init__(self, num_multiprocessors: int) -> None:
+    def __init__(self, num_multiprocessors: int, *, early: bool = False) -> None:
+        """With `early` kernels are launched while the one before still runs."""
         self._num_programs = _PROGRAMS_PER_SM * num_multiprocessors
+        self._num_multiprocessors = num_multiprocessors
+        self._launch = launch_options(early)
+
+    def launched_early(self) -> "TritonAttention":
+        """Returns the same attention, its kernels launched while the one before still runs."""
+        return TritonAttention(self._num_multiprocessors, early=True)
 
     def __call__(
         self, step: PagedStep, rule: AttentionRule, query: Tensor, keys: Tensor, values: Tensor
@@ -170,11 +185,13 @@ class TritonAttention:
             GROUP=group, DIM=shape.head_dim, PADDED_DIM=padded, TOKENS=tokens, ROWS=rows,
             KEYS=_KEYS, PAGE=self.block_size, PARTS=parts,
             IS_DECODE=is_decode, HAS_WINDOW=rule.window > 0, HAS_CAP=rule.softcap > 0,
+            **self._launch,
         )  # fmt: skip
         if parts > 1:
             _join[(len(query) * shape.num_heads,)](
-                target, stats, out, DIM=shape.head_dim, PADDED_DIM=padded, PARTS=parts
-            )
+                target, stats, out, DIM=shape.head_dim, PADDED_DIM=padded, PARTS=parts,
+                **self._launch,
+            )  # fmt: skip
         return out
 
     def _num_parts(self, step: PagedStep, num_kv_heads: int) -> int:

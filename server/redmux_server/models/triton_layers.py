@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redmux_server.models.triton_early import follow, launch_options, lead
+
 _COLUMNS = 1024  # of one program of the gate
 
 
@@ -112,10 +114,12 @@ def _rotate_kernel(
     table, rows, q_start, k_start, v_start, table_stride,
     num_heads, num_kv_heads, half, eps,
     GROUP: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr,
-    EDITS_Q: tl.constexpr, EDITS_K: tl.constexpr, EDITS_V: tl.constexpr,
+    EDITS_Q: tl.constexpr, EDITS_K: tl.constexpr, EDITS_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The heads of one KV head and one token: edit, norm and rotate; the key and value go home."""
     token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    follow(EARLY)
+    lead(EARLY)
     dim = 2 * half
     line = qkv + token * ((num_heads + 2 * num_kv_heads) * dim)
     k_line, v_line = line + num_heads * dim, line + (num_heads + num_kv_heads) * dim
@@ -193,14 +197,15 @@ def gate(gate_up: Tensor, table: Tensor, rows: Tensor, gate_start: int, up_start
 def rotate(
     qkv: Tensor, keys: Tensor, values: Tensor, slots: Tensor, positions: Tensor, cos: Tensor,
     sin: Tensor, norms: tuple[Tensor, Tensor, float] | None, table: Tensor, rows: Tensor,
-    starts: Sequence[int],
+    starts: Sequence[int], *, early: bool = False,
 ) -> Tensor:  # fmt: skip
     """Returns the queries [tokens, heads, head_dim], and stores keys and values in their slots.
 
     qkv is [tokens, (heads + 2 * kv_heads) * head_dim]; keys and values are pages [blocks,
     block_size, kv_heads, head_dim]; slots and positions int64 [tokens]; cos and sin fp32
     [positions, head_dim]; `norms` the weights for the heads of q and k and their epsilon, where a
-    model has them; `starts` those of q, k and v as in add_norm.
+    model has them; `starts` those of q, k and v as in add_norm. With `early` it is launched while
+    the kernel before it still runs.
     """
     num_kv_heads, head_dim = keys.shape[2], keys.shape[3]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -212,5 +217,6 @@ def rotate(
         GROUP=triton.next_power_of_2(num_heads // num_kv_heads),
         HALF=triton.next_power_of_2(head_dim // 2), HAS_NORM=norms is not None,
         EDITS_Q=starts[0] >= 0, EDITS_K=starts[1] >= 0, EDITS_V=starts[2] >= 0, num_warps=1,
+        **launch_options(early),
     )  # fmt: skip
     return out

@@ -15,9 +15,9 @@ products and has no kernel of its own for norms, sums, gates and their edits:
 - A program has columns of its own and all of the inputs, so sums have one order, and those of a
   row do not depend on its neighbours.
 
-With EARLY a kernel is launched while the one before it still runs (programmatic dependent launch,
-Hopper and later). Until `gdc_wait`, which waits for the end of everything before it, a kernel
-reads only what a step never writes: weights, the bank's table, the rows' numbers.
+With EARLY a kernel is launched while the one before it still runs, see `triton_early`, and until
+that has ended reads only weights, the bank's table and the rows' numbers. It lets the next one be
+launched behind its loop: what that asks the cache for would not stay there any longer.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from redmux_server.models.triton_early import follow, launch_options, lead
 from redmux_server.models.triton_tiles import Device, columns_of, tiles_of
 
 LARGEST_FP16_NORM = 32.0
@@ -94,23 +94,6 @@ def _fetch_ahead(
 
 
 @triton.jit
-def _follow(EARLY: tl.constexpr):
-    """From here on everything before this kernel has ended."""
-    if EARLY:
-        gdc_wait()
-
-
-@triton.jit
-def _lead(EARLY: tl.constexpr):
-    """From here on the next kernel may be launched.
-
-    That is behind the loop: what it asks the cache for would not stay there any longer.
-    """
-    if EARLY:
-        gdc_launch_dependents()
-
-
-@triton.jit
 def _squares(squares, row, is_row, PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr):
     part = tl.arange(0, PADDED_PARTS)
     inside = is_row[:, None] & (part < PARTS)[None, :]
@@ -159,12 +142,12 @@ def _project_kernel(
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_row = row < num_rows
     _fetch_ahead(weight, column, WIDTH, DIM, DIM // 2, INNER, EARLY)
-    _follow(EARLY)
+    follow(EARLY)
     parts = _squares(squares, row, is_row, PARTS, PADDED_PARTS)
     first, second = _two_sums(
         h, weight, row, is_row, column, WIDTH, DIM, False, ROWS, COLUMNS, INNER
     )
-    _lead(EARLY)
+    lead(EARLY)
     y = (first + second) * _norm_scale(parts, eps, DIM, UNIT)
     y = _biased(y, bias, column, WIDTH, HAS_BIAS)
     inside = is_row[:, None] & (column < WIDTH)[None, :]
@@ -186,10 +169,10 @@ def _gate_kernel(
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_row = row < num_rows
     _fetch_ahead(weight, column, WIDTH, DIM, WIDTH * DIM, INNER, EARLY)
-    _follow(EARLY)
+    follow(EARLY)
     parts = _squares(squares, row, is_row, PARTS, PADDED_PARTS)
     gate, up = _two_sums(h, weight, row, is_row, column, WIDTH, DIM, True, ROWS, COLUMNS, INNER)
-    _lead(EARLY)
+    lead(EARLY)
     scale = _norm_scale(parts, eps, DIM, UNIT)
     gate = _biased(gate * scale, bias, column, WIDTH, HAS_BIAS)
     up = _biased(up * scale, bias + WIDTH, column, WIDTH, HAS_BIAS)
@@ -220,12 +203,12 @@ def _add_kernel(
     _fetch_ahead(weight, column, WIDTH, DIM, DIM // 2, INNER, EARLY)
     s, b = _vectors(table, rows, start, table_stride, row, is_row, column, WIDTH, EDITS)
     w = tl.load(norm + column, mask=column < WIDTH, other=0)
-    _follow(EARLY)
+    follow(EARLY)
     before = tl.load(x + place, mask=inside, other=0)
     first, second = _two_sums(
         inputs, weight, row, is_row, column, WIDTH, DIM, False, ROWS, COLUMNS, INNER
     )
-    _lead(EARLY)
+    lead(EARLY)
     y = _biased(first + second, bias, column, WIDTH, HAS_BIAS) * s + b
     after = (before.to(tl.float32) + y).to(x.dtype.element_ty)
     tl.store(x + place, after, mask=inside)
@@ -289,7 +272,8 @@ class FewRowProducts:
             "PARTS": parts, "PADDED_PARTS": triton.next_power_of_2(parts),
             "UNIT": 1 / 32 if dtype == torch.float16 else 1.0,
         }  # fmt: skip
-        self._launch = {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+        self.early = early
+        self._launch = launch_options(early)
 
     def start(self, ids: Tensor, embedding: Tensor, norm: Tensor) -> Residual:
         """Returns the residual of these tokens, int64 [rows], before a norm of weights `norm`."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from redmux_server.models.triton_early import CAN_LAUNCH_EARLY
+
 _FEWEST_ROWS = 16  # that a matrix unit takes
 _COLUMNS = (64, 32, 16)
 _INNER_BYTES = (256, 128)  # of a weight's row in one load: whole lines of the cache
@@ -35,7 +37,7 @@ class Device:
         return Device(
             properties.multi_processor_count,
             getattr(properties, "shared_memory_per_block_optin", usual),  # not in torch's stubs
-            properties.major >= 9 and torch.version.hip is None,
+            CAN_LAUNCH_EARLY and properties.major >= 9 and torch.version.hip is None,
         )
 
 
