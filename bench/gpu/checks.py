@@ -109,12 +109,12 @@ def _naive(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: 
 
 def graphed_decode(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
     """Decode steps replayed from graphs, in every way, against the same steps launched eagerly."""
-    counts = (1, 3, 8, 20)
+    counts = (1, 3, 8) if dtype == torch.float32 else (1, 3, 8, 20)
     rows: list[Row] = []
     logits: list[tuple[str, list[Tensor]]] = []
     for uses_graphs in (True, False):
         model = random_model(shape, device, dtype, layers=2)
-        engine = Engine(model, max_running=32, max_context=128, uses_graphs=uses_graphs)
+        engine = Engine(model, max_running=max(counts), max_context=128, uses_graphs=uses_graphs)
         ways = engine.ways if uses_graphs else ["launched eagerly"]
         for way in ways:
             runner = engine.runner_by(way) if uses_graphs else None

@@ -36,16 +36,14 @@ def kinds(hidden: int, dtype: torch.dtype, device: torch.device) -> Mapping[str,
 def check(device: torch.device) -> list[Row]:
     """Every product in a row, as a layer has them, against the formulas in fp32.
 
-    Sizes are no multiples of a program's share, and some rows are the identity.
+    Sizes are no multiples of a program's share, and some rows are the identity. Up to 16 rows are
+    one compilation; only bf16 has more of them here.
     """
     rows = []
     hidden, inner = 1000, 2072
     for dtype in _TOLERANCE:
-        for kind in kinds(hidden, dtype, device):
-            for num_rows in (1, 7, 16, 17, 32, 64):
-                few = kinds(hidden, dtype, device)[kind]
-                if num_rows > few.most_rows:
-                    continue
+        for kind, few in kinds(hidden, dtype, device).items():
+            for num_rows in (1, 7, 16, 17, 64) if dtype == torch.bfloat16 else (1, 7, 16):
                 error = _layer_error(few, num_rows, hidden, inner, dtype, device)
                 assert error < _TOLERANCE[dtype], f"{kind}, {dtype}, {num_rows}: {error:.1e}"
                 rows.append({"kind": kind, "dtype": str(dtype)[6:], "rows": num_rows,

@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cpu-smoke", action="store_true", help="a tiny model on the CPU: measures nothing"
     )
     parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], choices=["1b", "8b"])
+    parser.add_argument("--no-peers", action="store_true", help="leave PEFT and vLLM out")
     args = parser.parse_args(argv)
     if not args.cpu_smoke and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --cpu-smoke tries the script on the CPU")
@@ -101,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.part("machine", lambda: [machine(device)])
     run_checks(report, device, args.cpu_smoke)
     if not args.check_only:
-        run_timings(report, device, ["tiny"] if args.cpu_smoke else args.shapes, args.cpu_smoke)
+        shapes = ["tiny"] if args.cpu_smoke else args.shapes
+        run_timings(report, device, shapes, args.cpu_smoke)
+        if not args.no_peers:
+            run_peers(report, device, shapes, args.cpu_smoke)
     if args.out:
         args.out.write_text(json.dumps(report.parts, indent=1, default=str) + "\n")
     print(f"\n{len(report.parts)} parts, failed: {', '.join(report.failed) or 'none'}")
@@ -173,16 +177,20 @@ def run_timings(report: Report, device: torch.device, shapes: Sequence[str], smo
                     shape, device, dtype, smoke=smoke, bytes_per_s=bytes_per_s
                 ),
             )
+
+
+def run_peers(report: Report, device: torch.device, shapes: Sequence[str], smoke: bool) -> None:
+    dtype = torch.float32 if smoke else torch.bfloat16
+    for shape in shapes:
         report.part(
             f"time: PEFT, {shape}",
             lambda shape=shape: beside.peft_lora(shape, device, dtype, smoke=smoke),
         )
-    if not smoke:
-        for shape in shapes:
-            report.part(
-                f"time: vLLM, {shape}",
-                lambda shape=shape: beside.vllm_base(shape, device, dtype),
-            )
+    for shape in [] if smoke else shapes:
+        report.part(
+            f"time: vLLM, {shape}",
+            lambda shape=shape: beside.vllm_base(shape, device, dtype),
+        )
 
 
 if __name__ == "__main__":
