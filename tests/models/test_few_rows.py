@@ -32,7 +32,7 @@ def assemble(monkeypatch):
     """Puts an engine together with this kind of few-row products, which takes so long a step."""
 
     def put_together(kind, share):
-        monkeypatch.setattr(selfcheck, "_LENGTHS", (3, 2, 4))
+        monkeypatch.setattr(selfcheck, "_LENGTHS", (3, 2))
         monkeypatch.setattr(device_runtime, "CudaCapture", launches_anew)
         few = kind(24, 1e-6, torch.float32, Device(2, 100_000, False))
         monkeypatch.setattr(device_runtime, "few_row_products", lambda model: ({NAME: few}, None))
@@ -42,7 +42,7 @@ def assemble(monkeypatch):
             times.append(share if len(times) % 2 else 1.0)
             return times[-1]
 
-        model = make_model("llama")
+        model = make_model("llama", num_hidden_layers=1)
         expected = selfcheck.reference(model)
         shapes, rules = discover(model)
         cache = PagedKVCache(shapes, 12, GraphableAttention(), CPU, torch.float32)

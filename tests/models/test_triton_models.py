@@ -44,10 +44,10 @@ MODELS = {
 }
 
 
-def make_model(kind):
+def make_model(kind, **changes):
     cls, config, more = MODELS[kind]
     torch.manual_seed(0)
-    model = cls(config(**SHAPE, **more)).eval().requires_grad_(False)
+    model = cls(config(**SHAPE | more | changes)).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.data += torch.randn_like(parameter) * (0.3 if "norm" in name else 0.1)
     return model

@@ -13,7 +13,8 @@ products and has no kernel of its own for norms, sums, gates and their edits:
   finite as long as |w| is at most 32, and as exact as in bf16 for rows of x * w whose root mean
   square is above 5e-4.
 - A program has columns of its own and all of the inputs, so sums have one order, and those of a
-  row do not depend on its neighbours.
+  row do not depend on its neighbours. Up to 32 rows their number changes nothing either; for more
+  Hopper has other matrix instructions.
 
 With EARLY a kernel is launched while the one before it still runs, see `triton_early`, and until
 that has ended reads only weights, the bank's table and the rows' numbers. It lets the next one be
@@ -53,7 +54,8 @@ def _two_sums(
     Two, because each is a chain of products that wait for one another: side by side they keep up
     with the memory.
     """
-    half: tl.constexpr = DIM if GATES else (DIM + 2 * INNER - 1) // (2 * INNER) * INNER
+    # The same for every INNER, of which it is a multiple, so that it changes no sum.
+    half: tl.constexpr = DIM if GATES else (DIM + 255) // 256 * 128
     apart: tl.constexpr = 0 if GATES else half
     IS_EVEN: tl.constexpr = DIM % INNER == 0 if GATES else 2 * half == DIM
     k = tl.arange(0, INNER)
