@@ -14,6 +14,7 @@ from redmux_bench.option_values import (
     points,
     positive,
     positive_float,
+    positive_floats,
     positive_list,
     sweep_counts,
 )
@@ -54,12 +55,15 @@ def _add_serve(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
         "serve", parents=parents, help="send a load to a server and report rates and latencies"
     )
     parser.set_defaults(module="serve")
-    _add(parser, "--concurrency", positive, 32, "requests that are open at a time")
+    _add(
+        parser, "--concurrency", positive_list, "32",
+        "requests that are open at a time; several are measured one after the other", "N,N,...",
+    )  # fmt: skip
     parser.add_argument(
-        "--rate", type=positive_float, metavar="R",
+        "--rate", type=positive_floats, metavar="R,R,...",
         help="Poisson arrivals per second instead, however many are open",
     )  # fmt: skip
-    _add(parser, "--num-requests", positive, 128, "requests that are measured")
+    _add(parser, "--num-requests", positive, 128, "requests that are measured, of each load")
     _add(parser, "--adapters", count, 0, "put this many random adapters first, 0 is the base model")
     parser.add_argument(
         "--assignment", choices=("distinct", "uniform", "zipf"), default="distinct",
@@ -72,6 +76,7 @@ def _add_serve(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
         "--ignore-eos", action=argparse.BooleanOptionalAction, default=True,
         help="generate past end-of-text tokens, to the length asked for; default",
     )  # fmt: skip
+    parser.add_argument("--plot", type=file, metavar="FILE", help="draw latencies against the load")
 
 
 def _add_sweep(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:

@@ -38,6 +38,11 @@ def positive_float(text: str) -> float:
     return value
 
 
+def positive_floats(text: str) -> list[float]:
+    """Returns the numbers, each finite and above 0, of "R,R,..."."""
+    return [positive_float(part) for part in text.split(",")]
+
+
 def file(text: str) -> str:
     """Returns the path of a file in a folder that exists: nobody measures an hour for nothing."""
     if not Path(text).parent.is_dir():

@@ -36,7 +36,7 @@ _HEAD_TENSORS = max(map(len, KINDS.values()))
 _NEIGHBOURS = 64
 _MANY = 64  # files; reading fewer takes milliseconds
 _SETTLED_NS = 2_000_000_000
-_READERS = 4  # enough to read one file while another is hashed
+_READERS = 2  # one file is read or hashed meanwhile; more only take the interpreter's lock in turn
 
 
 def check_name(name: str) -> str:

@@ -28,6 +28,21 @@ def test_serve_reports_rates_and_latencies_and_takes_its_adapters_away(
     assert adapter_names() == []
 
 
+def test_serve_measures_several_loads_and_draws_their_latencies(bench, serving, tmp_path, capsys):
+    plot = tmp_path / "latency.png"
+    for flag, loads in (("--concurrency", [1, 4]), ("--rate", [50.0, 200.0])):
+        code, got = bench(
+            "serve", "--target", serving.address, *LOAD, "--num-requests", "6",
+            flag, ",".join(f"{load:g}" for load in loads), "--plot", str(plot),
+        )  # fmt: skip
+        assert code == 0
+        assert [row[flag.removeprefix("--")] for row in got["rows"]] == loads
+        assert [row["num_completed"] for row in got["rows"]] == [6, 6]
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        plot.unlink()
+    assert "4 at a time: 6 of 6 requests completed" in capsys.readouterr().out
+
+
 def test_failed_requests_are_counted_by_class_and_abort_nothing(bench, serving, capsys):
     # The context of the model ends at 256.
     load = ("--prompt-tokens", "2:400", "--output-tokens", "2", "--num-requests", "20")
