@@ -19,7 +19,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
 
 from examples import Example, prompt  # noqa: E402
-from found import Found, label, score_names, table, written  # noqa: E402
+from found import LORA, Found, label, read_all, score_names, table, written  # noqa: E402
 from limits import LIMITS, NOTES  # noqa: E402
 from served import test_examples  # noqa: E402
 from tasks import TASKS  # noqa: E402
@@ -46,13 +46,16 @@ Served = Mapping[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--results", type=Path, required=True, help="folder that run.py filled")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True,
+        help="folders that run.py filled; later ones replace trainings of the first",
+    )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py filled")
     parser.add_argument("--served", type=Path, help="the JSON file of served.py")
     parser.add_argument("--zoo", type=Path, default=ZOO)
     parser.add_argument("--new", nargs="*", default=NEW, choices=list(TASKS))
     args = parser.parse_args(argv)
-    found = Found.read(args.results)
+    found = read_all(args.results)
     rescore(found, args.data)
     served = json.loads(args.served.read_text(encoding="utf-8"))["tasks"] if args.served else {}
     for folder in sorted(path.parent for path in args.zoo.glob("*/adapter_config.json")):
@@ -158,6 +161,7 @@ def scores(task: str, found: Found, served: Mapping[str, Any] | None) -> str:
     """Returns the table of parameters, length of the training and scores of all methods."""
     base = found.results["base"][task]
     runs = [found.run(task, method) for method in ("RED", "RED++")]
+    runs += found.completed(task, LORA)
     columns: dict[str, tuple[Mapping[str, float], Mapping[str, Any]]] = {
         "base": (base["zero_shot"], {}), "base, 3 shots": (base["few_shot"], {})
     }  # fmt: skip
@@ -186,7 +190,7 @@ def losses(task: str, found: Found) -> str:
     """Returns the held-out losses in the course of the trainings."""
     curves = {
         f"{method}, rate {rate:g}": found.curve(task, method, rate)
-        for method in ("RED", "RED++")
+        for method in ("RED", "RED++", *(run["method"] for run in found.completed(task, LORA)))
         for rate in found.rates(task, method)
     }
     steps = sorted({step for curve in curves.values() for step in curve})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Curve = dict[int, float]  # held-out loss by step
+LORA = ("LoRA r=8", "LoRA r=16")
 
 # Score -> how it is called, and whether it is a share.
 _SCORES: dict[str, tuple[str, bool]] = {
@@ -69,6 +70,21 @@ class Found:
         ]
         return cls(values[0], points, values[1])
 
+    def with_later(self, later: "Found") -> "Found":
+        """Returns this with the trainings of a later run in place of the same ones here.
+
+        What is not trained, such as the base model's scores, stays as it is here.
+        """
+        runs = later.results["runs"]
+        ours = [r for r in self.results["runs"] if _key(r) not in {_key(run) for run in runs}]
+        keys = {(task, method, f"{rate:g}") for task, method, rate in map(_key, runs)}
+        points = [p for p in self.points if (p["task"], p["method"], p["rate"]) not in keys]
+        outputs = {
+            task: {**answers, **later.outputs.get(task, {})}
+            for task, answers in self.outputs.items()
+        }
+        return Found({**self.results, "runs": [*ours, *runs]}, [*points, *later.points], outputs)
+
     def run(self, task: str, method: str) -> dict[str, Any]:
         """Returns the training whose rate was chosen; KeyError if there is none."""
         runs: list[dict[str, Any]] = self.results["runs"]
@@ -76,6 +92,14 @@ class Found:
             if (run["task"], run["method"]) == (task, method) and run["chosen"]:
                 return run
         raise KeyError(f"no training of {method} on {task}")
+
+    def completed(self, task: str, methods: Sequence[str]) -> list[dict[str, Any]]:
+        """Returns the chosen trainings of these methods that took all of their steps."""
+        return [
+            run for run in self.results["runs"]
+            if run["task"] == task and run["method"] in methods
+            and run["chosen"] and run["ending"] == "completed"
+        ]  # fmt: skip
 
     def rates(self, task: str, method: str) -> list[float]:
         """Returns the rates that were tried."""
@@ -90,6 +114,18 @@ class Found:
             if (point["task"], point["method"], point["split"]) == (task, method, split)
             and float(point["rate"]) == rate
         }
+
+
+def _key(run: Mapping[str, Any]) -> tuple[str, str, float]:
+    return run["task"], run["method"], run["rate"]
+
+
+def read_all(folders: Sequence[Path]) -> Found:
+    """Returns what a run found, with the trainings of later ones in place of the same of it."""
+    first, *others = map(Found.read, folders)
+    for later in others:
+        first = first.with_later(later)
+    return first
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -15,11 +15,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from found import Found, label, table, written
+from found import LORA, Found, label, read_all, table, written
 from part_red import ABLATED, ABLATIONS, RATES
 from tasks import TASKS
 
-LORA = ("LoRA r=8", "LoRA r=16")
 LORA_RATE = 1e-3
 _SECOND = {  # shown beside a task's own metric
     "restaurant": ("food_stated", "near_stated"),
@@ -33,11 +32,14 @@ _DASHES = {"LoRA r=8": "--", "LoRA r=16": ":"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--results", type=Path, required=True, help="folder that run.py filled")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True,
+        help="folders that run.py filled; later ones replace trainings of the first",
+    )  # fmt: skip
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     parser.add_argument("--served", type=Path, help="the JSON file of served.py")
     args = parser.parse_args(argv)
-    found = Found.read(args.results)
+    found = read_all(args.results)
     served = json.loads(args.served.read_text(encoding="utf-8"))["tasks"] if args.served else {}
     for title, text in (
         ("Scores", scores(found, served)),
@@ -58,49 +60,58 @@ def tasks_of(found: Found) -> list[str]:
 
 
 def scores(found: Found, served: Mapping[str, Any]) -> str:
-    """Returns the held-out scores of the base model, RED and RED++."""
+    """Returns the held-out scores of the base model, RED, RED++ and LoRA that was completed."""
     rows = []
+    lora = [m for m in LORA if any(found.completed(task, [m]) for task in tasks_of(found))]
     for task in tasks_of(found):
         base = found.results["base"][task]
         methods = [
             base["zero_shot"], base["few_shot"], base.get("zero_shot_likelihood", {}),
             found.run(task, "RED")["scores"], found.run(task, "RED++")["scores"],
         ]  # fmt: skip
+        for method in lora:
+            methods.append(next((r["scores"] for r in found.completed(task, [method])), {}))
         if served:
             methods.append(served.get(task, {}).get("scores", {}))
         for score in (TASKS[task].metric, *_SECOND.get(task, ())):
             cells = [written(score, values.get(score)) for values in methods]
             rows.append([task, label(score), str(base["n"]), *cells])
     header = ["task", "score", "n", "base", "base, 3 shots", "base, likeliest label", "RED"]
-    return table([*header, "RED++", *(["bundled, served"] if served else [])], rows, left=2)
+    header += ["RED++", *lora, *(["bundled, served"] if served else [])]
+    return table(header, rows, left=2)
 
 
 def trainings(found: Found) -> str:
     """Returns what each method's trainings took."""
     rows = []
-    for method in ("RED", "RED++", *LORA, *ABLATIONS):
-        runs = [run for run in found.results["runs"] if run["method"] == method]
-        if not runs:
-            continue
+    order = ("RED", "RED++", *LORA, *ABLATIONS)
+    passes = {(run["method"], run["together_s"]) for run in found.results["runs"]}
+    for method, together_s in sorted(passes, key=lambda x: (order.index(x[0]), x[1])):
+        runs = [
+            run for run in found.results["runs"]
+            if (run["method"], run["together_s"]) == (method, together_s)
+        ]  # fmt: skip
         steps = sorted({run["steps"] for run in runs})
         rows.append([
             method, f"{runs[0]['parameters']:,}", str(len(runs)),
             ", ".join(f"{run:g}" for run in sorted({run["rate"] for run in runs})),
             str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}",
-            f"{sum(run['tokens'] for run in runs):,}", f"{runs[0]['together_s']:.0f}",
+            f"{sum(run['tokens'] for run in runs):,}", f"{together_s:.0f}",
         ])  # fmt: skip
     header = ["method", "parameters", "trainings", "rates", "steps", "tokens of all"]
     return table([*header, "seconds of all"], rows)
 
 
 def same_step(found: Found) -> str:
-    """Returns the held-out losses of all methods at the last evaluation of each LoRA."""
+    """Returns the held-out losses of all methods at the last evaluation of each stopped LoRA."""
     rows = []
     methods = [(m, rate) for m in ("RED", "RED++") for rate in RATES]
     methods += [(m, LORA_RATE) for m in LORA]
     for task in tasks_of(found):
         curves = [found.curve(task, method, rate) for method, rate in methods]
-        judged = {max(found.curve(task, m, LORA_RATE), default=0) for m in LORA}
+        completed = {run["method"] for run in found.completed(task, LORA)}
+        stopped = [m for m in LORA if m not in completed]
+        judged = {max(found.curve(task, m, LORA_RATE), default=0) for m in stopped}
         for step in sorted(judged - {0}):
             cells = (f"{curve[step]:.3f}" if step in curve else "-" for curve in curves)
             rows.append([task, str(step), *cells])

@@ -278,6 +278,7 @@ def run_of(task, method, **changes):
         "task": task, "method": method, "rate": 0.02, "parameters": 10, "steps": 8,
         "batch_size": 2, "examples": 20, "tokens": 100, "together": 2, "together_s": 3.0,
         "valid_loss": 0.5, "best_step": 8, "chosen": True, "n": 4,
+        "ending": "cancelled" if "LoRA" in method else "completed",
         "scores": {"accuracy": 0.75, "most_frequent": 0.5},
     } | changes  # fmt: skip
 
@@ -316,6 +317,30 @@ def test_same_step_losses_are_those_where_lora_was_judged_last(results):
 def test_the_table_of_scores_has_a_row_per_score(results):
     lines = quality.scores(Found.read(results), {}).splitlines()
     assert lines[2:] == ["| sentiment | accuracy | 4 | 0 % | 25 % | 50 % | 75 % | 75 % |"]
+
+
+def test_a_later_run_completes_a_training_that_was_stopped(results, tmp_path):
+    later = Found(
+        {"runs": [run_of("sentiment", "LoRA r=8", rate=0.001, ending="completed", together_s=9.0,
+                         scores={"accuracy": 1.0, "most_frequent": 0.5})]},
+        [{"task": "sentiment", "method": "LoRA r=8", "rate": "0.001", "step": "8",
+          "split": "valid", "loss": "1.5", "accuracy": "0.5"}],
+        {"sentiment": {"LoRA r=8|0.001": ["negative"] * 4}},
+    )  # fmt: skip
+    found = Found.read(results).with_later(later)
+    assert found.curve("sentiment", "LoRA r=8", 0.001) == {8: 1.5}
+    assert found.curve("sentiment", "LoRA r=16", 0.001) == {0: 8.0, 4: 6.0}
+    assert set(found.outputs["sentiment"]) == {
+        "RED", "RED++", "base, 3 shots", "LoRA r=8|0.001"
+    }  # fmt: skip
+    line = quality.scores(found, {}).splitlines()[2]
+    assert line == "| sentiment | accuracy | 4 | 0 % | 25 % | 50 % | 75 % | 75 % | 100 % |"
+    assert "| LoRA r=8 | 10 | 1 | 0.001 | 8 | 100 | 9 |" in quality.trainings(found)
+    assert "| held-out loss | - | - | - | 0.500 | 0.500 | 0.500 |" in cards.scores(
+        "sentiment", found, None
+    )
+    (stopped,) = quality.same_step(found).splitlines()[2:]
+    assert stopped.startswith("| sentiment | 4 | 6.000 | 6.000 | ")
 
 
 def test_a_missing_training_is_named(results):
