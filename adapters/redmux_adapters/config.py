@@ -96,8 +96,8 @@ def parse_config(text: str) -> AdapterConfig:
     return AdapterConfig(value["base_fingerprint"], prompt_format, metadata, head)
 
 
-def format_config(config: AdapterConfig) -> str:
-    """Returns the text of adapter_config.json; equal configurations give equal text."""
+def config_value(config: AdapterConfig) -> dict[str, Any]:
+    """Returns the JSON object of adapter_config.json."""
     value: dict[str, Any] = {
         "peft_type": PEFT_TYPE,
         "base_fingerprint": config.base_fingerprint,
@@ -108,4 +108,9 @@ def format_config(config: AdapterConfig) -> str:
         value["head"] = config.head.to_json()
     texts = {key: getattr(config.metadata, key) for key in _METADATA_KEYS}
     value.update((key, text) for key, text in texts.items() if text)
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return value
+
+
+def format_config(config: AdapterConfig) -> str:
+    """Returns the text of adapter_config.json; equal configurations give equal text."""
+    return json.dumps(config_value(config), indent=2, ensure_ascii=False) + "\n"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import redmux
 from redmux.errors import InvalidAdapterError
 from redmux_adapters import Summary
-from redmux_adapters.config import format_config, parse_config
+from redmux_adapters.config import config_value, parse_config
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def write_index(folder: Path, base_fingerprint: str, entries: Mapping[str, Entry
         descriptor, temporary = tempfile.mkstemp(suffix=".tmp", prefix=".", dir=folder)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(table, file)
+                file.write(json.dumps(table))  # `dump` would encode piece by piece, in Python
             Path(temporary).rename(folder / _NAME)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def write_index(folder: Path, base_fingerprint: str, entries: Mapping[str, Entry
 def _values(entry: Entry) -> list[Any]:
     summary = entry.summary
     counts = [summary.num_sites, summary.num_parameters, summary.num_head_parameters]
-    return [list(entry.stamp), summary.digest, *counts, format_config(summary.config)]
+    return [list(entry.stamp), summary.digest, *counts, json.dumps(config_value(summary.config))]
 
 
 def _entry(values: list[Any]) -> Entry:
