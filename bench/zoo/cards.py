@@ -212,7 +212,18 @@ def _training(task: str, found: Found) -> str:
         f"that other processes used, too; {other['together']} RED++ adapters, at the rate that "
         f"was best for RED, in {other['together_s']:.0f} s. 400 steps had been planned; the time "
         f"did not suffice. The best of the evaluations is kept, here that of step "
-        f"{run['best_step']}."
+        f"{run['best_step']}." + _lora(task, found)
+    )
+
+
+def _lora(task: str, found: Found) -> str:
+    rates = {run["rate"] for run in found.completed(task, LORA)}
+    if not rates:
+        return ""
+    return (
+        " PEFT's LoRA on queries and values (alpha twice the rank) had the same batches and steps "
+        f"at rate {', '.join(f'{rate:g}' for rate in sorted(rates))} alone, in a later run on a "
+        "CPU with the base in fp32."
     )
 
 

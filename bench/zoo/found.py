@@ -96,8 +96,8 @@ class Found:
     def completed(self, task: str, methods: Sequence[str]) -> list[dict[str, Any]]:
         """Returns the chosen trainings of these methods that took all of their steps."""
         return [
-            run for run in self.results["runs"]
-            if run["task"] == task and run["method"] in methods
+            run for method in methods for run in self.results["runs"]
+            if (run["task"], run["method"]) == (task, method)
             and run["chosen"] and run["ending"] == "completed"
         ]  # fmt: skip
 
