@@ -128,7 +128,7 @@ def card(
         losses(task, found),
         "## Held-out result",
         f"{run['n']} test items, greedy, one seed; texts that also occur in training are left "
-        "out. " + _base_forms(found.results["base"][task]),
+        "out. " + _base_forms(found.results["base"][task]) + _served_note(task in served),
         scores(task, found, served.get(task)),
         _metric_note(task),
         "## Samples",
@@ -236,6 +236,15 @@ def _base_forms(base: Mapping[str, Any]) -> str:
     return (
         "The base model gets an instruction without shots, and with 3 shots in the best of "
         f"{len(base['forms'])} forms, chosen on 48 held-out items ({base['form']})." + likeliest
+    )
+
+
+def _served_note(is_served: bool) -> str:
+    if not is_served:
+        return ""
+    return (
+        " The last column is what `redmux serve` on a CPU answered in fp32, with the requests of "
+        "all bundled adapters mixed."
     )
 
 
