@@ -18,7 +18,7 @@ from redmux_server.models.paged_torch import TorchAttention
 from redmux_server.models.row_edit import torch_edit
 
 Row = dict[str, Any]
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def edit_kernel(device: torch.device, smoke: bool) -> list[Row]:
@@ -39,7 +39,7 @@ def edit_kernel(device: torch.device, smoke: bool) -> list[Row]:
             want = before.float() * columns.scale_of(vectors) + columns.bias_of(vectors)
             edit(h, table, picked, columns)
             error = float(((h.float() - want).abs() / want.abs().clamp(min=1)).max())
-            assert error < _TOLERANCE[dtype], f"{dtype} of {dim} is off by {error:.1e}"
+            assert error < TOLERANCE[dtype], f"{dtype} of {dim} is off by {error:.1e}"
             assert torch.equal(h[picked == 0], before[picked == 0]), "the identity changed a bit"
             rows.append({"dtype": str(dtype)[6:], "dim": dim, "max error": f"{error:.1e}"})
     return rows
@@ -56,7 +56,7 @@ def attention_library(
     rows = []
     for window, softcap in ((0, 0.0), (37, 0.0), (0, 20.0)):
         error = max(_ragged(attention, shape, device, dtype, window, softcap))
-        assert error < _TOLERANCE[dtype], f"window {window}, soft cap {softcap}: {error:.1e}"
+        assert error < TOLERANCE[dtype], f"window {window}, soft cap {softcap}: {error:.1e}"
         rows.append({"window": window, "soft cap": softcap, "max error": f"{error:.1e}"})
     return rows
 
@@ -125,7 +125,7 @@ def graphed_decode(shape: str, device: torch.device, dtype: torch.dtype) -> list
     for way, own in graphed:
         for n, got, want in zip(counts, own, eager, strict=True):
             error = float((got - want).abs().max() / want.abs().max())
-            assert error < _TOLERANCE[dtype], f"{way}, {n} requests: {error:.1e}"
+            assert error < TOLERANCE[dtype], f"{way}, {n} requests: {error:.1e}"
             rows.append({"way": way, "requests": n, "relative error": f"{error:.1e}",
                          "bit-equal": torch.equal(got, want)})  # fmt: skip
     rows += [{"what ran": reason} for reason in reasons]
@@ -168,7 +168,7 @@ def tokens(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
                 request.token_ids.append(int(row.argmax()))
             logits = engine.step([(r, 1) for r in requests], runner)
         for i, (request, row) in enumerate(zip(requests, logits, strict=True)):
-            compared = _compare_tokens(plain, request, row, _TOLERANCE[dtype])
+            compared = _compare_tokens(plain, request, row, TOLERANCE[dtype])
             rows.append({"way": way, "adapter": i or "none", **compared})
         engine.release(requests)
     rows += [{"what ran": reason} for reason in engine.reasons]

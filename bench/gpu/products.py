@@ -2,34 +2,23 @@
 
 import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from checks import TOLERANCE
 from rig import SHAPES
 from torch import Tensor
 
 from redmux_server.models.decode_ways import cuda_seconds
+from redmux_server.models.few_rows import kinds
 from redmux_server.models.graphed_decode import CudaCapture
 
 Row = dict[str, Any]
 EPS = 1e-5
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _READ_BYTES = 1 << 29  # of different weights in one measurement: far beyond every cache
-
-
-def kinds(hidden: int, dtype: torch.dtype, device: torch.device) -> Mapping[str, Any]:
-    """Returns the kinds of few-row products of this device by a short name."""
-    from redmux_server.models.triton_products import FewRowProducts
-    from redmux_server.models.triton_tiles import Device
-
-    limits = Device.of(device)
-    found = {"few": FewRowProducts(hidden, EPS, dtype, limits)}
-    if limits.launches_early:
-        found["early"] = FewRowProducts(hidden, EPS, dtype, limits, early=True)
-    return found
 
 
 @torch.inference_mode()
@@ -41,11 +30,11 @@ def check(device: torch.device) -> list[Row]:
     """
     rows = []
     hidden, inner = 1000, 2072
-    for dtype in _TOLERANCE:
-        for kind, few in kinds(hidden, dtype, device).items():
+    for dtype in TOLERANCE:
+        for kind, few in kinds(hidden, EPS, dtype, device).items():
             for num_rows in (1, 7, 16, 17, 64) if dtype == torch.bfloat16 else (1, 7, 16):
                 error = _layer_error(few, num_rows, hidden, inner, dtype, device)
-                assert error < _TOLERANCE[dtype], f"{kind}, {dtype}, {num_rows}: {error:.1e}"
+                assert error < TOLERANCE[dtype], f"{kind}, {dtype}, {num_rows}: {error:.1e}"
                 rows.append({"kind": kind, "dtype": str(dtype)[6:], "rows": num_rows,
                              "max error": f"{error:.1e}"})  # fmt: skip
     return rows
@@ -116,7 +105,7 @@ def speeds(shape: str, device: torch.device, dtype: torch.dtype) -> list[Row]:
     torch's is the product alone; the others normalise, edit, gate and add in it.
     """
     hidden = SHAPES[shape]["hidden_size"]
-    own = kinds(hidden, dtype, device)
+    own = kinds(hidden, EPS, dtype, device)
     rows = []
     for product in _products(shape):
         num_bytes = product.width * product.dim * dtype.itemsize

@@ -66,8 +66,8 @@ async def _measure(
             with report.progress(len(loads) * options.num_requests, "request") as bar:
                 generator = LoadGenerator(client, **settings, progress=bar.update)
                 for number, (load, workload) in enumerate(zip(loads, workloads, strict=True)):
-                    # Prompts of its own, or a load would find those of the one before cached.
-                    seed = (options.seed, 1, number) if number else options.seed
+                    # Prompts of its own, so that no load profits from one before it.
+                    seed = (options.seed, 1, number)
                     requests = workload.plan(options.num_requests, names, seed)
                     waves.append(await generator.run(requests, load.concurrency))
     return info.model, waves

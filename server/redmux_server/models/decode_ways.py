@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from redmux_server.models.device_decoder import DecodeWay
+from redmux_server.models.selfcheck import TOLERANCE, relative_error
 
 logger = logging.getLogger(__name__)
 Replay = Callable[[], None]
 # Takes what launches work again and returns how long that takes on the device.
 Seconds = Callable[[Replay], float]
-
-# Largest difference of two ways relative to the largest logit, for the order of sums alone; as
-# that of the start-up check, which compares with the plain model.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 2e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +92,6 @@ def summary(chosen: dict[int, Chosen]) -> str:
 
 
 def _compare(got: Tensor, want: Tensor) -> None:
-    error = float((got - want).abs().max() / want.abs().max())
-    if not error < _TOLERANCE[want.dtype]:
+    error = relative_error(got, want)
+    if not error < TOLERANCE[want.dtype]:  # as the start-up check, which has the plain model
         raise RuntimeError(f"its logits differ by {error:.1e} relative to the largest")

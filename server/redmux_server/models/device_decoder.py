@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -194,8 +194,7 @@ class FusedDeviceDecoder:
         kernels, eps, rows = self._kernels, self._eps, step.rows
         x = F.embedding(step.ids, self._embedding)
         h = kernels.add_norm(x, None, self._layers[0].norm, eps, table, rows, -1)
-        next_norms = [*(layer.norm for layer in self._layers[1:]), self._norm]
-        for layer, starts, next_norm in zip(self._layers, self._starts, next_norms, strict=True):
+        for layer, starts, next_norm in self._walk():
             *qkv_starts, o_start, gate_start, up_start, down_start = starts
             mixed = self._attend(layer, F.linear(h, *layer.qkv), step, table, qkv_starts)
             y = F.linear(mixed, *layer.out)
@@ -216,12 +215,16 @@ class FusedDeviceDecoder:
             ]
         return ways
 
+    def _walk(self) -> Iterator[tuple[_Layer, Sequence[int], Tensor]]:
+        """Yields the layers, where each site's columns start, and the norm behind the layer."""
+        next_norms = [*(layer.norm for layer in self._layers[1:]), self._norm]
+        return zip(self._layers, self._starts, next_norms, strict=True)
+
     def _few_row_logits(self, few: "FewRowProducts", step: StepTensors, table: Tensor) -> Tensor:
         """As `logits` of all tokens, by products that normalise, edit, gate and add."""
         rows = step.rows
         residual = few.start(step.ids, self._embedding, self._layers[0].norm)
-        next_norms = [*(layer.norm for layer in self._layers[1:]), self._norm]
-        for layer, starts, next_norm in zip(self._layers, self._starts, next_norms, strict=True):
+        for layer, starts, next_norm in self._walk():
             *qkv_starts, o_start, gate_start, up_start, down_start = starts
             qkv = few.project(residual, *layer.qkv)
             mixed = self._attend(layer, qkv, step, table, qkv_starts, early=few.early)

@@ -95,8 +95,7 @@ class DeviceRuntime:
         The fastest that computes what the model computes: fused kernels before transformers' own
         modules, captured graphs before eager launches, and for each captured batch size the way
         that is fastest. The bank is laid out for the FFN sites, so that their adapters never move
-        its table. Raises FailedPreconditionError if even the
-        plainest fails its check.
+        its table. Raises FailedPreconditionError if even the plainest fails its check.
         """
         ffn = _expected_sites(model)
         refused: list[str] = []

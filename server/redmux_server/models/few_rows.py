@@ -15,19 +15,28 @@ def few_row_products(model: Any) -> "tuple[Mapping[str, FewRowProducts], str | N
     Without Triton, or with one that is too old, there are none.
     """
     try:
-        from redmux_server.models.triton_products import LARGEST_FP16_NORM, FewRowProducts
-        from redmux_server.models.triton_tiles import Device
+        from redmux_server.models.triton_products import LARGEST_FP16_NORM
     except ImportError as err:
         return {}, str(err)
     if model.dtype == torch.float16 and _largest_norm(model) > LARGEST_FP16_NORM:
         return {}, f"weights of its norms are over {LARGEST_FP16_NORM:g}, which may overflow fp16"
-    device = Device.of(model.device)
-    hidden, eps = model.config.hidden_size, float(model.model.norm.variance_epsilon)
-    kinds = {"few-row products": FewRowProducts(hidden, eps, model.dtype, device)}
-    if not device.launches_early:
-        return kinds, None
-    early = FewRowProducts(hidden, eps, model.dtype, device, early=True)
-    return {**kinds, "few-row products launched early": early}, None
+    eps = float(model.model.norm.variance_epsilon)
+    return kinds(model.config.hidden_size, eps, model.dtype, model.device), None
+
+
+def kinds(
+    hidden: int, eps: float, dtype: torch.dtype, device: torch.device
+) -> "Mapping[str, FewRowProducts]":
+    """Returns those that this CUDA device can have, by name; raises ImportError without Triton."""
+    from redmux_server.models.triton_products import FewRowProducts
+    from redmux_server.models.triton_tiles import Device
+
+    limits = Device.of(device)
+    found = {"few-row products": FewRowProducts(hidden, eps, dtype, limits)}
+    if limits.launches_early:
+        early = FewRowProducts(hidden, eps, dtype, limits, early=True)
+        found["few-row products launched early"] = early
+    return found
 
 
 def _largest_norm(model: Any) -> float:

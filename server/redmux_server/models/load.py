@@ -280,8 +280,9 @@ def _fuse(
     sites: Mapping[str, int], expected: Reference, choices: Choices, quantization: str,
 ) -> _Checked | None:  # fmt: skip
     """Returns the model as a FusedDecoder, its own layers released, or None where that fails."""
-    if packing is None or not isinstance(cache, NumbaKVCache):
+    if packing is None:
         return None
+    assert isinstance(cache, NumbaKVCache), "only fp32 is packed"
     decoder = FusedDecoder(model, rules, cache, packing)
     try:
         error, bit_identical = _check(decoder, cache, sites, expected, choices)

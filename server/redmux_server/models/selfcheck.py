@@ -35,7 +35,7 @@ MIN_CACHE_TOKENS = min_cache_tokens(BLOCK)
 # Largest difference to plain attention, relative to the largest logit.
 # In bf16 transformers' own modules came to 0.06 with 32 layers and random weights, for the order
 # of sums alone.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 2e-2}
 # The same where weights and activations are rounded for products: three times what SmolLM2 shows.
 # Unrelated logits differ by more than 1.
 ROUNDED_TOLERANCE = {"bf16": 0.1, "int8": 0.3}
@@ -68,6 +68,11 @@ def reference(model: Any) -> Reference:
         logits.append(last)
         next_logits.append(following)
     return Reference(prompts, logits, next_logits)
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Returns the largest difference of logits relative to the largest of `want`, NaN for NaN."""
+    return float((got - want).abs().max() / want.abs().max())
 
 
 class SelfCheck:
@@ -104,7 +109,7 @@ class SelfCheck:
         the largest logit. Raises FailedPreconditionError unless it is below `tolerance`, by
         default that of equal weights in the model's dtype.
         """
-        tolerance = tolerance or _TOLERANCE[self._dtype]
+        tolerance = tolerance or TOLERANCE[self._dtype]
         largest = 0.0
         requests = [self._request(p, None) for p in expected.prompts]
         got = [*self._step([(r, len(r.prompt_ids)) for r in requests])]
@@ -113,7 +118,7 @@ class SelfCheck:
         got += self._step([(r, 1) for r in requests])
         self._release(requests)
         for row, want in zip(got, [*expected.logits, *expected.next_logits], strict=True):
-            error = float((row - want).abs().max() / want.abs().max())
+            error = relative_error(row, want)
             largest = max(largest, error)
             if not error < tolerance:
                 raise FailedPreconditionError(
