@@ -324,6 +324,15 @@ def test_tools_of_the_extras_parse_their_own_arguments(
     assert err.count("\n") == 1
 
 
+@pytest.fixture
+def heeded_sigint():
+    """Lets children start with SIGINT heeded, which shells let jobs in the background ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_sigint")
 def test_ctrl_c_is_exit_code_130_and_cancels_on_the_server(server, target, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     server.script = server.first_then_silence
