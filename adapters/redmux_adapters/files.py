@@ -20,7 +20,7 @@ from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
 from .head import Head, check_shapes
 from .header import HEAD_PREFIX, Header, Limits, read_header, write_container
 from .strictjson import shown
-from .vectors import check_values, digest_of, read_head, read_vectors, vector_bytes
+from .vectors import check_file_values, digest_of, read_head, read_vectors, vector_bytes
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DEFAULT = Limits()
@@ -126,9 +126,9 @@ def summarize(
     _check_header_sites(header, expected_sites)
     _check_head(header, config, hidden_size)
     vectors, head = read_vectors(header, safetensors), read_head(header, safetensors)
-    check_values(vectors, head)
+    check_file_values(header, safetensors, vectors, head)
     digest = digest_of(config.base_fingerprint, config.prompt_format, vectors, config.head, head)
-    num_parameters = sum(2 * len(scale) for scale, _ in vectors.values())
+    num_parameters = 2 * sum(header.tensors.site_dims.values())
     num_head_parameters = sum(array.size for array in head.values())
     return Summary(config, digest, len(vectors), num_parameters, num_head_parameters)
 
@@ -267,8 +267,9 @@ def _check_header_sites(header: Header, expected_sites: Mapping[str, int] | None
 
 def check_sites(sites: Mapping[str, int], expected_sites: Mapping[str, int]) -> None:
     """Raises InvalidAdapterError unless the base model has every site, in its size."""
-    for site, dim in sites.items():
-        _check_expected(site, dim, expected_sites)
+    if not sites.items() <= expected_sites.items():
+        for site, dim in sites.items():
+            _check_expected(site, dim, expected_sites)
 
 
 def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> None:

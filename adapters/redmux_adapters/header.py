@@ -75,6 +75,15 @@ class Tensors:
         return MappingProxyType(dict(sorted(dims.items())))
 
     @functools.cached_property
+    def pairs(self) -> Mapping[str, tuple[TensorEntry | None, TensorEntry | None]]:
+        """{module path: its scale, its bias}, sorted by path; None for one that is not given."""
+        pair_of = {
+            site: (self.edits.get(f"{site}.scale"), self.edits.get(f"{site}.bias"))
+            for site in self.site_dims
+        }
+        return MappingProxyType(pair_of)
+
+    @functools.cached_property
     def are_fp32(self) -> bool:
         """Whether every tensor of the file is fp32."""
         return all(e.dtype == "F32" for e in (*self.edits.values(), *self.head.values()))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -36,31 +36,40 @@ def read_vectors(header: Header, data: bytes) -> Vectors:
     They are views of `data` where that holds fp32, so they cannot be written to. A missing scale is
     1, a missing bias 0.
     """
-    given = _read_all(header, header.tensors.edits, data)
-    vectors = {}
-    for site, dim in header.tensors.site_dims.items():
-        scale, bias = given.get(f"{site}.scale"), given.get(f"{site}.bias")
-        vectors[site] = (
-            np.ones(dim, np.float32) if scale is None else scale,
-            np.zeros(dim, np.float32) if bias is None else bias,
+    read = _reader(header, data)
+    dims = header.tensors.site_dims
+    return {
+        site: (
+            np.ones(dims[site], np.float32) if scale is None else read(scale),
+            np.zeros(dims[site], np.float32) if bias is None else read(bias),
         )
-    return vectors
+        for site, (scale, bias) in header.tensors.pairs.items()
+    }
 
 
 def read_head(header: Header, data: bytes) -> HeadArrays:
     """Returns the tensors of the head in a file whose header is checked; the values are not."""
-    entries = header.tensors.head
-    flat = _read_all(header, entries, data)
-    return {name: values.reshape(entries[name].shape) for name, values in flat.items()}
+    read = _reader(header, data)
+    return {name: read(e).reshape(e.shape) for name, e in header.tensors.head.items()}
 
 
-def _read_all(header: Header, entries: Mapping[str, TensorEntry], data: bytes) -> dict[str, Vector]:
-    """Returns the values of `entries`, flat: views of `data` where the whole file is fp32."""
-    body = 8 + int.from_bytes(data[:8], "little")
+def _reader(header: Header, data: bytes) -> Callable[[TensorEntry], Vector]:
+    """Returns what gives the values of an entry, flat: views of `data` if the whole file is fp32"""
     if header.tensors.are_fp32:
-        values = np.frombuffer(data, "<f4", offset=body).astype(np.float32, copy=False)
-        return {name: values[e.start // 4 : e.end // 4] for name, e in entries.items()}
-    return {name: _read_one(entry, data, body) for name, entry in entries.items()}
+        values = _values(data)
+        return lambda entry: values[entry.start // 4 : entry.end // 4]
+    body = _body(data)
+    return lambda entry: _read_one(entry, data, body)
+
+
+def _body(data: bytes) -> int:
+    """Returns where the values of a safetensors file begin."""
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _values(data: bytes) -> Vector:
+    """Returns all values of a file that is fp32 throughout: a view, if this machine's order is."""
+    return np.frombuffer(data, "<f4", offset=_body(data)).astype(np.float32, copy=False)
 
 
 def _read_one(entry: TensorEntry, data: bytes, body: int) -> Vector:
@@ -70,6 +79,12 @@ def _read_one(entry: TensorEntry, data: bytes, body: int) -> Vector:
         return (halves << 16).view(np.float32)
     kind = "<f4" if entry.dtype == "F32" else "<f2"
     return np.frombuffer(data, kind, count, body + entry.start).astype(np.float32)
+
+
+def check_file_values(header: Header, data: bytes, vectors: Vectors, head: HeadArrays) -> None:
+    """Does what `check_values` does for what was read from `data`, at once where that is fp32."""
+    if not (header.tensors.are_fp32 and _are_in_range(_values(data))):
+        check_values(vectors, head)
 
 
 def check_values(vectors: Vectors, head: HeadArrays = MappingProxyType({})) -> None:

@@ -10,7 +10,6 @@ import re
 import tempfile
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from redmux.errors import (
@@ -36,7 +35,6 @@ _HEAD_TENSORS = max(map(len, KINDS.values()))
 _NEIGHBOURS = 64
 _MANY = 64  # files; reading fewer takes milliseconds
 _SETTLED_NS = 2_000_000_000
-_READERS = 2  # one file is read or hashed meanwhile; more only take the interpreter's lock in turn
 
 
 def check_name(name: str) -> str:
@@ -202,8 +200,8 @@ class AdapterRegistry:
         paths = sorted(self._folder.glob(f"**/*{_SUFFIX}"))
         index = read_index(self._folder, self._base_fingerprint)
         self._indexed = {(name, entry.stamp) for name, entry in index.items()}
-        with ThreadPoolExecutor(_READERS) as readers:
-            found = list(readers.map(lambda path: self._open(path, index), paths))
+        # Threads would take longer: most of the work needs the interpreter's lock.
+        found = [self._open(path, index) for path in paths]
         for published in found:
             if published is not None:
                 self._add(published)
