@@ -126,7 +126,7 @@ def start(peer: Peer, args: argparse.Namespace) -> tuple[dict[str, Any], Answers
     answers = fixed_answers(peer)
     for workload in peer.workloads:
         for concurrency in args.concurrency:
-            wave(peer, workload, concurrency, concurrency, args, output_tokens=4, label="warm")
+            wave(peer, workload, concurrency, concurrency, args, args.output_tokens, label="warm")
     before = peer.cpu_seconds()
     time.sleep(IDLE_S)
     idle_cores = (peer.cpu_seconds() - before) / IDLE_S

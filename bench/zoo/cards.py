@@ -149,7 +149,7 @@ def with_comparison(text: str, task: str, found: Found, served: Served) -> str:
         f"{_COMPARISON}\n\nA later run trained RED and RED++ for {run['steps']} steps of "
         f"{run['batch_size']} on one GPU (docs/quality.md of the project) and asked them and the "
         f"base model, with the best of {len(found.results['base'][task]['forms'])} forms of 3 "
-        f"shots, for {run['n']} test items. {this}{_KEPT[task]}\n\n"
+        f"shots, for {run['n']} test items. {this}{_KEPT[task]}{_lora(task, found)}\n\n"
         f"{scores(task, found, row)}\n\n"
     )
     before, _, after = text.partition("## Samples")
