@@ -1,6 +1,7 @@
 """CausalRunner: one forward pass of a causal language model over a packed, ragged step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numba
@@ -68,10 +69,7 @@ class TransformersDecoder:
         edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
-        assert not isinstance(edits, OwnedRows), "hooks take gathered rows"
-        if edits is not None:
-            self.editing.install(layout)
-        with self.editing.step(edits):
+        with self._edited(edits, layout):
             logits: Tensor = self._model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False,
                 logits_to_keep=last,
@@ -83,14 +81,19 @@ class TransformersDecoder:
         edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
-        assert not isinstance(edits, OwnedRows), "hooks take gathered rows"
-        if edits is not None:
-            self.editing.install(layout)
-        with self.editing.step(edits):
+        with self._edited(edits, layout):
             states: Tensor = self._model.base_model(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False
             ).last_hidden_state[0]
         return states[last]
+
+    def _edited(
+        self, edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns]
+    ) -> AbstractContextManager[None]:
+        assert not isinstance(edits, OwnedRows), "hooks take gathered rows"
+        if edits is not None:
+            self.editing.install(layout)
+        return self.editing.step(edits)
 
 
 class CausalRunner:
