@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for title, text in (
         ("Scores", scores(found, served)),
         ("Trainings", trainings(found)),
+        ("Held-out loss at the end", final_losses(found)),
         ("Held-out loss at the same step", same_step(found)),
         ("Parts of RED", ablations(found)),
     ):
@@ -82,24 +83,35 @@ def scores(found: Found, served: Mapping[str, Any]) -> str:
 
 
 def trainings(found: Found) -> str:
-    """Returns what each method's trainings took."""
+    """Returns what each method's trainings took, those that were stopped in rows of their own."""
     rows = []
     order = ("RED", "RED++", *LORA, *ABLATIONS)
-    passes = {(run["method"], run["together_s"]) for run in found.results["runs"]}
-    for method, together_s in sorted(passes, key=lambda x: (order.index(x[0]), x[1])):
+    kinds = {(run["method"], run["ending"] == "completed") for run in found.results["runs"]}
+    for method, completed in sorted(kinds, key=lambda kind: (order.index(kind[0]), kind[1])):
         runs = [
             run for run in found.results["runs"]
-            if (run["method"], run["together_s"]) == (method, together_s)
+            if (run["method"], run["ending"] == "completed") == (method, completed)
         ]  # fmt: skip
         steps = sorted({run["steps"] for run in runs})
         rows.append([
             method, f"{runs[0]['parameters']:,}", str(len(runs)),
             ", ".join(f"{run:g}" for run in sorted({run["rate"] for run in runs})),
             str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}",
-            f"{sum(run['tokens'] for run in runs):,}", f"{together_s:.0f}",
+            f"{sum(run['tokens'] for run in runs):,}",
+            f"{sum({run['together_s'] for run in runs}):.0f}",  # once for each pass
         ])  # fmt: skip
     header = ["method", "parameters", "trainings", "rates", "steps", "tokens of all"]
     return table([*header, "seconds of all"], rows)
+
+
+def final_losses(found: Found) -> str:
+    """Returns the held-out losses of all methods on tasks where every LoRA was completed."""
+    methods = ("RED", "RED++", *LORA)
+    rows = [
+        [task, *(f"{found.run(task, method)['valid_loss']:.3f}" for method in methods)]
+        for task in tasks_of(found) if len(found.completed(task, LORA)) == len(LORA)
+    ]  # fmt: skip
+    return table(["task", *methods], rows)
 
 
 def same_step(found: Found) -> str:

@@ -341,6 +341,20 @@ def test_a_later_run_completes_a_training_that_was_stopped(results, tmp_path):
     )
     (stopped,) = quality.same_step(found).splitlines()[2:]
     assert stopped.startswith("| sentiment | 4 | 6.000 | 6.000 | ")
+    assert quality.final_losses(found).splitlines()[2:] == []  # r=16 is not at its end
+
+
+def test_losses_and_trainings_of_completed_loras_are_told_apart_from_stopped_ones(results):
+    runs = [
+        run_of("sentiment", m, rate=0.001, ending="completed", together_s=s, valid_loss=loss)
+        for m, s, loss in (("LoRA r=8", 9.0, 0.4), ("LoRA r=16", 11.0, 0.3))
+    ]
+    other = run_of("pirate", "LoRA r=8", rate=0.001, ending="completed", together_s=5.0)
+    found = Found.read(results).with_later(Found({"runs": [*runs, other]}, [], {}))
+    assert quality.final_losses(found).splitlines()[2:] == [
+        "| sentiment | 0.500 | 0.500 | 0.400 | 0.300 |"
+    ]
+    assert "| LoRA r=8 | 10 | 2 | 0.001 | 8 | 200 | 14 |" in quality.trainings(found)
 
 
 def test_a_missing_training_is_named(results):
