@@ -267,7 +267,7 @@ def _check_header_sites(header: Header, expected_sites: Mapping[str, int] | None
 
 def check_sites(sites: Mapping[str, int], expected_sites: Mapping[str, int]) -> None:
     """Raises InvalidAdapterError unless the base model has every site, in its size."""
-    if not sites.items() <= expected_sites.items():
+    if not sites.items() <= expected_sites.items():  # one comparison where all is well
         for site, dim in sites.items():
             _check_expected(site, dim, expected_sites)
 

@@ -54,7 +54,7 @@ def read_head(header: Header, data: bytes) -> HeadArrays:
 
 
 def _reader(header: Header, data: bytes) -> Callable[[TensorEntry], Vector]:
-    """Returns what gives the values of an entry, flat: views of `data` if the whole file is fp32"""
+    """Returns what gives the values of an entry, flat: views of `data` if all of it is fp32."""
     if header.tensors.are_fp32:
         values = _values(data)
         return lambda entry: values[entry.start // 4 : entry.end // 4]

@@ -9,7 +9,6 @@ others, trained longer before, keep their cards but for the section that compare
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,16 @@ _ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
 
 from examples import Example, prompt  # noqa: E402
-from found import LORA, Found, label, read_all, score_names, table, written  # noqa: E402
+from found import (  # noqa: E402
+    LORA,
+    Found,
+    add_inputs,
+    label,
+    read_inputs,
+    score_names,
+    table,
+    written,
+)
 from limits import LIMITS, NOTES  # noqa: E402
 from served import test_examples  # noqa: E402
 from tasks import TASKS  # noqa: E402
@@ -46,18 +54,13 @@ Served = Mapping[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--results", type=Path, nargs="+", required=True,
-        help="folders that run.py filled; later ones replace trainings of the first",
-    )  # fmt: skip
+    add_inputs(parser)
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py filled")
-    parser.add_argument("--served", type=Path, help="the JSON file of served.py")
     parser.add_argument("--zoo", type=Path, default=ZOO)
     parser.add_argument("--new", nargs="*", default=NEW, choices=list(TASKS))
     args = parser.parse_args(argv)
-    found = read_all(args.results)
+    found, served = read_inputs(args)
     rescore(found, args.data)
-    served = json.loads(args.served.read_text(encoding="utf-8"))["tasks"] if args.served else {}
     for folder in sorted(path.parent for path in args.zoo.glob("*/adapter_config.json")):
         task, path = folder.name, folder / "README.md"
         adapter = read_adapter(folder)
@@ -217,13 +220,17 @@ def _training(task: str, found: Found) -> str:
 
 
 def _lora(task: str, found: Found) -> str:
-    rates = {run["rate"] for run in found.completed(task, LORA)}
-    if not rates:
+    runs = found.completed(task, LORA)
+    if not runs:
         return ""
+    tasks = f"{runs[0]['together']} tasks" if runs[0]["together"] > 1 else "this task"
     return (
         " PEFT's LoRA on queries and values (alpha twice the rank) had the same batches and steps "
-        f"at rate {', '.join(f'{rate:g}' for rate in sorted(rates))} alone, in a later run on a "
-        "CPU with the base in fp32."
+        f"at rate {', '.join(sorted({format(run['rate'], 'g') for run in runs}))} alone, in a "
+        "later run on a CPU with the base in fp32; "
+        f"{tasks} took {' and '.join(format(run['together_s'], '.0f') for run in runs)} s for "
+        f"{' and '.join(run['method'].removeprefix('LoRA ') for run in runs)}, on a core each and "
+        "with interruptions."
     )
 
 

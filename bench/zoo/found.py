@@ -1,5 +1,6 @@
 """What a run left in its folder, as the cards and tables need it."""
 
+import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
@@ -120,12 +121,26 @@ def _key(run: Mapping[str, Any]) -> tuple[str, str, float]:
     return run["task"], run["method"], run["rate"]
 
 
-def read_all(folders: Sequence[Path]) -> Found:
-    """Returns what a run found, with the trainings of later ones in place of the same of it."""
-    first, *others = map(Found.read, folders)
+def add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `read_inputs` takes."""
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True,
+        help="folders that run.py filled; later ones replace trainings of the first",
+    )  # fmt: skip
+    parser.add_argument("--served", type=Path, help="the JSON file of served.py")
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[Found, Mapping[str, Any]]:
+    """Returns what a run found, with the trainings of later ones in place of the same of it.
+
+    Beside it what a server's answers scored, by task.
+    """
+    found, *others = map(Found.read, args.results)
     for later in others:
-        first = first.with_later(later)
-    return first
+        found = found.with_later(later)
+    if args.served is None:
+        return found, {}
+    return found, json.loads(args.served.read_text(encoding="utf-8"))["tasks"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

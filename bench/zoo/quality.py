@@ -6,7 +6,6 @@ Needs matplotlib.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from found import LORA, Found, label, read_all, table, written
+from found import LORA, Found, add_inputs, label, read_inputs, table, written
 from part_red import ABLATED, ABLATIONS, RATES
 from tasks import TASKS
 
@@ -32,15 +31,10 @@ _DASHES = {"LoRA r=8": "--", "LoRA r=16": ":"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--results", type=Path, nargs="+", required=True,
-        help="folders that run.py filled; later ones replace trainings of the first",
-    )  # fmt: skip
+    add_inputs(parser)
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
-    parser.add_argument("--served", type=Path, help="the JSON file of served.py")
     args = parser.parse_args(argv)
-    found = read_all(args.results)
-    served = json.loads(args.served.read_text(encoding="utf-8"))["tasks"] if args.served else {}
+    found, served = read_inputs(args)
     for title, text in (
         ("Scores", scores(found, served)),
         ("Trainings", trainings(found)),

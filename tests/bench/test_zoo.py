@@ -319,7 +319,7 @@ def test_the_table_of_scores_has_a_row_per_score(results):
     assert lines[2:] == ["| sentiment | accuracy | 4 | 0 % | 25 % | 50 % | 75 % | 75 % |"]
 
 
-def test_a_later_run_completes_a_training_that_was_stopped(results, tmp_path):
+def test_a_later_run_completes_a_training_that_was_stopped(results):
     later = Found(
         {"runs": [run_of("sentiment", "LoRA r=8", rate=0.001, ending="completed", together_s=9.0,
                          scores={"accuracy": 1.0, "most_frequent": 0.5})]},
