@@ -179,7 +179,7 @@ def test_the_check_does_not_depend_on_what_the_cache_held(rig):
 
 def test_a_cache_too_small_for_the_check_is_refused_by_name(tiny_folder):
     with pytest.raises(FailedPreconditionError, match=f"too small: .* needs {MIN_CACHE_TOKENS}$"):
-        Rig(tiny_folder, num_blocks=7).compare()
+        Rig(tiny_folder, num_blocks=MIN_CACHE_TOKENS // BLOCK - 1).compare()
 
 
 def test_the_check_runs_in_as_few_blocks_as_it_says(tiny_folder):

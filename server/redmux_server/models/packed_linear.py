@@ -112,7 +112,6 @@ class Packing:
         """Takes layer i's weight [out_features, in_features] and bias [out_features]."""
         out_features, in_features = self.shapes[i]
         packed, depth = self.packed, self.padded(in_features)
-        num_panels = -(-out_features // PANEL)
         column = int(packed.columns[i])
         some = slice(column, column + out_features)
         if bias is not None:
@@ -123,21 +122,25 @@ class Packing:
             values = (values / steps[:, None]).round_().to(torch.int8)
             packed.scale[some] = steps.numpy()
         elif self.precision == "bf16":
-            values = values.to(torch.bfloat16)
-        padded = values.new_zeros(num_panels * PANEL, depth)
-        padded[:out_features, :in_features] = values
-        panels = padded.view(num_panels, PANEL, depth // packed.group, packed.group)
-        panels = panels.transpose(1, 2).contiguous()
-        if self.precision == "bf16":
-            panels = panels.view(torch.int16)
-        elif self.activation is np.uint8:
-            parts = F.pad(padded.int(), (0, -depth % PART)).view(num_panels, PANEL, -1, PART)
-            firsts = -OFFSET * parts.sum(3, dtype=torch.int32).transpose(1, 2).flatten().numpy()
+            values = values.to(torch.bfloat16).view(torch.int16)
+        if depth > in_features:
+            values = F.pad(values, (0, depth - in_features))
+        num_panels, start = -(-out_features // PANEL), int(packed.starts[i])
+        lanes = packed.panels[start : start + num_panels * depth // packed.group * PANEL]
+        panels = torch.from_numpy(lanes.view(values.numpy().dtype))
+        panels = panels.view(num_panels, -1, PANEL, packed.group)
+        # Straight into place: memory that a process has not used yet is slow to come.
+        rows = values.reshape(out_features, -1, packed.group)
+        whole, rest = divmod(out_features, PANEL)
+        first, last = rows.split([whole * PANEL, rest])
+        panels[:whole] = first.unflatten(0, (whole, PANEL)).transpose(1, 2)
+        panels[whole:, :, :rest] = last.transpose(0, 1)
+        if self.activation is np.uint8:
+            parts = F.pad(values.int(), (0, -depth % PART, 0, num_panels * PANEL - out_features))
+            sums = parts.view(num_panels, PANEL, -1, PART).sum(3, dtype=torch.int32)
+            firsts = -OFFSET * sums.transpose(1, 2).flatten().numpy()
             at = int(packed.firsts_at[i])
             packed.firsts[at : at + firsts.size] = firsts
-        start = int(packed.starts[i])
-        flat = panels.numpy().reshape(-1).view(packed.panels.dtype)
-        packed.panels[start : start + flat.size] = flat
 
     def rows(self, i: int, outputs: Array) -> Array:
         """Returns the weights [n, in_features] of these outputs of layer i, in fp32 as they came.

@@ -19,7 +19,9 @@ from redmux_server.models.runner import CachedRunner
 
 logger = logging.getLogger(__name__)
 
-_LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
+# Together long enough for torch, and for our own products, to split rows over threads.
+_LENGTHS = (5, 13, 90, 21, 2)
+_CHUNKS = (3, 7, 31, 15, 2)  # tokens of each at a time, where their steps are mixed
 _MAX_TOKENS = 2
 MAX_RUNNING = len(_LENGTHS)
 MAX_CONTEXT = max(_LENGTHS) + _MAX_TOKENS
@@ -64,7 +66,7 @@ def reference(model: Any) -> Reference:
     logits, next_logits = [], []
     for prompt in prompts:
         ids = torch.tensor([[*prompt, _NEXT_TOKEN]], device=model.device)
-        last, following = model(input_ids=ids, use_cache=False).logits[0, -2:]
+        last, following = model(input_ids=ids, use_cache=False, logits_to_keep=2).logits[0]
         logits.append(last)
         next_logits.append(following)
     return Reference(prompts, logits, next_logits)
@@ -147,7 +149,7 @@ class SelfCheck:
                     r.token_ids.append(_NEXT_TOKEN)
                 left = len(r.token_ids) - r.num_computed
                 if left:
-                    plan.append((r, min(left, 3 + 4 * i)))
+                    plan.append((r, min(left, _CHUNKS[i])))
             plan.sort(key=lambda item: item[1] > 1 or not item[0].is_decoding)
             ends = [r for r, n in plan if r.num_computed + n == len(r.token_ids)]
             for r, row in zip(ends, self._step(plan), strict=True):
