@@ -76,10 +76,14 @@ def gate(gate_up, out, rows=NOTHING, row_of=NOBODY, starts=UNEDITED, threads=2):
 
 
 @njit
+def _multiply(rows, columns, a, panels, n, out, add):
+    apart = panels.shape[1] * PANEL
+    product(rows, columns, a, 0, a.shape[1], panels, 0, apart, n, out, 0, out.shape[1], add, 0)
+
+
 def multiply(rows, columns, a, b, n, out, add):
-    product(
-        rows, columns, a, 0, a.shape[1], b, 0, b.shape[1], n, out, 0, out.shape[1], add, 0,
-    )  # fmt: skip
+    panels = b.reshape(len(b), -1, PANEL).transpose(1, 0, 2).copy()
+    _multiply(rows, columns, a, panels, n, out, add)
 
 
 def randn(seed, *shape):

@@ -107,11 +107,11 @@ def kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Function
     """
     word = arithmetic.total if arithmetic.group == 1 else INT32
     pointers = [x.as_pointer() for x in (word, arithmetic.lane, arithmetic.total)]
-    arguments = [pointers[0], INDEX, pointers[1], INDEX, INDEX, pointers[2], *[INDEX] * 3]
+    arguments = [pointers[0], INDEX, pointers[1], INDEX, pointers[2], *[INDEX] * 3]
     function, builder = _function(module, f"redmux_{arithmetic.name}_{rows}x{PANEL}", arguments)
     if builder is None:
         return function
-    a, a_stride, b, b_stride, n, out, out_stride, add, ahead = function.args
+    a, a_stride, b, n, out, out_stride, add, ahead = function.args
     vector = ir.VectorType(arithmetic.total, PANEL)
     sums = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
     targets = _rows(builder, out, out_stride, rows, vector)
@@ -122,7 +122,7 @@ def kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Function
         with otherwise:
             for total in sums:
                 builder.store(vector([0] * PANEL), total)
-    _accumulate(builder, arithmetic, sums, a, a_stride, b, b_stride, n, ahead)
+    _accumulate(builder, arithmetic, sums, a, a_stride, b, n, ahead)
     for total, target in zip(sums, targets, strict=True):
         builder.store(builder.load(total), target, align=4)
     builder.ret_void()
@@ -159,7 +159,7 @@ def step_kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Fun
             builder.store(builder.load(start, align=4), total)
         _accumulate(
             builder, arithmetic, sums, builder.gep(a, [begin]), a_stride,
-            _at(builder, b, INDEX(PANEL), begin), INDEX(PANEL), count, ahead,
+            _at(builder, b, INDEX(PANEL), begin), count, ahead,
         )  # fmt: skip
         for r, (total, target) in enumerate(zip(sums, targets, strict=True)):
             step = builder.load(
@@ -194,7 +194,7 @@ def _rows(builder: Any, data: Any, stride: Any, count: int, vector: ir.VectorTyp
 
 def _accumulate(
     builder: Any, arithmetic: _Arithmetic, sums: list[Any], a: Any, a_stride: Any,
-    b: Any, b_stride: Any, n: Any, ahead: Any,
+    b: Any, n: Any, ahead: Any,
 ) -> None:  # fmt: skip
     """Adds the products of n groups to `sums`, and fetches what lies `ahead` of them."""
     lanes = ir.VectorType(arithmetic.lane, PANEL)
@@ -202,7 +202,7 @@ def _accumulate(
     pointer = _INT8.as_pointer()
     prefetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *[INT32] * 3)
     with cgutils.for_range(builder, n) as loop:
-        line = _at(builder, b, b_stride, loop.index)
+        line = _at(builder, b, INDEX(PANEL), loop.index)
         panel = builder.load(builder.bitcast(line, lanes.as_pointer()), align=width)
         coming = builder.bitcast(builder.gep(line, [ahead]), pointer)
         for start in range(0, PANEL * width, _LINE_BYTES):

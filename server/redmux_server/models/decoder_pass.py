@@ -8,9 +8,10 @@ server, and threads are started once.
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from redmux_server.models.arithmetic import PANEL
+from redmux_server.models.compiled import compiled
 from redmux_server.models.packed_linear import TALL, multiply_some
 from redmux_server.models.paged_attention import attend_some
 from redmux_server.models.phases import counters_of
@@ -22,7 +23,7 @@ from redmux_server.models.row_kernels import (
     norm_some,
     pick_some,
 )
-from redmux_server.models.vector import FASTMATH, Array
+from redmux_server.models.vector import Array
 
 LINEARS_PER_LAYER = 4  # q k v, o, gate up, down
 # Of `Step.starts`: where the vectors of a layer's sites lie in a row of the bank.
@@ -92,7 +93,7 @@ class Room(NamedTuple):
     row_of: Array
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _attend(counters, thread, step, model, linears, room, layer, sums):
     """From narrow_h to narrow_attended."""
     n = len(step.x)
@@ -114,7 +115,7 @@ def _attend(counters, thread, step, model, linears, room, layer, sums):
     narrow_some(counters[4], thread, room.attended[:n], room.narrow_attended[:n], room.steps)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _feed(
     counters, thread, step, x, attended, attended_steps, row_of, model, linears, room, layer, sums
 ):
@@ -140,7 +141,7 @@ def _feed(
     )  # fmt: skip
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _walk(counters, thread, step, model, linears, room):
     sums = np.empty(TALL * PANEL, np.float32)
     n, num_layers = len(step.x), len(model.scales)
@@ -172,7 +173,7 @@ def _walk(counters, thread, step, model, linears, room):
         )  # fmt: skip
 
 
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def run(num_threads, step, model, linears, room):
     """Fills step.logits, and room.h with the normed states of the rows that go to the head.
 

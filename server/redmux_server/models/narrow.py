@@ -4,10 +4,10 @@ Which it is follows from the type of the array that the result goes to; see `vec
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
-from redmux_server.models.vector import FASTMATH
+from redmux_server.models.compiled import compiled
 
 LEVELS = 127  # steps of an 8-bit value to either side of zero
 PART = 64  # inputs that share a step: an outlier spoils no others; multiple of every group
@@ -15,7 +15,7 @@ OFFSET = 128  # of an activation where products take it unsigned
 SMALLEST_STEP = np.float32(1e-30)  # far below what any sum can show; keeps zeros from 0 / 0
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _step_of(x):
     """Returns LEVELS-th part of the largest magnitude in x; NaN or infinite if an element is."""
     # Without its sign bit a number orders as an integer, and integers have a fast maximum.
@@ -27,7 +27,7 @@ def _step_of(x):
     return SMALLEST_STEP if step < SMALLEST_STEP else step
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _to_whole(x, out, steps, offset):
     for p in range(-(-x.size // PART)):
         part, target = x[p * PART : (p + 1) * PART], out[p * PART : (p + 1) * PART]
@@ -37,7 +37,7 @@ def _to_whole(x, out, steps, offset):
             target[d] = np.int32(np.rint(part[d] * inverse)) + offset
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _to_bf16(x, out, steps):
     bits = x.view(np.uint32)
     for d in range(x.size):

@@ -7,15 +7,16 @@ import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import overload
 from torch import Tensor, nn
 
 from redmux.errors import FailedPreconditionError
 from redmux_server.models.arithmetic import HAS_AVX2, HAS_BF16, HAS_VNNI, PANEL, ROWS
+from redmux_server.models.compiled import compiled
 from redmux_server.models.narrow import LEVELS, OFFSET, PART, SMALLEST_STEP, narrow_row
 from redmux_server.models.phases import claim, counters_of, finish
-from redmux_server.models.vector import FASTMATH, Array, product, step_product, store_panel
+from redmux_server.models.vector import Array, product, step_product, store_panel
 
 # Groups of a panel that are multiplied with every row before the next ones: they stay in the L2.
 _DEPTH = 2048
@@ -179,7 +180,7 @@ def num_parts(in_features: int) -> int:
     return -(-in_features // PART)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _sum_floats(x, steps, row0, rows, packed, i, p, sums):
     depth = x.shape[1]
     groups = depth // packed.group
@@ -189,12 +190,12 @@ def _sum_floats(x, steps, row0, rows, packed, i, p, sums):
         n = min(_DEPTH, groups - k)
         product(
             rows, PANEL, x.reshape(-1), row0 * depth + k * packed.group, depth,
-            packed.panels, packed.starts[i] + (p * groups + k) * PANEL, PANEL, n * packed.group,
+            packed.panels, packed.starts[i] + (p * groups + k) * PANEL, 0, n * packed.group,
             sums, 0, PANEL, k, ahead,
         )  # fmt: skip
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _sum_integers(x, steps, row0, rows, packed, i, p, sums):
     depth, stride = x.shape[1], steps.shape[1]
     step_product(
@@ -220,7 +221,7 @@ def _sum_of(x, steps, row0, rows, packed, i, p, sums):
     return call
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _multiply_panel(x, steps, row0, rows, packed, i, p, out, sums):
     """Fills out[row0 : row0 + rows] for the columns of panel p of layer i."""
     _sum(x, steps, row0, rows, packed, i, p, sums)
@@ -236,7 +237,7 @@ def _multiply_panel(x, steps, row0, rows, packed, i, p, out, sums):
                 out[row0 + r, at + c] = sums[r * PANEL + c]
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def multiply_some(counters, thread, x, steps, packed, i, out, sums):
     """Shares out = x @ weight.T + bias of layer i among threads; returns when all is done.
 
@@ -257,7 +258,7 @@ def multiply_some(counters, thread, x, steps, packed, i, out, sums):
     finish(counters, num_done, num_items)
 
 
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def _multiply(num_threads, x, narrow, steps, packed, i, out):
     counters = counters_of(1, num_threads)
     for r in range(len(x)):
@@ -267,7 +268,7 @@ def _multiply(num_threads, x, narrow, steps, packed, i, out):
         multiply_some(counters[0], thread, narrow, steps, packed, i, out, sums)
 
 
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def _multiply_all(num_threads, rows, x, steps, packed, layers, depths, out):
     counters = counters_of(len(layers), num_threads)
     for thread in prange(num_threads):

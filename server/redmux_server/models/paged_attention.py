@@ -5,8 +5,9 @@ position, in a fixed order. What a row reads and the order in which it adds neve
 other rows of the step, nor on how a prompt was cut into chunks, so its result is bit-identical
 alone and in any batch. Positions that are not written yet are never part of a result.
 
-Keys are stored transposed inside a block, [head_dim, BLOCK], and values plain, [BLOCK, padded_dim]:
-both products then run over contiguous lanes without a horizontal reduction.
+A block has its keys transposed, [head_dim, BLOCK], and its values plain, [BLOCK, padded head_dim],
+both cut into panels of PANEL columns, as products read them: from end to end, and without a sum
+across lanes.
 """
 
 import math
@@ -14,16 +15,17 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from redmux_server.models.arithmetic import PANEL
+from redmux_server.models.compiled import compiled
+from redmux_server.models.folds import largest, sum_squares, total
 from redmux_server.models.phases import claim, counters_of, finish, num_threads_of
-from redmux_server.models.vector import FASTMATH, Array, exp, product
+from redmux_server.models.vector import Array, exp, product
 
-BLOCK = 32  # tokens in a cache block, a multiple of PANEL
+BLOCK = 32  # tokens in a cache block, a multiple of PANEL and LANES
 TILE = 4  # query tokens that share one pass over the keys
 _MANY = 4  # requests for each thread
-_HALVES = (16, 8, 4, 2, 1)  # of BLOCK lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,47 +42,68 @@ def padded(head_dim: int) -> int:
     return -(-head_dim // PANEL) * PANEL
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _load_head(source, at, token, dim, weight, eps, cos, sin, head, head_at):
-    """Copies one head of a token, normalised and rotated where weight and cos are not empty."""
-    for d in range(dim):
-        head[head_at + d] = source[at + d]
-    if weight.size > 0:
-        total = np.float32(0.0)
-        for d in range(dim):
-            total += head[head_at + d] * head[head_at + d]
-        inverse = np.float32(1.0) / math.sqrt(total / np.float32(dim) + eps)
-        for d in range(dim):
-            head[head_at + d] = head[head_at + d] * inverse * weight[d]
+# Inlined, as handing over arrays takes longer than the work. Indices are unsigned: signed ones may
+# count from the end, and loops that have to find out are not vectorised.
+@compiled(inline="always")
+def _rotate(x, at, dim, cos, sin, turn, out, to):
+    """Copies `dim` elements of x from `at` on to `to` in out, rotated unless cos is empty."""
+    at, turn, to, dim = np.uint64(at), np.uint64(turn), np.uint64(to), np.uint64(dim)
     if cos.size > 0:
-        half = dim // 2
-        base = token * dim
+        half = dim // np.uint64(2)
         for d in range(half):
-            low, high = head[head_at + d], head[head_at + half + d]
-            head[head_at + d] = low * cos[base + d] - high * sin[base + d]
-            head[head_at + half + d] = high * cos[base + half + d] + low * sin[base + half + d]
+            out[to + d] = x[at + d] * cos[turn + d] - x[at + half + d] * sin[turn + d]
+        for d in range(half, dim):
+            out[to + d] = x[at + d] * cos[turn + d] + x[at + d - half] * sin[turn + d]
+    else:
+        for d in range(dim):
+            out[to + d] = x[at + d]
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _store(k, v, keys, values, places, token, head, layout, k_weight, eps, cos, sin, scratch):
-    """Writes the key and value of one token and KV head into the cache."""
+@compiled(inline="always")
+def _load_head(x, at, token, weight, eps, cos, sin, scratch, out, to):
+    """As `_rotate` for one head of a token, normalised before if weight is not empty.
+
+    `scratch` is [head_dim].
+    """
+    dim = scratch.size
+    if weight.size > 0:
+        head = x[at : at + dim]
+        inverse = np.float32(1.0) / math.sqrt(sum_squares(head) / np.float32(dim) + eps)
+        for d in range(dim):
+            scratch[d] = head[d] * inverse * weight[d]
+        _rotate(scratch, 0, dim, cos, sin, token * dim, out, to)
+    else:
+        _rotate(x, at, dim, cos, sin, token * dim, out, to)
+
+
+@compiled
+def _store(k, v, keys, values, places, token, heads, layout, k_weight, eps, cos, sin, scratch):
+    """Writes keys and values of one token into the cache; scratch: [2, head_dim].
+
+    `heads` is the first of the KV heads and the one behind the last.
+    """
     num_kv_heads, dim, width = layout[1], layout[2], layout[3]
-    slot = places[0, token] * num_kv_heads + head
     offset = places[1, token]
-    source = layout[6] + token * layout[7] + head * dim
-    _load_head(k, source, token, dim, k_weight, eps, cos, sin, scratch, 0)
-    for d in range(dim):
-        keys[(slot * dim + d) * BLOCK + offset] = scratch[d]
-    source, target = layout[8] + token * layout[9] + head * dim, (slot * BLOCK + offset) * width
-    for d in range(dim):
-        values[target + d] = v[source + d]
+    for head in range(heads[0], heads[1]):
+        slot = places[0, token] * num_kv_heads + head
+        at = layout[6] + token * layout[7] + head * dim
+        _load_head(k, at, token, k_weight, eps, cos, sin, scratch[0], scratch[1], 0)
+        column = keys[slot * dim * BLOCK + offset // PANEL * dim * PANEL + offset % PANEL :]
+        for d in range(dim):
+            column[d * PANEL] = scratch[1, d]
+        at = layout[8] + token * layout[9] + head * dim
+        row = values[slot * BLOCK * width + offset * PANEL :]
+        for first in range(0, dim, PANEL):
+            source, target = v[at + first : at + dim], row[first * BLOCK :]
+            for d in range(min(PANEL, dim - first)):
+                target[d] = source[d]
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _softmax(scores, start, stop, scale, softcap, lanes):
+@compiled
+def _softmax(scores, start, stop, scale, softcap):
     """Turns scores[start:stop] into weights and the rest into 0; returns 1 / the weights' sum.
 
-    Sums run lane by lane over whole blocks, so their order depends on the position of a key alone.
+    Folds run lane by lane over whole blocks, so their order depends on the position of a key alone.
     """
     scores[:start] = -np.inf
     scores[stop:] = -np.inf
@@ -88,31 +111,21 @@ def _softmax(scores, start, stop, scale, softcap, lanes):
         for t in range(start, stop):
             scores[t] = softcap * math.tanh(scores[t] * scale / softcap)
         scale = np.float32(1.0)
-    lanes[:] = -np.inf
-    for p in range(scores.size // BLOCK):
-        block = scores[p * BLOCK : (p + 1) * BLOCK]
-        for t in range(BLOCK):
-            lanes[t] = max(lanes[t], block[t])
-    for half in _HALVES:
-        for t in range(half):
-            lanes[t] = max(lanes[t], lanes[t + half])
-    highest = lanes[0] * scale
+    highest = largest(scores) * scale
     for t in range(scores.size):
         scores[t] = exp(scores[t] * scale - highest)
     scores[:start] = np.float32(0.0)
     scores[stop:] = np.float32(0.0)
-    lanes[:] = np.float32(0.0)
-    for p in range(scores.size // BLOCK):
-        block = scores[p * BLOCK : (p + 1) * BLOCK]
-        for t in range(BLOCK):
-            lanes[t] += block[t]
-    for half in _HALVES:
-        for t in range(half):
-            lanes[t] += lanes[t + half]
-    return np.float32(1.0) / lanes[0]
+    return np.float32(1.0) / total(scores)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled(inline="always")
+def _scale(x, factor, out):
+    for d in range(x.size):
+        out[d] = x[d] * factor
+
+
+@compiled
 def _add_values(
     weights, num_keys, origin, line, lines, start, stop, values, blocks, head, layout, sums
 ):
@@ -129,13 +142,14 @@ def _add_values(
             ahead = (blocks[(t + count) // BLOCK] * num_kv_heads + head - slot) * BLOCK * width
         product(
             lines, width, weights, line * num_keys + t - origin, num_keys,
-            values, (slot * BLOCK + offset) * width, width, count, sums, line * width, width, 1,
+            values, slot * BLOCK * width + offset * PANEL, BLOCK * PANEL, count,
+            sums, line * width, width, 1,
             ahead,
         )  # fmt: skip
         t += count
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _attend_tile(
     q, keys, values, out, cos, sin, q_weight, eps, blocks, row0, rows, position0, head, layout,
     scale, window, softcap,
@@ -151,21 +165,22 @@ def _attend_tile(
     num_keys = num_blocks * BLOCK
     lines = rows * group
     heads = np.empty(lines * dim, np.float32)
+    scratch = np.empty(dim, np.float32)
     scores = np.empty(lines * num_keys, np.float32)
     sums = np.empty(lines * width, np.float32)
     inverse = np.empty(lines, np.float32)
-    lanes = np.empty(BLOCK, np.float32)
     for i in range(rows):
         for g in range(group):
             at = layout[4] + (row0 + i) * layout[5] + (head * group + g) * dim
-            _load_head(q, at, row0 + i, dim, q_weight, eps, cos, sin, heads, (i * group + g) * dim)
+            to = (i * group + g) * dim
+            _load_head(q, at, row0 + i, q_weight, eps, cos, sin, scratch, heads, to)
     for p in range(num_blocks):
         slot = blocks[first_block + p] * num_kv_heads + head
         ahead = 0
         if p + 1 < num_blocks:
             ahead = (blocks[first_block + p + 1] * num_kv_heads + head - slot) * dim * BLOCK
         product(
-            lines, BLOCK, heads, 0, dim, keys, slot * dim * BLOCK, BLOCK, dim,
+            lines, BLOCK, heads, 0, dim, keys, slot * dim * BLOCK, dim * PANEL, dim,
             scores, p * BLOCK, num_keys, 0, ahead,
         )  # fmt: skip
     for i in range(rows):
@@ -174,7 +189,7 @@ def _attend_tile(
         for g in range(group):
             r = i * group + g
             row = scores[r * num_keys : (r + 1) * num_keys]
-            inverse[r] = _softmax(row, start - origin, stop - origin, scale, softcap, lanes)
+            inverse[r] = _softmax(row, start - origin, stop - origin, scale, softcap)
     for i in range(lines * width):
         sums[i] = np.float32(0.0)
     # Keys that every row sees are walked once; the few others row by row, in the same order.
@@ -200,11 +215,10 @@ def _attend_tile(
         for g in range(group):
             r = i * group + g
             at = ((row0 + i) * layout[0] + head * group + g) * dim
-            for d in range(dim):
-                out[at + d] = sums[r * width + d] * inverse[r]
+            _scale(sums[r * width : r * width + dim], inverse[r], out[at : at + dim])
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _attend_token(
     q, keys, values, out, cos, sin, q_weight, eps, blocks, row, position, head0, num_heads, layout,
     scale, window, softcap,
@@ -221,13 +235,13 @@ def _attend_token(
     num_keys, origin = num_blocks * BLOCK, first_block * BLOCK
     lines = num_heads * group
     heads = np.empty(lines * dim, np.float32)
+    scratch = np.empty(dim, np.float32)
     scores = np.empty(lines * num_keys, np.float32)
     sums = np.empty(lines * width, np.float32)
     inverse = np.empty(lines, np.float32)
-    lanes = np.empty(BLOCK, np.float32)
     for i in range(lines):
         at = layout[4] + row * layout[5] + (head0 * group + i) * dim
-        _load_head(q, at, row, dim, q_weight, eps, cos, sin, heads, i * dim)
+        _load_head(q, at, row, q_weight, eps, cos, sin, scratch, heads, i * dim)
     for p in range(num_blocks):
         slot = blocks[first_block + p] * num_kv_heads + head0
         following = slot
@@ -237,13 +251,13 @@ def _attend_token(
             # What is fetched meanwhile: as many bytes, of the next block.
             product(
                 group, BLOCK, heads, h * group * dim, dim,
-                keys, (slot + h) * dim * BLOCK, BLOCK, dim,
+                keys, (slot + h) * dim * BLOCK, dim * PANEL, dim,
                 scores, h * group * num_keys + p * BLOCK, num_keys, 0,
                 (following - slot) * dim * BLOCK,
             )  # fmt: skip
     for i in range(lines):
         line = scores[i * num_keys : (i + 1) * num_keys]
-        inverse[i] = _softmax(line, start - origin, stop - origin, scale, softcap, lanes)
+        inverse[i] = _softmax(line, start - origin, stop - origin, scale, softcap)
     for i in range(lines * width):
         sums[i] = np.float32(0.0)
     for p in range(num_blocks):
@@ -256,32 +270,31 @@ def _attend_token(
         for h in range(num_heads):
             product(
                 group, width, scores, h * group * num_keys + p * BLOCK + begin, num_keys,
-                values, ((slot + h) * BLOCK + begin) * width, width, count,
+                values, (slot + h) * BLOCK * width + begin * PANEL, BLOCK * PANEL, count,
                 sums, h * group * width, width, 1, (following - slot) * BLOCK * width,
             )  # fmt: skip
     for i in range(lines):
         at = (row * layout[0] + head0 * group + i) * dim
-        for d in range(dim):
-            out[at + d] = sums[i * width + d] * inverse[i]
+        _scale(sums[i * width : i * width + dim], inverse[i], out[at : at + dim])
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _store_some(counters, thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
     """Writes keys and values token by token until all are taken."""
-    scratch = np.empty(layout[2], np.float32)
+    scratch = np.empty((2, layout[2]), np.float32)
     num_tokens, num_done = places.shape[1], 0
     token = claim(counters, thread, num_tokens)
     while token < num_tokens:
-        for head in range(layout[1]):
-            _store(
-                k, v, keys, values, places, token, head, layout, k_weight, eps, cos, sin, scratch
-            )
+        _store(
+            k, v, keys, values, places, token, (0, layout[1]), layout, k_weight, eps, cos, sin,
+            scratch,
+        )  # fmt: skip
         num_done += 1
         token = claim(counters, thread, num_tokens)
     finish(counters, num_done, num_tokens)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def attend_some(
     counters, thread, q, k, v, keys, values, out, cos, sin, q_weight, k_weight, eps, layout,
     places, table, tiles, scale, window, softcap,
@@ -297,7 +310,7 @@ def attend_some(
         _store_some(
             counters[0], thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin
         )
-    scratch = np.empty(layout[2], np.float32)
+    scratch = np.empty((2, layout[2]), np.float32)
     # Requests enough for all threads leave a thread all heads of one.
     num_tiles = tiles.shape[1]
     heads = layout[1] if stores and num_tiles >= _MANY * num_threads_of(counters[1]) else 1
@@ -309,10 +322,10 @@ def attend_some(
         row0, rows, position = tiles[1, n], tiles[2, n], tiles[3, n]
         blocks = table[tiles[0, n]]
         if stores:
-            for h in range(head, head + heads):
-                _store(
-                    k, v, keys, values, places, row0, h, layout, k_weight, eps, cos, sin, scratch
-                )
+            _store(
+                k, v, keys, values, places, row0, (head, head + heads), layout, k_weight, eps, cos,
+                sin, scratch,
+            )  # fmt: skip
         if rows == 1:
             _attend_token(
                 q, keys, values, out, cos, sin, q_weight, eps, blocks, row0, position, head, heads,
@@ -328,7 +341,7 @@ def attend_some(
     finish(counters[1], num_done, num_items)
 
 
-@njit(fastmath=FASTMATH, nogil=True, parallel=True, cache=True)
+@compiled(parallel=True)
 def _attend(
     num_threads, q, k, v, keys, values, out, layout, places, table, tiles, scale, window, softcap
 ):
@@ -344,14 +357,14 @@ def _attend(
 def new_blocks(
     num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int
 ) -> tuple[Array, Array]:
-    """Returns room for keys [layers, blocks, kv_heads, head_dim, BLOCK] and for values.
+    """Returns room for keys and values: [layers, blocks, kv_heads, panels, rows, PANEL].
 
     Memory is committed as blocks are first used, which torch.zeros would not do.
     """
     shape = (num_layers, num_blocks, num_kv_heads)
     return (
-        np.zeros((*shape, head_dim, BLOCK), np.float32),
-        np.zeros((*shape, BLOCK, padded(head_dim)), np.float32),
+        np.zeros((*shape, BLOCK // PANEL, head_dim, PANEL), np.float32),
+        np.zeros((*shape, padded(head_dim) // PANEL, BLOCK, PANEL), np.float32),
     )
 
 
@@ -364,7 +377,7 @@ class PagedAttention:
         """`keys` and `values` are what `new_blocks` gives for one layer."""
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.keys, self.values = keys, values
-        width = values.shape[-1]
+        width = padded(head_dim)
         query, key = num_heads * head_dim, num_kv_heads * head_dim
         shape = (num_heads, num_kv_heads, head_dim, width)
         # Then first element and elements per token of q, k and v.

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from redmux_server.models.compiled import compiled
 
 _APART = 16  # counters lie on cache lines of their own
 _SPINS = 4096  # looks at a counter before the core is offered to others
@@ -56,19 +58,19 @@ def _yield_core(typing):
     return types.int32(), codegen
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def counters_of(num_phases, num_threads):
     """Returns the state of `num_phases` passes of this many threads; row i is that of pass i."""
     return np.zeros((num_phases, (num_threads + 1) * _APART), np.int64)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def num_threads_of(counters):
     """Returns for how many threads the counters of a pass are."""
     return counters.size // _APART - 1
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def claim(counters, thread, num_items):
     """Returns an item from 0 to num_items that no thread has got yet, or num_items for none left.
 
@@ -86,7 +88,7 @@ def claim(counters, thread, num_items):
     return num_items
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def finish(counters, num_done, num_items):
     """Counts `num_done` items of this thread as done, and waits until all `num_items` are."""
     done = counters.size - _APART

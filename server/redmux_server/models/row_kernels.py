@@ -7,17 +7,18 @@ ends in `_some` is one phase that threads share, see `phases`; it returns when a
 import math
 
 import numpy as np
-from numba import njit
 
+from redmux_server.models.compiled import compiled
+from redmux_server.models.folds import sum_squares
 from redmux_server.models.layer_norm import EPS
 from redmux_server.models.narrow import is_narrowed, narrow_row
 from redmux_server.models.phases import claim, finish
-from redmux_server.models.vector import FASTMATH, LANES, exp
+from redmux_server.models.vector import exp
 
 _ROWS = 4  # that a thread takes at a time
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _edit_row(y, rows, row, starts):
     """y = scale * y + bias, then the LayerNorm of that, where the row's adapter has one.
 
@@ -34,7 +35,7 @@ def _edit_row(y, rows, row, starts):
             _layer_norm_row(y, vectors)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _layer_norm_row(y, vectors):
     total = 0.0  # in fp64 and in order, not vectorised: few adapters bring one
     for d in range(y.size):
@@ -49,24 +50,14 @@ def _layer_norm_row(y, vectors):
         y[d] = np.float32((y[d] - mean) * inverse) * weight[d] + bias[d]
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _norm_row(x, weight, eps, out, lanes):
-    lanes[:] = np.float32(0.0)
-    for p in range(x.size // LANES):
-        part = x[p * LANES : (p + 1) * LANES]
-        for d in range(LANES):
-            lanes[d] += part[d] * part[d]
-    for d in range(x.size // LANES * LANES, x.size):
-        lanes[0] += x[d] * x[d]
-    total = lanes[0]
-    for d in range(1, LANES):
-        total += lanes[d]
-    inverse = np.float32(1.0) / math.sqrt(total / np.float32(x.size) + eps)
+@compiled
+def _norm_row(x, weight, eps, out):
+    inverse = np.float32(1.0) / math.sqrt(sum_squares(x) / np.float32(x.size) + eps)
     for d in range(x.size):
         out[d] = x[d] * inverse * weight[d]
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def _gate_row(gate_up, out):
     width = out.size
     gate, up = gate_up[:width], gate_up[width:]
@@ -80,24 +71,23 @@ def _gate_row(gate_up, out):
         out[d] = gate[d] * (top / (np.float32(1.0) + e)) * up[d]
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def norm_some(counters, thread, x, weight, eps, out, narrow, steps):
     """out = RMS norm of x, both [tokens, dim], times weight [dim]; `narrow`, `steps` as products
     take out, see `narrow_row`. All that is not narrow is fp32 and contiguous."""
     n, num_done = len(x), 0
     num_items = -(-n // _ROWS)
-    lanes = np.empty(LANES, np.float32)
     item = claim(counters, thread, num_items)
     while item < num_items:
         for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
-            _norm_row(x[t], weight, eps, out[t], lanes)
+            _norm_row(x[t], weight, eps, out[t])
             narrow_row(out[t], narrow[t], steps[t])
         num_done += 1
         item = claim(counters, thread, num_items)
     finish(counters, num_done, num_items)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def add_norm_some(
     counters, thread, x, y, rows, row_of, starts, sum_starts, weight, eps, out, narrow, steps
 ):
@@ -108,7 +98,6 @@ def add_norm_some(
     """
     n, num_done = len(x), 0
     num_items = -(-n // _ROWS)
-    lanes = np.empty(LANES, np.float32)
     item = claim(counters, thread, num_items)
     while item < num_items:
         for t in range(item * _ROWS, min(n, (item + 1) * _ROWS)):
@@ -117,14 +106,14 @@ def add_norm_some(
             for d in range(xt.size):
                 xt[d] += yt[d]
             _edit_row(xt, rows, row_of[t], sum_starts)
-            _norm_row(xt, weight, eps, out[t], lanes)
+            _norm_row(xt, weight, eps, out[t])
             narrow_row(out[t], narrow[t], steps[t])
         num_done += 1
         item = claim(counters, thread, num_items)
     finish(counters, num_done, num_items)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def gate_some(counters, thread, gate_up, rows, row_of, starts, out, narrow, steps):
     """out = silu(gate) * up, for gate_up [tokens, 2 * dim] and out [tokens, dim].
 
@@ -145,7 +134,7 @@ def gate_some(counters, thread, gate_up, rows, row_of, starts, out, narrow, step
     finish(counters, num_done, num_items)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def edit_some(counters, thread, y, widths, rows, row_of, starts):
     """Edits columns of y [tokens, sum of widths] in place, as `add_norm_some` edits its y.
 
@@ -165,7 +154,7 @@ def edit_some(counters, thread, y, widths, rows, row_of, starts):
     finish(counters, num_done, num_items)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def narrow_some(counters, thread, x, narrow, steps):
     """Rounds the rows of x [tokens, dim] to what products take; see `narrow_row`."""
     if is_narrowed(narrow):
@@ -180,7 +169,7 @@ def narrow_some(counters, thread, x, narrow, steps):
         finish(counters, num_done, num_items)
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def pick_some(counters, thread, chosen, x, y, steps, row_of, x_out, y_out, steps_out, row_of_out):
     """Copies the rows `chosen` of x, y, steps and row_of."""
     num_items, num_done = len(chosen), 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -25,17 +25,15 @@ from redmux_server.models.arithmetic import (
     kernel,
     step_kernel,
 )
+from redmux_server.models.compiled import compiled
 
 Array = np.ndarray[Any, Any]
-LANES = 16  # one AVX-512 register of fp32, or two AVX2 ones
-# Contraction to fused multiply-add is the same in every lane; nothing may be reordered.
-FASTMATH = {"contract", "nsz"}
 _LOG2_E = np.float32(1.44269504088896341)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 
 
-@njit(fastmath=FASTMATH, inline="always")
+@compiled(inline="always")
 def exp(x):
     """exp(x) for x <= 0, relative error 2e-7 (Cephes expf), in a form that vectorises."""
     x = max(x, np.float32(-87.0))
@@ -78,27 +76,26 @@ def _integers(context: Any, builder: Any, sig: Any, args: Any, *indices: int) ->
 
 @intrinsic
 def _panel_product(
-    typing, rows, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
+    typing, rows, a, a_at, a_stride, b, b_at, n, out, out_at, out_stride, add, ahead
 ):
     """out[:rows, :PANEL] (+)= a[:rows, :n] @ b[:n, :PANEL] for 1 to ROWS rows; see `product`."""
     arithmetic = FLOATS[a.dtype]
     word = FLOAT if arithmetic.group == 1 else INT32
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        count, *ints = _integers(context, builder, sig, args, 0, 2, 3, 5, 6, 7, 9, 10, 11, 12)
+        count, *ints = _integers(context, builder, sig, args, 0, 2, 3, 5, 6, 8, 9, 10, 11)
         group = INDEX(arithmetic.group)
-        ints[0], ints[1], ints[4] = (builder.sdiv(ints[i], group) for i in (0, 1, 4))
+        ints[0], ints[1], ints[3] = (builder.sdiv(ints[i], group) for i in (0, 1, 3))
         x = _data(context, builder, sig, args, 1, word, ints[0])
         panel = _data(context, builder, sig, args, 4, arithmetic.lane, ints[2])
-        sums = _data(context, builder, sig, args, 8, FLOAT, ints[5])
-        arguments = [x, ints[1], panel, ints[3], ints[4], sums, ints[6], ints[7], ints[8]]
+        sums = _data(context, builder, sig, args, 7, FLOAT, ints[4])
+        arguments = [x, ints[1], panel, ints[3], sums, ints[5], ints[6], ints[7]]
         _call_for(builder, count, lambda r: kernel(builder.module, arithmetic, r), arguments)
         return context.get_dummy_value()
 
-    signature = types.void(
-        rows, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
-    )
-    return signature, codegen
+    return types.void(
+        rows, a, a_at, a_stride, b, b_at, n, out, out_at, out_stride, add, ahead
+    ), codegen
 
 
 @intrinsic
@@ -156,34 +153,35 @@ def store_panel(typing, rows, sums, scale, bias, column, out, out_at, out_stride
     return types.void(rows, sums, scale, bias, column, out, out_at, out_stride), codegen
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def product(
-    rows, columns, a, a_at, a_stride, b, b_at, b_stride, n, out, out_at, out_stride, add, ahead
+    rows, columns, a, a_at, a_stride, b, b_at, b_apart, n, out, out_at, out_stride, add, ahead
 ):
     """out[:rows, :columns] = (itself if add else 0) + a[:rows, :n] @ b[:n, :columns].
 
     Arrays are contiguous; `*_at` is the flat index of element [0, 0], `*_stride` the distance
-    between rows; `columns` is a multiple of PANEL. `ahead` is the distance from b to what the next
+    between rows. b lies panel by panel, [n, PANEL] each, `b_apart` from the start of one to that of
+    the next; `columns` is a multiple of PANEL. `ahead` is the distance from b to what the next
     product will take as b, which is fetched meanwhile; 0 for nothing.
 
     With a and b of fp32 each element is one chain of fused multiply-adds in the order of n. With a
     of uint16, the bits of bf16, n and a_stride are even and b holds two inputs side by side for
-    each column; b's index, stride and `ahead` count such pairs.
+    each column; indices and distances of b count such pairs.
     """
     # Even tiles: 9 rows are 5 and 4, where 8 and 1 would pass over b for a single row.
     num_tiles = (rows + ROWS - 1) // ROWS
     r = 0
     for tile in range(num_tiles):
         count = (rows - r) // (num_tiles - tile)
-        for c in range(0, columns, PANEL):
+        for p in range(columns // PANEL):
             _panel_product(
-                count, a, a_at + r * a_stride, a_stride, b, b_at + c, b_stride, n,
-                out, out_at + r * out_stride + c, out_stride, add, ahead,
+                count, a, a_at + r * a_stride, a_stride, b, b_at + p * b_apart, n,
+                out, out_at + r * out_stride + p * PANEL, out_stride, add, ahead,
             )  # fmt: skip
         r += count
 
 
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
+@compiled
 def step_product(
     rows, a, a_at, a_stride, b, b_at, n, size, first, first_at, steps, steps_at, steps_stride,
     out, out_at,
