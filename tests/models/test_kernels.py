@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from numba import njit, prange
 
 from redmux_server.models.arithmetic import PANEL
+from redmux_server.models.folds import LANES, largest, sum_squares, total
 from redmux_server.models.phases import claim, counters_of, finish
 from redmux_server.models.row_kernels import (
     add_norm_some,
@@ -315,3 +316,27 @@ def test_a_value_that_is_no_number_stays_in_its_row():
     gate(gate_up, half)
     assert np.isnan(half[1, 3])
     assert np.isfinite(half[[0, 2]]).all()
+
+
+@njit
+def _folds(x):
+    return largest(x), total(x), sum_squares(x)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 2 * LANES), st.integers(0, 99))
+def test_folds_are_the_formulas(whole, rest, seed):
+    x = randn(seed, whole * LANES + rest)
+    full = x[: whole * LANES]
+    highest, added, _ = _folds(full)
+    assert highest == full.max()
+    np.testing.assert_allclose(added, full.sum(dtype=np.float64), atol=1e-4)
+    squares = _folds(x)[2]
+    np.testing.assert_allclose(squares, (x.astype(np.float64) ** 2).sum(), rtol=1e-5)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_a_sum_has_the_same_bits_with_zeros_behind_it(whole, more, seed):
+    x = randn(seed, whole * LANES)
+    padded = np.concatenate((x, np.zeros(more * LANES, np.float32)))
+    assert _folds(padded)[1] == _folds(x)[1]
