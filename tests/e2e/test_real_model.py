@@ -18,7 +18,7 @@ from redmux_server.app import zoo_folder
 
 pytestmark = pytest.mark.model
 
-TOKENS = 20
+TOKENS = 14
 
 
 @contextlib.contextmanager
