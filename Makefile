@@ -26,7 +26,7 @@ run: .venv/server     ## serve the default model with the bundled adapters and s
 	$(BIN)/python examples/mixed_batch.py $(ARGS)
 
 test: .venv/dev       ## run the default test suite
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 	$(BIN)/pytest -m slow $(ARGS)

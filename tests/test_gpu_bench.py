@@ -48,6 +48,7 @@ def test_a_part_that_fails_is_reported_and_the_others_still_run(run, monkeypatch
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr(sys.modules["checks"], "edit_kernel", fail)
+    monkeypatch.setattr(sys.modules["checks"], "tokens", lambda *args: [])
     out = tmp_path / "out.json"
     assert run.main(["--cpu-smoke", "--check-only", "--out", str(out)]) == 1
     parts = json.loads(out.read_text())

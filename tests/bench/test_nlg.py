@@ -151,6 +151,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path, capsys):
     assert f"cannot read {path}: No such file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_authors_texts_score_what_the_challenge_s_own_tool_gives_them(capsys):
     """BLEU and NIST of mteval-v13a-sig.pl, the rest of its COCO scripts with Stanford's tokenizer.
 

@@ -119,6 +119,7 @@ def test_glue_runs_to_the_scores_of_served_adapters(paper, tmp_path, monkeypatch
     assert rows["rte", "majority"]["valid"].keys() == {"accuracy"}
 
 
+@pytest.mark.slow
 def test_e2e_runs_to_the_scores_of_served_texts(paper, tmp_path, monkeypatch, tiny_folder):
     data = tmp_path / "data.csv"
     rows = [f'"name[{i}], area[{i}]",It is {i}.' for i in range(12) for _ in range(2)]

@@ -150,6 +150,7 @@ async def check_served(config, names, num_layers, start_server, tmp_path, monkey
     assert all(difference(row, base_row) > 50 * TOLERANCE for row in rows)
 
 
+@pytest.mark.slow
 async def test_red_and_red_pp_of_gpt2_medium_cut_to_two_layers(start_server, tmp_path, monkeypatch):
     from transformers import GPT2Config
 

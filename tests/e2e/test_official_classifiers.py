@@ -71,6 +71,7 @@ async def check_served(num_layers, start_server, tmp_path, monkeypatch):
             assert sum(got.scores) == pytest.approx(1)
 
 
+@pytest.mark.slow
 async def test_the_authors_classifiers_on_two_layers_of_roberta_base(
     start_server, tmp_path, monkeypatch
 ):
