@@ -62,13 +62,12 @@ def _gate_row(gate_up, out):
     width = out.size
     gate, up = gate_up[:width], gate_up[width:]
     # sigmoid(g) is 1 / (1 + e) for e = exp(-g), or e / (1 + e) for e = exp(g) left of zero: exp
-    # takes no positive argument. A loop of its own, as the compiler vectorises no longer one.
+    # takes no positive argument.
     for d in range(width):
-        out[d] = exp(min(gate[d], -gate[d]))
-    for d in range(width):
-        e = out[d]
-        top = np.float32(1.0) if gate[d] >= 0 else e
-        out[d] = gate[d] * (top / (np.float32(1.0) + e)) * up[d]
+        g = gate[d]
+        e = exp(min(g, -g))
+        top = np.float32(1.0) if g >= 0 else e
+        out[d] = g * (top / (np.float32(1.0) + e)) * up[d]
 
 
 @compiled
