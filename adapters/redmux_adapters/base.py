@@ -1,5 +1,6 @@
 """Load a frozen base model and its tokenizer: a folder, a GGUF file, a hub id or the default."""
 
+import gc
 import hashlib
 import importlib.util
 import logging
@@ -128,6 +129,7 @@ def _gguf_folder(path: Path) -> Path:
         return folder
     logger.info("converting %s for first use, this takes a moment", path.name)
     _convert_gguf(path, folder)
+    gc.collect()  # the converted model is part of cycles: half a GB would stay for a while
     return folder
 
 

@@ -169,3 +169,23 @@ async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anyth
         code, text = await server.ended()
     assert code == 1
     assert text == "redmux serve: unknown environment variable REDMUX_THREAD\n"
+
+
+async def test_garbage_is_collected_once_it_serves_and_not_before(serve, tmp_path):
+    """A start makes half a million objects that stay; looking through them would take a second."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import gc, sys\n"
+        "def tell(phase, info):\n"
+        "    print(phase, info['generation'], 'torch' in sys.modules, file=sys.stderr)\n"
+        "gc.callbacks.append(tell)\n"
+    )
+    async with serve(PYTHONPATH=str(tmp_path)) as server:
+        target = await server.ready()
+        async with AsyncClient(target) as client:
+            await asyncio.gather(*(client.generate("abc", max_tokens=8) for _ in range(100)))
+        server.process.send_signal(signal.SIGTERM)
+        _, text = await server.ended()
+    starting = "".join(server.lines)
+    assert "start 0 False" in starting
+    assert "start 0 True" not in starting
+    assert "start 0 True" in text.removeprefix(starting)

@@ -40,7 +40,7 @@ def on_device(monkeypatch, graphs):
     """Makes servers start as on a GPU, with this attention."""
 
     def use(attention):
-        monkeypatch.setattr(load, "_on_cpu", load._on_device)
+        monkeypatch.setattr(load, "_on_cpu", lambda *parts: load._on_device(*parts[:4]))
         monkeypatch.setattr(device_runtime, "CudaCapture", lambda: FakeCapture(graphs))
         monkeypatch.setattr(device_runtime, "choose_attention", lambda *_: (attention, REASON))
 

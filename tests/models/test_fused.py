@@ -13,6 +13,7 @@ from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models import load
 from redmux_server.models.fused import FusedDecoder, why_not_fusable
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.reservation import Reservation
 from redmux_server.models.runner import TransformersDecoder
 
 SHAPE = {
@@ -43,7 +44,8 @@ def family(request, tmp_path_factory):
     plain.save_pretrained(folder)
     threads = torch.get_num_threads()
     server = ServerConfig(model=str(folder), kv_cache_tokens=1024)
-    loaded = load.load_causal(server, choose(server))
+    choices = choose(server)
+    loaded = load.load_causal(server, choices, Reservation(folder, choices))
     torch.set_num_threads(threads)
     return plain, loaded, with_layer_norms(editable_sites(plain))
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from redmux.errors import FailedPreconditionError
-from redmux_adapters import Adapter, Edit, Head, HeadConfig
-from redmux_adapters.sites import LAYER_NORM
+from redmux_adapters import Adapter, Head, HeadConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import Pooling, Read, Reading, Request, SamplingParams, Work
 from redmux_server.models.encoder_runner import EncoderRunner
 from redmux_server.models.heads import Heads
+from redmux_server.models.selfcheck import random_edits
 
 _LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
 # Largest difference to the plain model, relative to the largest hidden state.
@@ -120,17 +120,11 @@ class EncoderCheck:
 
 
 def _random_adapter(sites: Mapping[str, int], hidden_size: int, seed: int) -> Adapter:
-    """Returns one with a LayerNorm behind every edit for odd seeds, without any for even ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    edits = {
-        site: Edit(1 + 0.3 * randn(dim), 0.1 * randn(dim))
-        for site, dim in sites.items()
-        if seed % 2 or not site.endswith(LAYER_NORM)
-    }
     # Two numbers of labels, so that some of the check's heads share a product.
     labels = [str(i) for i in range(2 + seed % 2)]
     tensors = {
@@ -140,4 +134,4 @@ def _random_adapter(sites: Mapping[str, int], hidden_size: int, seed: int) -> Ad
         "out_proj.bias": randn(len(labels)),
     }
     head = Head(HeadConfig("roberta", labels, "single_label_classification"), tensors)
-    return Adapter(base_fingerprint="self-check", edits=edits, head=head)
+    return Adapter(base_fingerprint="self-check", edits=random_edits(sites, seed), head=head)

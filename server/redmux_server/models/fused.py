@@ -168,8 +168,8 @@ class FusedDecoder:
         )  # fmt: skip
 
 
-def pack(model: Any, precision: str = "fp32") -> Packing:
-    """Returns a copy of the products of all layers, then of the head.
+def pack(model: Any, precision: str = "fp32", room: Packing | None = None) -> Packing:
+    """Returns a copy of the products of all layers, then of the head, in `room` if that fits.
 
     Raises FailedPreconditionError if this CPU has no products of `precision`.
     """
@@ -179,7 +179,10 @@ def pack(model: Any, precision: str = "fp32") -> Packing:
         groups += [(m.gate_proj, m.up_proj), (m.down_proj,)]
     groups.append((model.lm_head,))
     shapes = [(sum(x.out_features for x in group), group[0].in_features) for group in groups]
-    packing = Packing(shapes, precision)
+    if room is not None and (room.precision, [*room.shapes]) == (precision, shapes):
+        packing = room
+    else:
+        packing = Packing(shapes, precision)
     for i, group in enumerate(groups):
         packing.fill(i, *joined(*group))
     return packing

@@ -27,6 +27,7 @@ from redmux_server.models.kvcache import KVCache, LayerShape, NumbaKVCache, Torc
 from redmux_server.models.packed_linear import PackedLinear, Packing
 from redmux_server.models.paged_attention import BLOCK
 from redmux_server.models.phases import counters_of
+from redmux_server.models.reservation import Reservation
 from redmux_server.models.runner import CachedRunner, CausalRunner, Decoder, TransformersDecoder
 from redmux_server.models.selfcheck import (
     ROUNDED_TOLERANCE,
@@ -75,8 +76,12 @@ class BaseModel:
     decoder_start: int | None = None  # of an encoder-decoder: what its decoder starts with
 
 
-def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
+def load_causal(
+    config: ServerConfig, choices: Choices, reservation: Reservation | None = None
+) -> BaseModel:
     """Returns the configured model, loaded, accelerated and checked against its plain self.
+
+    `reservation` is of memory for this model's weights.
 
     Raises InvalidArgumentError if it cannot be found and FailedPreconditionError if its
     architecture cannot be served rightly.
@@ -86,8 +91,10 @@ def load_causal(config: ServerConfig, choices: Choices) -> BaseModel:
     identity = fingerprint(model)
     sites = with_layer_norms(editable_sites(model))
     vocab_size = model.get_input_embeddings().weight.shape[0]
-    prepare = _on_cpu if choices.device.type == "cpu" else _on_device
-    parts = prepare(config, choices, model, sites)
+    if choices.device.type == "cpu":
+        parts = _on_cpu(config, choices, model, sites, reservation)
+    else:
+        parts = _on_device(config, choices, model, sites)
     block_bytes = parts.runner.cache.block_size * parts.kv_bytes_per_token
     max_idle = _max_idle(config, choices.device, block_bytes)
     reasons = [
@@ -134,8 +141,11 @@ class _Parts:
     reasons: Sequence[str]
 
 
-def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int]) -> _Parts:
-    packing, expected = _pack_and_run(model, choices)
+def _on_cpu(
+    config: ServerConfig, choices: Choices, model: Any, sites: Mapping[str, int],
+    reservation: Reservation | None,
+) -> _Parts:  # fmt: skip
+    packing, expected = _pack_and_run(model, choices, reservation)
     shapes, rules = discover(model)
     limit = context_limit(model.config, rules)
     max_context, num_tokens = _context_and_cache(config, model, shapes, limit)
@@ -159,7 +169,9 @@ def _on_cpu(config: ServerConfig, choices: Choices, model: Any, sites: Mapping[s
     )  # fmt: skip
 
 
-def _pack_and_run(model: Any, choices: Choices) -> tuple[Packing | None, Reference]:
+def _pack_and_run(
+    model: Any, choices: Choices, reservation: Reservation | None
+) -> tuple[Packing | None, Reference]:
     """Returns the model's products packed, None for a model that is not fused, and its logits.
 
     Both at once: reading weights that lie on disk and finding memory for others is mostly waiting.
@@ -169,7 +181,7 @@ def _pack_and_run(model: Any, choices: Choices) -> tuple[Packing | None, Referen
 
     def packed() -> Packing:
         counters_of(1, 1)  # at the first call of a kernel numba reads its tables, half a second
-        return pack(model)
+        return pack(model, room=reservation.take() if reservation else None)
 
     with ThreadPoolExecutor(1, "packing") as thread:
         packing = thread.submit(packed)

@@ -10,13 +10,11 @@ from torch import Tensor
 from redmux.errors import FailedPreconditionError
 from redmux_adapters import (
     Adapter,
-    Edit,
     editable_sites,
     fingerprint,
     load_seq2seq_base,
     with_layer_norms,
 )
-from redmux_adapters.sites import LAYER_NORM
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
@@ -26,6 +24,7 @@ from redmux_server.models.editing import Editing
 from redmux_server.models.load import BaseModel
 from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.selfcheck import random_edits
 from redmux_server.models.seq2seq_runner import Seq2SeqRunner
 from redmux_server.models.t5 import T5
 from redmux_server.models.text import TextCodec
@@ -148,7 +147,7 @@ def _check(
             f"the packed engine differs from the plain model by {error:.1e} relative to the "
             f"largest logit (allowed: {_TOLERANCE:g}): this model cannot be served"
         )
-    adapters = [_random_adapter(sites, seed) for seed in range(2)]
+    adapters = [Adapter("self-check", random_edits(sites, seed)) for seed in range(2)]
     jobs = [(ids, [None, *adapters][i % 3]) for i, ids in enumerate(sources)]
     mixed = run(jobs)
     same = all(torch.equal(run([job])[0], row) for job, row in zip(jobs, mixed, strict=True))
@@ -161,17 +160,3 @@ def _request(source: list[int], start: int, adapter: Adapter | None) -> Request:
         prompt_ids=[start], max_tokens=2, sampling=SamplingParams(), stop_token_ids=frozenset(),
         tenant="", adapter=adapter, logprobs=False, sink=lambda event: None, source_ids=source,
     )  # fmt: skip
-
-
-def _random_adapter(sites: dict[str, int], seed: int) -> Adapter:
-    """Returns one with a LayerNorm behind every edit for odd seeds, without any for even ones."""
-    generator = torch.Generator().manual_seed(seed)
-    edits = {
-        site: Edit(
-            1 + 0.3 * torch.randn(dim, generator=generator),
-            0.1 * torch.randn(dim, generator=generator),
-        )
-        for site, dim in sites.items()
-        if seed % 2 or not site.endswith(LAYER_NORM)
-    }
-    return Adapter(base_fingerprint="self-check", edits=edits)
