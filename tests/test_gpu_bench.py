@@ -10,7 +10,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "bench" / "gpu"
-MODULES = ("run", "checks", "timings", "products", "beside", "rig")
+MODULES = ("run", "checks", "timings", "products", "beside", "rig", "served")
 
 
 @pytest.fixture
@@ -41,6 +41,15 @@ def test_every_part_runs_on_a_tiny_model(run, tmp_path, capsys):
     assert [row["tokens"] for row in prefills] == [24, 96]
     assert reasons[0].startswith("attention: ")
     assert "failed: none" in capsys.readouterr().out
+
+
+@pytest.mark.slow  # two processes start
+def test_the_server_runs_beside_its_engine(run):
+    served = sys.modules["served"]
+    rows = served.front_end("tiny", torch.device("cpu"), torch.float32, smoke=True)
+    assert [row["streams"] for row in rows] == [4]
+    assert rows[0]["engine_tokens_per_s"] > 0
+    assert rows[0]["wire_tokens_per_s"] > 0
 
 
 def test_a_part_that_fails_is_reported_and_the_others_still_run(run, monkeypatch, tmp_path, capsys):

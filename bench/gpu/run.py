@@ -26,6 +26,7 @@ if importlib.util.find_spec("redmux") is None:  # run from a checkout that is no
 import beside  # noqa: E402
 import checks  # noqa: E402
 import products  # noqa: E402
+import served  # noqa: E402
 import timings  # noqa: E402
 import torch  # noqa: E402
 
@@ -93,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--shapes", nargs="+", default=["1b", "8b"], choices=["1b", "8b"])
     parser.add_argument("--no-peers", action="store_true", help="leave PEFT and vLLM out")
+    parser.add_argument(
+        "--served", action="store_true", help="also time the server through gRPC (extra: bench)"
+    )
     args = parser.parse_args(argv)
     if not args.cpu_smoke and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --cpu-smoke tries the script on the CPU")
@@ -106,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_timings(report, device, shapes, args.cpu_smoke)
         if not args.no_peers:
             run_peers(report, device, shapes, args.cpu_smoke)
+        if args.served:
+            run_served(report, device, shapes[0], args.cpu_smoke)
     if args.out:
         args.out.write_text(json.dumps(report.parts, indent=1, default=str) + "\n")
     print(f"\n{len(report.parts)} parts, failed: {', '.join(report.failed) or 'none'}")
@@ -191,6 +197,13 @@ def run_peers(report: Report, device: torch.device, shapes: Sequence[str], smoke
             f"time: vLLM, {shape}",
             lambda shape=shape: beside.vllm_base(shape, device, dtype),
         )
+
+
+def run_served(report: Report, device: torch.device, shape: str, smoke: bool) -> None:
+    dtype = torch.float32 if smoke else torch.bfloat16
+    report.part(
+        f"time: served, {shape}", lambda: served.front_end(shape, device, dtype, smoke=smoke)
+    )
 
 
 if __name__ == "__main__":
