@@ -63,7 +63,7 @@ def test_a_model_is_packed_into_the_room(tmp_path, count_shapes):
     assert np.array_equal(*panels)
 
 
-def test_room_of_another_size_is_not_used(tmp_path, count_shapes):
+def test_room_of_another_size_is_not_used(tmp_path):
     """A config may say another size than the weights have."""
     folder = save(tmp_path)
     room = Packing([(8, 8)])

@@ -15,7 +15,7 @@ from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import Pooling, Read, Reading, Request, SamplingParams, Work
 from redmux_server.models.encoder_runner import EncoderRunner
 from redmux_server.models.heads import Heads
-from redmux_server.models.selfcheck import random_edits
+from redmux_server.models.selfcheck import random_edits, relative_error
 
 _LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
 # Largest difference to the plain model, relative to the largest hidden state.
@@ -79,7 +79,7 @@ class EncoderCheck:
         works = [self._work(prompt, None) for prompt in expected.prompts]
         largest = 0.0
         for got, want in zip(self._runner.hidden(works), expected.states, strict=True):
-            error = float((got - want).abs().max() / want.abs().max())
+            error = relative_error(got, want)
             largest = max(largest, error)
             if not error < _TOLERANCE[self._dtype]:
                 raise FailedPreconditionError(

@@ -179,7 +179,7 @@ def pack(model: Any, precision: str = "fp32", room: Packing | None = None) -> Pa
         groups += [(m.gate_proj, m.up_proj), (m.down_proj,)]
     groups.append((model.lm_head,))
     shapes = [(sum(x.out_features for x in group), group[0].in_features) for group in groups]
-    if room is not None and (room.precision, [*room.shapes]) == (precision, shapes):
+    if room is not None and (room.precision, room.shapes) == (precision, shapes):
         packing = room
     else:
         packing = Packing(shapes, precision)

@@ -24,7 +24,7 @@ from redmux_server.models.editing import Editing
 from redmux_server.models.load import BaseModel
 from redmux_server.models.packed_linear import PackedLinear
 from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.selfcheck import random_edits
+from redmux_server.models.selfcheck import random_edits, relative_error
 from redmux_server.models.seq2seq_runner import Seq2SeqRunner
 from redmux_server.models.t5 import T5
 from redmux_server.models.text import TextCodec
@@ -141,7 +141,7 @@ def _check(
     sources = _sources(model)
     error = 0.0
     for row, want in zip(run([(ids, None) for ids in sources]), expected, strict=True):
-        error = max(error, float((row - want).abs().max() / want.abs().max()))
+        error = max(error, relative_error(row, want))
     if not error < _TOLERANCE:
         raise FailedPreconditionError(
             f"the packed engine differs from the plain model by {error:.1e} relative to the "

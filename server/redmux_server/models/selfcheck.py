@@ -66,7 +66,7 @@ def reference(model: Any) -> Reference:
     # A pass over few tokens is mostly reading the weights, so all prompts but the longest share
     # one: padding behind a prompt changes nothing in it.
     long = lengths.index(max(lengths))
-    found: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in ([long], [i for i in range(len(prompts)) if i != long]):
         width = max(lengths[i] for i in batch) + 1
         ids = [prompts[i] + [_NEXT_TOKEN] * (width - lengths[i]) for i in batch]
@@ -78,13 +78,13 @@ def reference(model: Any) -> Reference:
         ).logits
         for i, row in zip(batch, rows, strict=True):
             at = ends.index(lengths[i] - 1)
-            found[i] = row[at : at + 2]
-    both = [found[i] for i in range(len(prompts))]
-    return Reference(prompts, [last for last, _ in both], [following for _, following in both])
+            found[i] = row[at], row[at + 1]
+    logits, next_logits = zip(*(found[i] for i in range(len(prompts))), strict=True)
+    return Reference(prompts, logits, next_logits)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Returns the largest difference of logits relative to the largest of `want`, NaN for NaN."""
+    """Returns the largest difference relative to the largest of `want`, NaN for NaN."""
     return float((got - want).abs().max() / want.abs().max())
 
 
