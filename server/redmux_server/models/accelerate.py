@@ -46,6 +46,21 @@ def pack_linears(model: nn.Module, precision: str = "fp32") -> int:
     return count
 
 
+def computes_in_torch(model: nn.Module) -> bool:
+    """Whether some matrix product of the model is torch's, and so needs torch's threads.
+
+    Where none is, torch should have one thread. It cuts an activation into as many pieces as it
+    has threads and computes the last elements of a piece in another way than the others, so with
+    several threads a row's bits depend on the number of rows.
+    """
+    return any(
+        parameter.dim() > 1
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
 def unmap(model: nn.Module) -> None:
     """Lets go of the file that a model was mapped from, copying what is left of it."""
     for parameter in model.parameters():

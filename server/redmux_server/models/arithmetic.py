@@ -4,16 +4,27 @@ Each output element is one fixed chain of operations, so a result does not depen
 rows are computed with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-_FEATURES = llvmlite.binding.get_host_cpu_features()
+
+def _features() -> Mapping[str, bool]:
+    """Returns what kernels may use: what NUMBA_CPU_FEATURES grants, else what this CPU has."""
+    granted = numba.config.CPU_FEATURES
+    if granted is None:
+        host: Mapping[str, bool] = llvmlite.binding.get_host_cpu_features()
+        return host
+    return {name[1:]: name[0] == "+" for name in granted.split(",")}
+
+
+_FEATURES = _features()
 _HAS_AVX512 = _FEATURES.get("avx512f", False)
 HAS_VNNI = _HAS_AVX512 and _FEATURES.get("avx512vnni", False)
 HAS_BF16 = _HAS_AVX512 and _FEATURES.get("avx512bf16", False)

@@ -1,5 +1,6 @@
 """Prove at start that packed sequences give what the plain encoder gives, alone and mixed."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from redmux.errors import FailedPreconditionError
 from redmux_adapters import Adapter, Head, HeadConfig
+from redmux_adapters.head import KINDS
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.reading import Reader
@@ -17,6 +19,7 @@ from redmux_server.models.encoder_runner import EncoderRunner
 from redmux_server.models.heads import Heads
 from redmux_server.models.selfcheck import random_edits, relative_error
 
+_NUM_OWNED = 21  # rows that heads are tried on
 _LENGTHS = (5, 13, 120, 21, 2)  # together long enough for torch to split work over threads
 # Largest difference to the plain model, relative to the largest hidden state.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -62,9 +65,10 @@ class EncoderCheck:
         )  # fmt: skip
         self._runner = make_runner(self._bank)
         self._runner.enter_thread()
+        self._heads = heads
         self._reader = Reader(heads)
         self._sites = sites
-        self._dtype = choices.dtype
+        self._device, self._dtype = choices.device, choices.dtype
 
     def close(self) -> None:
         """Makes the model forget the check's adapters."""
@@ -90,16 +94,40 @@ class EncoderCheck:
         return largest
 
     def is_bit_identical(self, expected: Reference, hidden_size: int) -> bool:
-        """Whether vectors and logits have the same bits alone and mixed with other adapters."""
+        """Whether what any door gives has the same bits alone and in several mixes of adapters.
+
+        Doors are the poolings of vectors and the heads of classifiers, of every kind.
+        """
+        everyone = range(len(expected.prompts))
+        kinds = itertools.cycle(self._heads.kinds)
         works = [
-            self._work(prompt, _random_adapter(self._sites, hidden_size, seed))
-            for seed, prompt in enumerate(expected.prompts)
+            self._work(expected.prompts[i], _random_adapter(self._sites, hidden_size, i, kind))
+            for i, kind in zip(everyone, kinds, strict=False)
         ]
-        return all(
-            [values for work in works for values in self._read([work], pooling)]
-            == self._read(works, pooling)
-            for pooling in (Pooling.MEAN, None)
+        alone = [values for i in everyone for values in self._read([works[i]])]
+        mixes = [everyone, everyone[::-1], *itertools.pairwise(everyone)]
+        return self._heads_are_exact(hidden_size) and all(
+            self._read([works[i] for i in mix]) == [alone[i] for i in mix] for mix in mixes
         )
+
+    def _heads_are_exact(self, hidden_size: int) -> bool:
+        """Whether heads of several owners give each row its bits, in any order and number."""
+        generator = torch.Generator().manual_seed(0)
+        heads = [
+            _random_head(hidden_size, seed, kind) for seed, kind in enumerate(self._heads.kinds * 2)
+        ]
+        owners = [heads[i * i % len(heads)] for i in range(_NUM_OWNED)]
+        states = [
+            torch.randn(1 + i % 3, hidden_size, generator=generator).to(self._device, self._dtype)
+            for i in range(_NUM_OWNED)
+        ]
+        alone = [self._heads.logits([h], [s])[0] for h, s in zip(owners, states, strict=True)]
+        for count in (2, 9, _NUM_OWNED):
+            order = torch.randperm(_NUM_OWNED, generator=generator)[:count].tolist()
+            mixed = self._heads.logits([owners[i] for i in order], [states[i] for i in order])
+            if not all(torch.equal(got, alone[i]) for got, i in zip(mixed, order, strict=True)):
+                return False
+        return True
 
     def _work(self, prompt: list[int], adapter: Adapter | None) -> Work:
         request = Request(
@@ -111,27 +139,32 @@ class EncoderCheck:
             request.slot = self._bank.acquire(adapter.digest, adapter.edits)
         return Work(request, len(prompt))
 
-    def _read(self, works: Sequence[Work], pooling: Pooling | None) -> list[Sequence[float]]:
+    @torch.inference_mode()
+    def _read(self, works: Sequence[Work]) -> list[list[Sequence[float]]]:
+        """Returns, of each request, what every door gives for the hidden states of one step."""
         requests = [work.request for work in works]
-        for request in requests:
-            request.reading = Reading(pooling)
-        read = self._reader.read(requests, self._runner.hidden(works))
-        return [result.values if isinstance(result, Read) else () for result in read]
+        states = self._runner.hidden(works)
+        doors = []
+        for pooling in (*Pooling, None):
+            for request in requests:
+                request.reading = Reading(pooling)
+            read = self._reader.read(requests, states)
+            doors.append([result.values if isinstance(result, Read) else () for result in read])
+        return [list(values) for values in zip(*doors, strict=True)]
 
 
-def _random_adapter(sites: Mapping[str, int], hidden_size: int, seed: int) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    # Two numbers of labels, so that some of the check's heads share a product.
-    labels = [str(i) for i in range(2 + seed % 2)]
-    tensors = {
-        "dense.weight": randn(hidden_size, hidden_size) / hidden_size**0.5,
-        "dense.bias": randn(hidden_size),
-        "out_proj.weight": randn(len(labels), hidden_size) / hidden_size**0.5,
-        "out_proj.bias": randn(len(labels)),
-    }
-    head = Head(HeadConfig("roberta", labels, "single_label_classification"), tensors)
+def _random_adapter(sites: Mapping[str, int], hidden_size: int, seed: int, kind: str) -> Adapter:
+    head = _random_head(hidden_size, seed, kind)
     return Adapter(base_fingerprint="self-check", edits=random_edits(sites, seed), head=head)
+
+
+def _random_head(hidden_size: int, seed: int, kind: str) -> Head:
+    generator = torch.Generator().manual_seed(seed)
+    labels = [str(i) for i in range(2 + seed % 2)]
+    sizes = {"h": hidden_size, "l": len(labels)}
+    tensors = {
+        name: torch.randn(*(sizes[letter] for letter in letters), generator=generator)
+        / hidden_size**0.5
+        for name, letters in KINDS[kind].items()
+    }
+    return Head(HeadConfig(kind, labels, "single_label_classification"), tensors)

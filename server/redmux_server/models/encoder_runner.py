@@ -9,6 +9,7 @@ from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.request import Work
+from redmux_server.models.accelerate import computes_in_torch
 from redmux_server.models.editing import Editing, StepRows
 from redmux_server.models.packed_sequences import PackedSequences
 
@@ -33,7 +34,7 @@ class EncoderRunner:
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(self._num_threads if computes_in_torch(self._model) else 1)
         numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
 
     def forget_sites(self) -> None:

@@ -1,17 +1,20 @@
-"""The classification heads of a batch, each of them an adapter's own, in batched products."""
+"""The classification heads of a batch, each of them an adapter's own."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from numba import prange
+from torch import Tensor
 
-from redmux_adapters import Head, HeadConfig
+from redmux_adapters import Head
 from redmux_adapters.head import KINDS
+from redmux_server.models.compiled import compiled
+from redmux_server.models.folds import dot
 
-# Rows of one batch element. A product of this shape gives a row the same bits wherever it stands
-# and however many there are; one that fits the number of requests would not.
-_ROWS = 8
 # The layer before the one that puts out the labels, if the head brings it, and what follows it.
 _HIDDEN: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "roberta": ("dense", torch.tanh),
@@ -25,16 +28,15 @@ _OUTPUT = {
 
 
 class Heads:
-    """Applies heads in fp32, those of one kind and number of labels in one batched product.
+    """Applies heads in fp32 on the CPU, where their weights are, whatever the device of the model.
 
-    Requests with the same head share its weights, up to eight to a copy.
+    Requests with the same head share a pass over its weights. Every value is a sum in one fixed
+    order, so a request's logits have the same bits in any company.
     """
 
-    def __init__(self, hidden_size: int, pooler: nn.Module | None, device: torch.device) -> None:
-        """`pooler` is the base model's own, which heads of kind "bert" stand on."""
-        self._hidden_size = hidden_size
+    def __init__(self, pooler: Any) -> None:
+        """`pooler` is the base model's own, which heads of kind "bert" stand on; None for none."""
         self._pooler = pooler
-        self._device = device
 
     @property
     def kinds(self) -> list[str]:
@@ -46,56 +48,53 @@ class Heads:
 
         `heads` holds the head of each request.
         """
-        groups: dict[tuple[str, int], list[int]] = {}
+        rows_of: dict[int, list[int]] = {}
         for i, head in enumerate(heads):
-            groups.setdefault(_shape(head.config), []).append(i)
+            rows_of.setdefault(id(head), []).append(i)
         found: dict[int, Tensor] = {}
-        for (kind, _), rows in groups.items():
-            pooled = torch.stack([_pooled(kind, states[i]) for i in rows])
-            logits = self._apply(kind, [heads[i] for i in rows], pooled)
-            found.update(zip(rows, logits, strict=True))
+        for rows in rows_of.values():
+            head = heads[rows[0]]
+            pooled = torch.stack([_pooled(head.config.kind, states[i]) for i in rows])
+            found.update(zip(rows, self._apply(head, pooled), strict=True))
         return [found[i] for i in range(len(heads))]
 
-    def _apply(self, kind: str, heads: Sequence[Head], pooled: Tensor) -> list[Tensor]:
+    def _apply(self, head: Head, pooled: Tensor) -> Tensor:
+        """Returns the logits [rows, labels] of rows [rows, hidden] by one head."""
+        kind = head.config.kind
         if kind == "bert":
             assert self._pooler is not None, "see `kinds`"
-            pooled = self._pooler(pooled[:, None])  # it takes sequences, and their first tokens
-        slabs = _slabs(heads)
-        x = torch.zeros(len(slabs), _ROWS, self._hidden_size, device=self._device)
-        for slab, rows in enumerate(slabs):
-            x[slab, : len(rows)] = pooled[rows].float()
-        distinct = [heads[rows[0]] for rows in slabs]
+            pooled = _by_row(self._pooler.activation, self._pooler.dense(pooled))
+        x = pooled.float().cpu()
         if kind in _HIDDEN:
             name, activation = _HIDDEN[kind]
-            x = activation(self._product(distinct, name, x))
-        x = self._product(distinct, _OUTPUT[kind], x)
-        places = {i: (slab, row) for slab, rows in enumerate(slabs) for row, i in enumerate(rows)}
-        return [x[places[i]] for i in range(len(heads))]
-
-    def _product(self, heads: Sequence[Head], name: str, x: Tensor) -> Tensor:
-        """Returns [slabs, rows, out] of x [slabs, rows, in], each slab by its own head's layer."""
-        weight, bias = (
-            torch.stack([head.tensors[f"{name}.{part}"] for head in heads]).to(self._device)
-            for part in ("weight", "bias")
-        )
-        return torch.bmm(x, weight.transpose(1, 2)) + bias[:, None]
+            x = _by_row(activation, _product(head, name, x))
+        return _product(head, _OUTPUT[kind], x)
 
 
 def _pooled(kind: str, states: Tensor) -> Tensor:
     return states.mean(0) if kind == "mean" else states[0]
 
 
-def _shape(config: HeadConfig) -> tuple[str, int]:
-    return config.kind, len(config.labels)
+def _by_row(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    # Of several rows at once torch computes the last elements in another way than the others.
+    return torch.stack([activation(row) for row in x])
 
 
-def _slabs(heads: Sequence[Head]) -> list[list[int]]:
-    """Returns the indices of the requests of each slab, which all have the same head."""
-    rows_of: dict[int, list[int]] = {}
-    for i, head in enumerate(heads):
-        rows_of.setdefault(id(head), []).append(i)
-    return [
-        rows[start : start + _ROWS]
-        for rows in rows_of.values()
-        for start in range(0, len(rows), _ROWS)
-    ]
+def _product(head: Head, name: str, x: Tensor) -> Tensor:
+    """Returns [rows, out] of x [rows, in] by this layer of the head."""
+    weight, bias = (head.tensors[f"{name}.{part}"].numpy() for part in ("weight", "bias"))
+    out = np.empty((len(x), len(bias)), np.float32)
+    _multiply(numba.get_num_threads(), x.contiguous().numpy(), weight, bias, out)
+    return torch.from_numpy(out)
+
+
+@compiled(parallel=True)
+def _multiply(num_threads, x, weight, bias, out):  # type: ignore[no-untyped-def]
+    """Fills out = x @ weight.T + bias; threads share the outputs."""
+    num_outputs = len(weight)
+    for thread in prange(num_threads):
+        first = num_outputs * thread // num_threads
+        stop = num_outputs * (thread + 1) // num_threads
+        for o in range(first, stop):
+            for r in range(len(x)):
+                out[r, o] = dot(x[r], weight[o]) + bias[o]

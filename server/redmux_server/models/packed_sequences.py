@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redmux.errors import FailedPreconditionError
+from redmux_server.models.sequence_attention import NO_BIAS, attend
 
 _NAME = "redmux_packed"
 
@@ -17,13 +19,15 @@ _NAME = "redmux_packed"
 class PackedSequences:
     """Full attention inside each of the sequences that lie one behind the other in a step.
 
-    Each is computed at its exact length, so its result has the same bits whatever stands beside it.
+    Each is computed at its exact length. In fp32 on a CPU its result has the same bits whatever
+    stands beside it.
     """
 
     def __init__(self) -> None:
         self._starts: Sequence[int] = ()  # of each sequence, and the end of the last
         self.num_calls = 0
-        self.bias: Tensor | None = None  # [1, heads, longest, longest] added to the scores
+        # [heads, 2 * longest - 1] added to the scores by the distance of key and query
+        self.bias: Tensor | None = None
 
     @contextmanager
     def step(self, starts: Sequence[int]) -> Iterator[None]:
@@ -37,13 +41,29 @@ class PackedSequences:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Takes [1, heads, tokens, head size]; returns [1, tokens, heads, head size]."""
         self.num_calls += 1
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            return self._exact(query, key, value, scale)
         parts = []
         for start, stop in pairwise(self._starts):
             q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-            bias = None if self.bias is None else self.bias[..., : stop - start, : stop - start]
-            part = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+            part = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=self._mask(stop - start), scale=scale
+            )
             parts.append(part.transpose(1, 2))
         return torch.cat(parts, 1)
+
+    def _exact(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1).contiguous().numpy() for x in (query, key, value))
+        bias = NO_BIAS if self.bias is None else self.bias.numpy()
+        return torch.from_numpy(attend(q, k, v, np.array(self._starts), bias, scale))[None]
+
+    def _mask(self, length: int) -> Tensor | None:
+        """Returns the bias [1, heads, length, length] of one sequence."""
+        if self.bias is None:
+            return None
+        longest = self.bias.shape[1] // 2 + 1
+        windows = self.bias.unfold(1, length, 1)  # [heads, starts, length]
+        return windows[:, longest - length : longest].flip(1)[None]
 
 
 def attach_packed(model: Any, max_context: int) -> PackedSequences:
@@ -118,10 +138,11 @@ class _MPNetSelfAttention(nn.Module):
 
 @torch.inference_mode()
 def _attach_mpnet(model: Any, attention: PackedSequences, max_context: int) -> None:
-    """Its bias depends on the distance of two tokens, so one for the longest input holds all."""
+    """Its bias depends on the distance of two tokens alone."""
     encoder = model.encoder
     longest = torch.empty(1, max_context, 1, device=model.device)
-    attention.bias = encoder.compute_position_bias(longest).to(model.dtype)
+    bias = encoder.compute_position_bias(longest).to(model.dtype)[0]  # [heads, query, key]
+    attention.bias = torch.cat((bias[:, :, 0].flip(1)[:, :-1], bias[:, 0]), 1)
     encoder.compute_position_bias = lambda hidden_states: None
     for layer in encoder.layer:
         layer.attention.attn = _MPNetSelfAttention(layer.attention.attn, attention)

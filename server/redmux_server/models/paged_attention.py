@@ -100,7 +100,7 @@ def _store(k, v, keys, values, places, token, heads, layout, k_weight, eps, cos,
 
 
 @compiled
-def _softmax(scores, start, stop, scale, softcap):
+def softmax(scores, start, stop, scale, softcap):
     """Turns scores[start:stop] into weights and the rest into 0; returns 1 / the weights' sum.
 
     Folds run lane by lane over whole blocks, so their order depends on the position of a key alone.
@@ -189,7 +189,7 @@ def _attend_tile(
         for g in range(group):
             r = i * group + g
             row = scores[r * num_keys : (r + 1) * num_keys]
-            inverse[r] = _softmax(row, start - origin, stop - origin, scale, softcap)
+            inverse[r] = softmax(row, start - origin, stop - origin, scale, softcap)
     for i in range(lines * width):
         sums[i] = np.float32(0.0)
     # Keys that every row sees are walked once; the few others row by row, in the same order.
@@ -257,7 +257,7 @@ def _attend_token(
             )  # fmt: skip
     for i in range(lines):
         line = scores[i * num_keys : (i + 1) * num_keys]
-        inverse[i] = _softmax(line, start - origin, stop - origin, scale, softcap)
+        inverse[i] = softmax(line, start - origin, stop - origin, scale, softcap)
     for i in range(lines * width):
         sums[i] = np.float32(0.0)
     for p in range(num_blocks):

@@ -11,6 +11,7 @@ from torch import Tensor
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.engine import Runner
 from redmux_server.engine.request import Work
+from redmux_server.models.accelerate import computes_in_torch
 from redmux_server.models.editing import Editing, OwnedRows, SiteColumns, StepRows
 from redmux_server.models.kvcache import KVCache, Segment
 
@@ -18,8 +19,11 @@ from redmux_server.models.kvcache import KVCache, Segment
 class Decoder(Protocol):
     """A causal language model over the packed tokens of one step, whose segments are entered."""
 
-    computes_in_torch: bool  # whether its products are torch's, and need torch's threads
     reads_table: bool  # whether it takes OwnedRows, the bank's own table, instead of StepRows
+
+    @property
+    def computes_in_torch(self) -> bool:
+        """Whether some product is torch's: needs its threads, and may have other bits in a mix."""
 
     def __call__(
         self, ids: Tensor, positions: Tensor, last: Tensor,
@@ -53,12 +57,16 @@ class CachedRunner(Runner, Protocol):
 class TransformersDecoder:
     """The model as transformers runs it, with a hook at each edited site."""
 
-    computes_in_torch = True
     reads_table = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self.editing = Editing(model)
+
+    @property
+    def computes_in_torch(self) -> bool:
+        """See `Decoder`."""
+        return computes_in_torch(self._model)
 
     def forget_sites(self) -> None:
         """Takes the hooks off the model."""
@@ -116,7 +124,7 @@ class CausalRunner:
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
         # Where torch has nothing large to do, threads of its own would only wait for work, busily,
-        # on the cores that the kernels' threads need.
+        # on the cores that the kernels' threads need, and cost a row its bits.
         torch.set_num_threads(self._num_threads if self._decoder.computes_in_torch else 1)
         numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
 

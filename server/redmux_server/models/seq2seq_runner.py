@@ -30,7 +30,7 @@ class Seq2SeqRunner:
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(1)  # every product is ours: see `computes_in_torch`
         numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
 
     @torch.inference_mode()

@@ -4,19 +4,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from redmux_server.models.sequence_attention import NO_BIAS, Panels, attend
+from redmux_server.models.vector import Array
+
+_SCALE = 1.0  # T5 scales its weights instead
 
 
 @dataclass(frozen=True, slots=True)
 class SourceState:
     """What one request keeps: its source for the cross-attention, and its own past.
 
-    Keys and values are [heads, length, head_dim], one per layer of the decoder.
+    One of each per layer of the decoder.
     """
 
-    cross: Sequence[tuple[Tensor, Tensor]]
-    past: Sequence[tuple[Tensor, Tensor]]  # as long as the request can ever be
+    length: int  # tokens of the source
+    cross: Sequence[Panels]
+    past: Sequence[Panels]  # as long as the request can ever be
 
 
 class T5:
@@ -35,6 +42,7 @@ class T5:
         self._edit = edit
         self._heads: int = model.config.num_heads
         self._size: int = model.config.d_kv
+        self._biases: dict[str, Array] = {}  # of encoder and decoder, as `attend` takes them
 
     @property
     def num_layers(self) -> int:
@@ -47,27 +55,29 @@ class T5:
         Returns what each request keeps, with room for so many tokens of the decoder.
         """
         encoder = self._model.encoder
-        bias = encoder.block[0].layer[0].SelfAttention
-        biases = [bias.compute_bias(n, n)[0] for n in lengths]  # [heads, n, n]
+        bias = self._bias("encoder", max(lengths))
+        starts = np.cumsum([0, *lengths])
         h = encoder.embed_tokens(ids)
         for i, block in enumerate(encoder.block):
             attention, feed = block.layer
             path = f"encoder.block.{i}.layer"
             x = attention.layer_norm(h)
             module = attention.SelfAttention
-            q, k, v = (self._split(linear(x), lengths) for linear in (module.q, module.k, module.v))
-            h = self._edit(f"{path}.0", h + module.o(self._join(map(_attend, q, k, v, biases))))
+            q, k, v = (self._split(linear(x)) for linear in (module.q, module.k, module.v))
+            mixed = self._join(attend(q, k, v, starts, bias, _SCALE))
+            h = self._edit(f"{path}.0", h + module.o(mixed))
             h = self._edit(f"{path}.1", h + _feed(feed, h))
         h = encoder.final_layer_norm(h)
-        cross = []
-        for block in self._model.decoder.block:
-            module = block.layer[1].EncDecAttention
-            keys, values = (self._split(linear(h), lengths) for linear in (module.k, module.v))
-            cross.append([*zip(keys, values, strict=True)])
-        return [
-            SourceState([layer[i] for layer in cross], [self._empty(n) for _ in cross])
-            for i, n in enumerate(room)
+        states = [
+            SourceState(n, self._panels(n), self._panels(m))
+            for n, m in zip(lengths, room, strict=True)
         ]
+        for i, block in enumerate(self._model.decoder.block):
+            module = block.layer[1].EncDecAttention
+            keys, values = (self._split(linear(h)) for linear in (module.k, module.v))
+            for state, start, stop in zip(states, starts, starts[1:], strict=False):
+                state.cross[i].store(0, keys[start:stop], values[start:stop])
+        return states
 
     def decode(
         self, ids: Tensor, positions: Sequence[int], states: Sequence[SourceState],
@@ -78,26 +88,25 @@ class T5:
         Each has the state of its request; those of one request follow each other.
         """
         decoder = self._model.decoder
-        ones = [1] * len(states)
-        bias = decoder.block[0].layer[0].SelfAttention
-        biases = [bias.compute_bias(1, p + 1, past_seen_tokens=p)[0] for p in positions]
+        bias = self._bias("decoder", max(positions) + 1)
         h = decoder.embed_tokens(ids)
         for i, block in enumerate(decoder.block):
             attention, crossing, feed = block.layer
             path = f"decoder.block.{i}.layer"
             module = attention.SelfAttention
             x = attention.layer_norm(h)
-            q, k, v = (self._split(linear(x), ones) for linear in (module.q, module.k, module.v))
-            outs = []
+            q, k, v = (self._split(linear(x)) for linear in (module.q, module.k, module.v))
+            outs = np.empty_like(q)
             for r, (position, state) in enumerate(zip(positions, states, strict=True)):
-                keys, values = state.past[i]
-                keys[:, position], values[:, position] = k[r][:, 0], v[r][:, 0]
-                stop = position + 1
-                outs.append(_attend(q[r], keys[:, :stop], values[:, :stop], biases[r]))
+                row, past = slice(r, r + 1), state.past[i]
+                past.store(position, k[row], v[row])
+                outs[row] = past.attend(q[row], position + 1, bias, position, _SCALE)
             h = self._edit(f"{path}.0", h + module.o(self._join(outs)))
             module = crossing.EncDecAttention
-            q = self._split(module.q(crossing.layer_norm(h)), ones)
-            outs = [_attend(q[r], *state.cross[i], None) for r, state in enumerate(states)]
+            q = self._split(module.q(crossing.layer_norm(h)))
+            for r, state in enumerate(states):
+                row = slice(r, r + 1)
+                outs[row] = state.cross[i].attend(q[row], state.length, NO_BIAS, 0, _SCALE)
             h = self._edit(f"{path}.1", h + module.o(self._join(outs)))
             h = self._edit(f"{path}.2", h + _feed(feed, h))
         h = decoder.final_layer_norm(h[list(wanted)])
@@ -106,27 +115,30 @@ class T5:
         logits: Tensor = self._model.lm_head(h)
         return logits
 
-    def _empty(self, length: int) -> tuple[Tensor, Tensor]:
-        keys, values = torch.zeros(2, self._heads, length, self._size)
-        return keys, values
+    def _panels(self, length: int) -> list[Panels]:
+        """Returns room for the keys and values of so many tokens in every layer of the decoder."""
+        return [Panels(self._heads, self._size, length) for _ in range(self.num_layers)]
 
-    def _split(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-        """Returns [heads, length, head_dim] of each sequence in x [tokens, heads * head_dim]."""
-        heads = x.view(len(x), self._heads, self._size).transpose(0, 1)
-        return list(torch.split(heads, list(lengths), 1))
+    def _bias(self, stack: str, longest: int) -> Array:
+        """Returns what the scores of up to `longest` tokens are biased by, for each distance."""
+        held = self._biases.get(stack)
+        if held is None or held.shape[1] < 2 * longest - 1:
+            module = getattr(self._model, stack).block[0].layer[0].SelfAttention
+            longest = 1 << (longest - 1).bit_length()  # so that it seldom grows
+            after = module.compute_bias(1, longest)[0, :, 0]
+            before = module.compute_bias(longest, 1)[0, :, :, 0]
+            by_distance = torch.cat((before.flip(1)[:, :-1], after), 1)
+            held = self._biases[stack] = by_distance.contiguous().numpy()
+        return held
 
-    def _join(self, outs: Any) -> Tensor:
-        """The other way round: returns [tokens, heads * head_dim]."""
-        return torch.cat(list(outs), 1).transpose(0, 1).reshape(-1, self._heads * self._size)
+    def _split(self, x: Tensor) -> Array:
+        """Returns [tokens, heads, head_dim] of x [tokens, heads * head_dim]."""
+        split: Array = x.contiguous().view(len(x), self._heads, self._size).numpy()
+        return split
 
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention without scale, as T5 has it; returns [heads, rows, head_dim]."""
-    # Copies, so that the layout, and with it the order of summation, never depends on neighbours.
-    scores = q.contiguous() @ k.contiguous().transpose(1, 2)
-    if bias is not None:
-        scores = scores + bias
-    return scores.softmax(-1) @ v.contiguous()
+    def _join(self, out: Array) -> Tensor:
+        """The other way round."""
+        return torch.from_numpy(out).view(len(out), self._heads * self._size)
 
 
 def _feed(layer: Any, h: Tensor) -> Tensor:
