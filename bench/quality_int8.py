@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from redmux_adapters import Adapter, Edit, read_adapter
-from redmux_adapters.base import load_base
-from redmux_server.app import zoo_folder
+from redmux_adapters.bases.load import load_base
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.engine.request import Request, SamplingParams, Work
-from redmux_server.models.accelerate import pack_linears
-from redmux_server.models.load import BaseModel, load_causal
-from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.base_model import BaseModel
+from redmux_server.models.cpu.accelerate import pack_linears
+from redmux_server.models.kvcache import BLOCK
+from redmux_server.models.load_causal import load_causal
+from redmux_server.wiring import zoo_folder
 
 sys.path.insert(0, str(Path(__file__).parent / "zoo"))
 from tasks import TASKS

@@ -8,8 +8,8 @@ import torch
 from reference import edited
 
 from redmux_adapters import Adapter, Edit, Head, HeadConfig, fingerprint
-from redmux_adapters.base import load_encoder
-from redmux_adapters.head import KINDS
+from redmux_adapters.bases.load import load_encoder
+from redmux_adapters.format.head import KINDS
 
 _SMALL = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -20,16 +20,45 @@ PACKAGES = {
     "server/redmux_server": {"redmux", "redmux_adapters", "redmux_server"},
     "bench/redmux_bench": {"redmux", "redmux_adapters", "redmux_server", "redmux_bench"},
 }
+# The floors of a package, from the ground up: its modules and the wings of its modules. Each uses
+# what lies below it; those of the ground floor use each other.
+FLOORS = {
+    "adapters/redmux_adapters": ["bases", "format", "convert fold show train", "cli"],
+    "server/redmux_server": [
+        "config device engine metrics",
+        "models",
+        "registry",
+        "training",
+        "services",
+        "wiring",
+        "grpc_api",
+        "app",
+        "cli",
+    ],
+    "server/redmux_server/models": [
+        "base_model editing kvcache layer_norm proving text",
+        "cpu",
+        "causal",
+        "cuda",
+        "encoder seq2seq",
+        "load_causal",
+        "load",
+    ],
+}
 # Commands that hand over to another package where it is installed.
 HAND_OVERS = {"client/redmux/cli.py"}
 
 
 def imports(path):
+    """Yields the dotted names that a module imports: modules, and what may be modules in them."""
+    package = path.relative_to(ROOT).with_suffix("").parts[1:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.partition(".")[0]
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else ()
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -37,8 +66,24 @@ def test_dependencies_point_one_way(package):
     for path in (ROOT / package).rglob("*.py"):
         if path.relative_to(ROOT).as_posix() in HAND_OVERS:
             continue
-        own = {name for name in imports(path) if name.startswith("redmux")}
-        assert own <= PACKAGES[package], path
+        tops = {name.partition(".")[0] for name in imports(path)}
+        assert {top for top in tops if top.startswith("redmux")} <= PACKAGES[package], path
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_inside_a_package_dependencies_point_down(package):
+    floor_of = {name: i for i, names in enumerate(FLOORS[package]) for name in names.split()}
+    prefix = package.partition("/")[2].replace("/", ".") + "."
+    for path in (ROOT / package).rglob("*.py"):
+        own = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for name in imports(path):
+            wing = name.removeprefix(prefix).partition(".")[0]
+            if not name.startswith(prefix) or wing == own or wing not in floor_of:
+                continue
+            both = floor_of[own], floor_of[wing]
+            assert both[1] < both[0] or both == (0, 0), f"{path} imports {name}"
 
 
 def test_the_scheduler_leaves_torch_alone():

@@ -3,15 +3,9 @@
 Importing this package imports torch, not transformers.
 """
 
-from .adapter import Adapter, Edit, check_base
-from .base import load_base, load_seq2seq_base, read_config
-from .config import AdapterMetadata
-from .files import Summary, parse_adapter, read_adapter, summarize, to_bytes, write_folder
-from .fingerprint import fingerprint
-from .head import Head, HeadConfig
-from .header import Limits
-from .prompt import PromptFormat, Turn
-from .sites import (
+from .bases.fingerprint import fingerprint
+from .bases.load import load_base, load_seq2seq_base, read_config
+from .bases.sites import (
     Position,
     addressable_sites,
     editable_sites,
@@ -20,6 +14,12 @@ from .sites import (
     red_sites,
     with_layer_norms,
 )
+from .format.adapter import Adapter, Edit, check_base
+from .format.config import AdapterMetadata
+from .format.files import Summary, parse_adapter, read_adapter, summarize, to_bytes, write_folder
+from .format.head import Head, HeadConfig
+from .format.header import Limits
+from .format.prompt import PromptFormat, Turn
 
 __all__ = [
     "Adapter",

@@ -10,14 +10,14 @@ from torch import nn
 
 from redmux.errors import RedmuxError
 
-from .adapter import Adapter, check_base
-from .any_base import load_any, load_tokenizer
-from .config import AdapterMetadata
-from .files import check_sites, read_adapter
-from .fingerprint import fingerprint
-from .head import PROBLEM_TYPES
+from .bases.fingerprint import fingerprint
+from .bases.load_any import load_any, load_tokenizer
+from .bases.sites import POSITIONS, addressable_sites, editable_sites, red_sites, with_layer_norms
+from .format.adapter import Adapter, check_base
+from .format.config import AdapterMetadata
+from .format.files import check_sites, read_adapter, write_folder
+from .format.head import PROBLEM_TYPES
 from .show import describe, plot, table
-from .sites import POSITIONS, addressable_sites, editable_sites, red_sites, with_layer_norms
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +109,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     )
     base = arguments.base_fingerprint if model is None else fingerprint(model)
     adapter, kind = convert(arguments.file, Target(base, model), options)
-    adapter.save(arguments.output)
+    write_folder(adapter, arguments.output)
     print(f"{kind} -> {_summary(adapter)}")
     if model is not None:
         _warn_of_blocks(adapter, model)
@@ -122,7 +122,7 @@ def _create(arguments: argparse.Namespace) -> None:
         base_model_name_or_path=_public_name(arguments.base), created_by="redmux adapters create"
     )
     adapter = Adapter.identity(sites, fingerprint(model), metadata=metadata)
-    adapter.save(arguments.output)
+    write_folder(adapter, arguments.output)
     print(_summary(adapter))
     _warn_of_blocks(adapter, model)
 

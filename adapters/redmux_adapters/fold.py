@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from redmux.errors import InvalidAdapterError
 
-from .adapter import Adapter, Edit, check_base
-from .architectures import Stack, is_known, stacks_of
-from .files import check_sites
-from .fingerprint import fingerprint
-from .head import Head
-from .sites import LAYER_NORM, addressable_sites, is_norm, site_path, with_layer_norms
-from .strictjson import shown
+from .bases.architectures import Stack, is_known, stacks_of
+from .bases.fingerprint import fingerprint
+from .bases.sites import LAYER_NORM, addressable_sites, is_norm, site_path, with_layer_norms
+from .format.adapter import Adapter, Edit, check_base
+from .format.files import check_sites
+from .format.head import Head
+from .format.strictjson import shown
 
 # What configurations call the biases that their linear modules may have or not.
 _BIAS_SWITCHES = ("attention_bias", "mlp_bias", "enable_bias")

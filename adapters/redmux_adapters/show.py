@@ -9,8 +9,8 @@ import torch
 
 from redmux.errors import FailedPreconditionError
 
-from .adapter import Adapter, Edit
-from .sites import LAYER_NORM
+from .bases.sites import LAYER_NORM
+from .format.adapter import Adapter, Edit
 
 Layer = tuple[str, int | None]  # the site without its layer's number, and that number
 

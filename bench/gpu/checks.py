@@ -8,14 +8,14 @@ from rig import Engine, random_model
 from torch import Tensor
 
 from redmux_adapters import Adapter
+from redmux_server.engine.bank import SiteColumns
 from redmux_server.engine.request import Request
-from redmux_server.models.device_runner import DeviceRunner
-from redmux_server.models.editing import SiteColumns
+from redmux_server.models.cuda.paged_cache import PagedAttention, PagedKVCache
+from redmux_server.models.cuda.paged_choice import candidates
+from redmux_server.models.cuda.paged_torch import TorchAttention
+from redmux_server.models.cuda.row_edit import torch_edit
+from redmux_server.models.cuda.runner import DeviceRunner
 from redmux_server.models.kvcache import LayerShape, Segment
-from redmux_server.models.paged_cache import PagedAttention, PagedKVCache
-from redmux_server.models.paged_choice import candidates
-from redmux_server.models.paged_torch import TorchAttention
-from redmux_server.models.row_edit import torch_edit
 
 Row = dict[str, Any]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -26,7 +26,7 @@ def edit_kernel(device: torch.device, smoke: bool) -> list[Row]:
     if smoke:
         edit = torch_edit
     else:
-        from redmux_server.models.triton_edit import triton_edit as edit
+        from redmux_server.models.cuda.triton_edit import triton_edit as edit
     rows = []
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for dim in (64, 1000) if smoke else (1, 64, 1000, 2048, 4096, 14336):

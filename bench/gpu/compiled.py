@@ -31,11 +31,11 @@ from rig import SHAPES  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from redmux_server.models import paged_triton, triton_layers, triton_products  # noqa: E402
+from redmux_server.models.cuda import paged_triton, triton_layers, triton_products  # noqa: E402
+from redmux_server.models.cuda.paged_cache import AttentionRule  # noqa: E402
+from redmux_server.models.cuda.paged_step import HostIndex, PagedStep  # noqa: E402
+from redmux_server.models.cuda.triton_tiles import Device  # noqa: E402
 from redmux_server.models.kvcache import LayerShape  # noqa: E402
-from redmux_server.models.paged_cache import AttentionRule  # noqa: E402
-from redmux_server.models.paged_step import HostIndex, PagedStep  # noqa: E402
-from redmux_server.models.triton_tiles import Device  # noqa: E402
 
 Row = dict[str, Any]
 H200 = Device(num_multiprocessors=132, shared_bytes=232448, launches_early=True)

@@ -12,9 +12,9 @@ from checks import TOLERANCE
 from rig import SHAPES
 from torch import Tensor
 
-from redmux_server.models.decode_ways import cuda_seconds
-from redmux_server.models.few_rows import kinds
-from redmux_server.models.graphed_decode import CudaCapture
+from redmux_server.models.cuda.decode_ways import cuda_seconds
+from redmux_server.models.cuda.few_rows import kinds
+from redmux_server.models.cuda.graphed_decode import CudaCapture
 
 Row = dict[str, Any]
 EPS = 1e-5

@@ -10,10 +10,10 @@ from torch import Tensor
 from redmux_adapters import Adapter, Edit, editable_sites, ffn_sites, fingerprint
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
-from redmux_server.models.attention import attach, discover
-from redmux_server.models.device_runner import DeviceRunner
-from redmux_server.models.device_runtime import DeviceRuntime
-from redmux_server.models.selfcheck import min_cache_tokens, reference
+from redmux_server.models.causal.attention import attach, discover
+from redmux_server.models.causal.selfcheck import min_cache_tokens, reference
+from redmux_server.models.cuda.runner import DeviceRunner
+from redmux_server.models.cuda.runtime import DeviceRuntime
 
 # The published configurations of Llama 3.2 1B and Llama 3.1 8B, and one for --cpu-smoke.
 SHAPES: dict[str, dict[str, Any]] = {

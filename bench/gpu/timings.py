@@ -11,11 +11,11 @@ import torch
 from rig import Engine, random_model
 
 from redmux_server.engine.request import Request
-from redmux_server.models.device_runner import DeviceRunner
-from redmux_server.models.graphed_decode import CudaCapture
+from redmux_server.models.cuda.graphed_decode import CudaCapture
+from redmux_server.models.cuda.paged_cache import AttentionRule, PagedAttention, PagedKVCache
+from redmux_server.models.cuda.paged_step import HostIndex, PagedStep, to_device
+from redmux_server.models.cuda.runner import DeviceRunner
 from redmux_server.models.kvcache import LayerShape, Segment
-from redmux_server.models.paged_cache import AttentionRule, PagedAttention, PagedKVCache
-from redmux_server.models.paged_step import HostIndex, PagedStep, to_device
 
 Row = dict[str, Any]
 

@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 
 from redmux_adapters import Adapter, Edit, to_bytes
-from redmux_adapters.base import _packaged_gguf, load_base
-from redmux_adapters.fingerprint import fingerprint
-from redmux_adapters.sites import ffn_sites
+from redmux_adapters.bases.fingerprint import fingerprint
+from redmux_adapters.bases.load import _packaged_gguf, load_base
+from redmux_adapters.bases.sites import ffn_sites
 
 RANK, ALPHA = 8, 16
 

@@ -10,7 +10,7 @@ import torch
 
 from redmux import AsyncClient, RedmuxError
 from redmux_adapters import Adapter, Edit, ffn_sites, to_bytes
-from redmux_adapters.base import resolve
+from redmux_adapters.bases.load import resolve
 from redmux_bench import report
 
 _T = TypeVar("_T")

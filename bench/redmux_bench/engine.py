@@ -20,7 +20,7 @@ from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Event, Failed, Request, SamplingParams, Token
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
-from redmux_server.models.load import load_causal
+from redmux_server.models.load_causal import load_causal
 
 
 @dataclass(frozen=True, slots=True)

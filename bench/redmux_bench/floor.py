@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from redmux import InvalidArgumentError
 from redmux_adapters import Adapter
-from redmux_adapters.base import DEFAULT_MODEL
+from redmux_adapters.bases.load import DEFAULT_MODEL
 from redmux_bench import report
 from redmux_bench.adapters import model_sites, random_adapter
 from redmux_bench.limits import LinearFloor, read_bandwidth
@@ -16,8 +16,9 @@ from redmux_bench.steps import Steps
 from redmux_bench.summary import median_ratio
 from redmux_server.config import load_config
 from redmux_server.device import choose
-from redmux_server.models.load import BaseModel, load_causal
-from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.base_model import BaseModel
+from redmux_server.models.kvcache import BLOCK
+from redmux_server.models.load_causal import load_causal
 
 _SPARE_CACHE_TOKENS = 1024  # for the check that the engine makes of itself when it loads
 

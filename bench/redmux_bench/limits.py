@@ -9,11 +9,11 @@ import torch
 from numba import prange
 from torch import Tensor, nn
 
-from redmux_server.models.compiled import compiled
-from redmux_server.models.folds import LANES, total
-from redmux_server.models.load import BaseModel
-from redmux_server.models.packed_linear import PackedLinear
-from redmux_server.models.vector import Array
+from redmux_server.models.base_model import BaseModel
+from redmux_server.models.cpu.compiled import compiled
+from redmux_server.models.cpu.folds import LANES, total
+from redmux_server.models.cpu.packed_linear import PackedLinear
+from redmux_server.models.cpu.vector import Array
 
 _BANDWIDTH_BYTES = 512 << 20  # far beyond any cache
 _BANDWIDTH_TRIES = 10

@@ -16,7 +16,7 @@ from typing import Self
 import psutil
 
 from redmux import AsyncClient, UnavailableError
-from redmux_adapters.base import DEFAULT_MODEL
+from redmux_adapters.bases.load import DEFAULT_MODEL
 
 _SERVING = re.compile(r"serving .* on (\S+:\d+), metrics on port")
 _KEPT_LINES = 20

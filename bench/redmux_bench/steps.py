@@ -10,8 +10,8 @@ from redmux_adapters import Adapter
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.engine.sampling import sample
-from redmux_server.models.load import BaseModel
-from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.base_model import BaseModel
+from redmux_server.models.kvcache import BLOCK
 
 
 class Steps:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from redmux_adapters.base import DEFAULT_MODEL, read_config
-from redmux_adapters.kind import model_kind
+from redmux_adapters.bases.kind import model_kind
+from redmux_adapters.bases.load import DEFAULT_MODEL, read_config
 from redmux_adapters.train import (
     Example,
     Stepped,

@@ -32,7 +32,7 @@ from limits import LIMITS, NOTES  # noqa: E402
 from served import test_examples  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
-from redmux_adapters import Adapter, read_adapter  # noqa: E402
+from redmux_adapters import Adapter, read_adapter, write_folder  # noqa: E402
 
 ZOO = _ROOT / "adapters" / "redmux_adapters" / "zoo"
 NEW = ("restaurant", "booking", "router", "grammar", "sentiment")
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"{task}: {args.served} is of another adapter than {folder}")
         if task in args.new:
             adapter = with_evaluation(adapter, task, found)
-            adapter.save(folder)
+            write_folder(adapter, folder)
             text = card(task, adapter, found, test_examples(args.data, task, 250), served)
         else:
             text = with_comparison(path.read_text(encoding="utf-8"), task, found, served)

@@ -13,7 +13,7 @@ from examples import PROMPT, prompt
 from plan import Part, Plan
 from tasks import TASKS
 
-from redmux_adapters import Adapter, AdapterMetadata
+from redmux_adapters import Adapter, AdapterMetadata, write_folder
 from redmux_adapters.train import Evaluated, Stepped, Trainer, TrainingBase
 from redmux_adapters.train import Task as TrainingTask
 from redmux_adapters.train.bank import VectorBank
@@ -109,7 +109,8 @@ def _train_and_test(
         if run["chosen"]
     }
     for name, adapter in adapters.items():
-        adapter.save(Path(plan.work) / "adapters" / name.replace("|", "@").replace(" ", "_"))
+        folder = name.replace("|", "@").replace(" ", "_")
+        write_folder(adapter, Path(plan.work) / "adapters" / folder)
     trainer.close()
     (Path(plan.work) / f"{part.path.stem}.trained").touch()
     del trainer, base, model

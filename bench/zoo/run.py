@@ -37,7 +37,7 @@ from plan import PLAIN_NAME, Part, Plan  # noqa: E402
 from restyle import plain_answers, style_questions  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
-from redmux_adapters.base import resolve  # noqa: E402
+from redmux_adapters.bases.load import resolve  # noqa: E402
 
 # In the order of their importance. All but the first two wait until RED is trained.
 PARTS: dict[str, Callable[[Plan, Part], None]] = {

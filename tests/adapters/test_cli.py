@@ -16,6 +16,7 @@ from redmux_adapters import (
     fingerprint,
     read_adapter,
     to_bytes,
+    write_folder,
 )
 from redmux_adapters import cli as module
 from redmux_adapters.cli import main
@@ -30,7 +31,7 @@ def folder(tmp_path):
     edits["m.2.out"] = Edit(torch.tensor([1, 0.5, 2]), torch.tensor([-0.25, 0, 40.3189]))
     metadata = AdapterMetadata(description="two\nlines", license="MIT")
     path = tmp_path / "acme-summary"
-    Adapter(BASE, edits, FORMAT, metadata).save(path)
+    write_folder(Adapter(BASE, edits, FORMAT, metadata), path)
     return path
 
 
@@ -84,7 +85,7 @@ def test_show_json_is_complete(folder, capsys):
     ],
 )
 def test_show_tells_the_variant(scale, bias, edits, tmp_path, capsys):
-    Adapter(BASE, {"m": Edit(torch.tensor(scale), torch.tensor(bias))}).save(tmp_path)
+    write_folder(Adapter(BASE, {"m": Edit(torch.tensor(scale), torch.tensor(bias))}), tmp_path)
     assert main(["show", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["edits"] == edits
 
@@ -92,7 +93,7 @@ def test_show_tells_the_variant(scale, bias, edits, tmp_path, capsys):
 def test_show_tells_of_the_head(tmp_path, capsys):
     tensors = {"classifier.weight": torch.ones(2, 3), "classifier.bias": torch.ones(2)}
     head = Head(HeadConfig("bert", ("a", "b"), "multi_label_classification"), tensors)
-    Adapter(BASE, {"m": Edit.identity(3)}, head=head).save(tmp_path)
+    write_folder(Adapter(BASE, {"m": Edit.identity(3)}, head=head), tmp_path)
     assert main(["show", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert '"labels": ["a", "b"], "problem_type": "multi_label_class' in out
@@ -164,7 +165,7 @@ def test_verify_refuses_another_base(folder, base, capsys):
 
 def test_verify_refuses_sites_that_the_base_lacks(base, tmp_path, capsys):
     edits = {"transformer.h.2.mlp.c_proj": Edit.identity(4)}
-    Adapter(Adapter.identity(base).base_fingerprint, edits).save(tmp_path)
+    write_folder(Adapter(Adapter.identity(base).base_fingerprint, edits), tmp_path)
     assert main(["verify", str(tmp_path), "--base", "gpt2"]) == 1
     assert "no editable module 'transformer.h.2.mlp.c_proj'; near: " in capsys.readouterr().err
 
@@ -186,7 +187,7 @@ def test_create_takes_a_position_and_layers(base, tmp_path, capsys):
 
 
 def test_sites_that_no_server_edits_are_named(base, tmp_path, capsys):
-    Adapter.identity({"transformer.h.0.ln_1": 4}, fingerprint(base)).save(tmp_path)
+    write_folder(Adapter.identity({"transformer.h.0.ln_1": 4}, fingerprint(base)), tmp_path)
     assert main(["verify", str(tmp_path), "--base", "gpt2"]) == 0
     assert "will refuse 1 sites, such as transformer.h.0.ln_1;" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import pytest
 
 from redmux.errors import InvalidAdapterError
 from redmux_adapters import AdapterMetadata, PromptFormat, Turn
-from redmux_adapters.config import AdapterConfig, format_config, parse_config
+from redmux_adapters.format.config import AdapterConfig, format_config, parse_config
 
 FULL = AdapterConfig(
     "llama-4x2-0",

@@ -109,7 +109,7 @@ def test_a_file_is_read_as_the_safetensors_library_reads_it(adapter, data):
 @quick
 def test_folder_round_trips(tmp_path_factory, adapter):
     folder = tmp_path_factory.mktemp("adapter") / "new" / "folder"
-    adapter.save(folder)
+    write_folder(adapter, folder)
     assert sorted(os.listdir(folder)) == ["adapter_config.json", WEIGHTS]
     read = read_adapter(folder)
     assert read == adapter
@@ -155,7 +155,7 @@ def test_single_file_on_disk_is_read(tmp_path):
 
 
 def test_saving_again_replaces(tmp_path):
-    sample().save(tmp_path)
+    write_folder(sample(), tmp_path)
     changed = sample(metadata=AdapterMetadata(license="MIT"))
     write_folder(changed, tmp_path)
     assert read_adapter(tmp_path) == changed
@@ -163,14 +163,14 @@ def test_saving_again_replaces(tmp_path):
 
 
 def test_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
-    sample().save(tmp_path)
+    write_folder(sample(), tmp_path)
 
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", no_space)
     with pytest.raises(OSError, match="No space"):
-        sample(metadata=AdapterMetadata(license="MIT")).save(tmp_path)
+        write_folder(sample(metadata=AdapterMetadata(license="MIT")), tmp_path)
     assert read_adapter(tmp_path) == sample()
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -178,7 +178,7 @@ def test_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
 def test_an_adapter_too_large_to_be_read_is_not_written(tmp_path):
     many = Adapter(BASE, {f"layer.{i}": Edit.identity(1) for i in range(2049)})
     with pytest.raises(InvalidAdapterError, match="4098 tensors; limit 4096"):
-        many.save(tmp_path / "x")
+        write_folder(many, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -238,7 +238,7 @@ def test_unknown_site_is_refused_with_three_near_ones(tmp_path):
     near = error.value.message.partition("near: ")[2].split(", ")
     assert near[0] == "model.layers.3.mlp.down_proj"
     assert len(near) == 3
-    sample().save(tmp_path)
+    write_folder(sample(), tmp_path)
     with pytest.raises(InvalidAdapterError, match=r"'m\.0\.out'; near: model"):
         read_adapter(tmp_path, expected_sites=EXPECTED)
 
@@ -255,7 +255,7 @@ def test_wrong_size_is_refused_naming_the_right_one():
 
 
 def test_symbolic_links_are_refused(tmp_path):
-    sample().save(tmp_path / "real")
+    write_folder(sample(), tmp_path / "real")
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "real" / WEIGHTS)
     with pytest.raises(InvalidAdapterError, match="is a symbolic link"):
         read_adapter(tmp_path / "link.safetensors")

@@ -6,10 +6,19 @@ import torch.nn.functional as F
 from reference import edited, generate
 
 from redmux.errors import InvalidAdapterError, WrongBaseError
-from redmux_adapters import Adapter, Edit, Head, HeadConfig, cli, fingerprint, red_sites
-from redmux_adapters.any_base import load_any
+from redmux_adapters import (
+    Adapter,
+    Edit,
+    Head,
+    HeadConfig,
+    cli,
+    fingerprint,
+    red_sites,
+    write_folder,
+)
+from redmux_adapters.bases.load_any import load_any
+from redmux_adapters.bases.sites import addressable_sites, with_layer_norms
 from redmux_adapters.fold import fold
-from redmux_adapters.sites import addressable_sites, with_layer_norms
 
 SIZES = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "max_position_embeddings": 128}  # fmt: skip
@@ -222,7 +231,7 @@ def test_fold_writes_a_folder_that_transformers_generates_from(base, tmp_path, c
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     adapter = base.adapter(3)
-    adapter.save(tmp_path / "adapter")
+    write_folder(adapter, tmp_path / "adapter")
     arguments = ["--base", str(base.folder), "--output", str(tmp_path / "model")]
     assert cli.main(["fold", str(tmp_path / "adapter"), *arguments]) == 0
     assert capsys.readouterr().out.startswith("LlamaForCausalLM with sha256:")

@@ -14,8 +14,9 @@ from redmux_adapters import (
     read_adapter,
     summarize,
     to_bytes,
+    write_folder,
 )
-from redmux_adapters.head import KINDS
+from redmux_adapters.format.head import KINDS
 
 BASE = "roberta-4x2-0"
 EDITS = {"encoder.layer.0.output.dense": Edit(torch.rand(4), torch.rand(4))}
@@ -41,7 +42,7 @@ def adapter(kind="roberta", **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_survives_both_forms(kind, tmp_path):
     original = adapter(kind)
-    original.save(tmp_path)
+    write_folder(original, tmp_path)
     for read in (read_adapter(tmp_path), parse_adapter(to_bytes(original))):
         assert read == original
         assert read.head.config == config(kind)

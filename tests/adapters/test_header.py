@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from redmux.errors import InvalidAdapterError
 from redmux_adapters import parse_adapter
-from redmux_adapters.header import read_header, write_container
+from redmux_adapters.format.header import read_header, write_container
 
 CONFIG = '{"peft_type": "RED", "base_fingerprint": "b"}'
 SIZES = {"F32": 4, "F16": 2, "BF16": 2}

@@ -7,7 +7,7 @@ import pytest
 
 from redmux.errors import InvalidAdapterError
 from redmux_adapters import Limits, parse_adapter, summarize
-from redmux_adapters.header import read_header
+from redmux_adapters.format.header import read_header
 
 CONFIG = '{"peft_type": "RED", "base_fingerprint": "b"}'
 

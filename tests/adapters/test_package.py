@@ -10,10 +10,10 @@ import torch
 
 import redmux_adapters
 from redmux_adapters import Adapter, AdapterMetadata, Limits, PromptFormat, parse_adapter
-from redmux_adapters.config import MAX_TEXT_CHARS, parse_config
-from redmux_adapters.header import MAX_SITE_CHARS, write_container
-from redmux_adapters.prompt import MAX_TURN_CHARS
-from redmux_adapters.vectors import MAX_MAGNITUDE
+from redmux_adapters.format.config import MAX_TEXT_CHARS, parse_config
+from redmux_adapters.format.header import MAX_SITE_CHARS, write_container
+from redmux_adapters.format.prompt import MAX_TURN_CHARS
+from redmux_adapters.format.vectors import MAX_MAGNITUDE
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 

@@ -14,7 +14,7 @@ from redmux_adapters import (
     linear_sites,
     with_layer_norms,
 )
-from redmux_adapters.sites import POSITIONS, red_sites
+from redmux_adapters.bases.sites import POSITIONS, red_sites
 
 HIDDEN, LAYERS = 16, 2
 LLAMA = {

@@ -12,7 +12,7 @@ from redmux_bench.limits import LinearFloor
 from redmux_bench.steps import Steps
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
-from redmux_server.models.load import load_causal
+from redmux_server.models.load_causal import load_causal
 
 
 def test_sites_are_known_without_the_weights(base, tiny_folder):

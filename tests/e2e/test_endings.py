@@ -8,7 +8,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import redmux
 from redmux import AsyncClient
-from redmux_server.api import interceptor
+from redmux_server.grpc_api import interceptor
 
 
 async def whole(client, prompt="Hello there", **options):

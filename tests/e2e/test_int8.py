@@ -9,8 +9,8 @@ from reference import edited
 from redmux import AsyncClient
 from redmux.errors import FailedPreconditionError
 from redmux_adapters import to_bytes
-from redmux_server.models import packed_linear
-from redmux_server.models.arithmetic import HAS_AVX2, HAS_BF16
+from redmux_server.models.cpu import packed_linear
+from redmux_server.models.cpu.arithmetic import HAS_AVX2, HAS_BF16
 
 needs_int8 = pytest.mark.skipif(not HAS_AVX2, reason="int8 needs AVX2")
 

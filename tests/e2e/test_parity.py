@@ -6,7 +6,7 @@ import random
 import pytest
 from reference import generate
 
-from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.kvcache import BLOCK
 
 PROMPTS = ["x", "Hello there", "A somewhat longer prompt, past one block of the cache.", "1 2 3 4"]
 

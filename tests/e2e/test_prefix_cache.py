@@ -9,7 +9,7 @@ from conftest import save_tiny_model
 
 from redmux import AsyncClient
 from redmux_adapters import to_bytes
-from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.kvcache import BLOCK
 
 SYSTEM = "You are a ship's cook. Answer in one sentence and never mention the sea. "  # 72 tokens
 QUESTIONS = ["What is for dinner?", "Who are you?", SYSTEM]

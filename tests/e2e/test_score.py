@@ -8,7 +8,7 @@ from reference import edited
 
 import redmux
 from redmux_adapters import to_bytes
-from redmux_server.models.paged_attention import BLOCK
+from redmux_server.models.kvcache import BLOCK
 
 PROMPT = "A prompt that is longer than one block of the cache and than a step."
 CONTINUATIONS = [" yes", " no", " something longer than a step's budget of tokens, by far.", "x"]

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from redmux_server.models.kvcache import LayerShape, NumbaKVCache, Segment, TorchKVCache
-from redmux_server.models.paged_attention import BLOCK
-from redmux_server.models.paged_cache import PagedKVCache
-from redmux_server.models.paged_torch import TorchAttention
+from redmux_server.models.causal.torch_kvcache import TorchKVCache
+from redmux_server.models.cpu.kvcache import NumbaKVCache
+from redmux_server.models.cuda.paged_cache import PagedKVCache
+from redmux_server.models.cuda.paged_torch import TorchAttention
+from redmux_server.models.kvcache import BLOCK, LayerShape, Segment
 
 
 @dataclass(frozen=True)

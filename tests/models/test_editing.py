@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from redmux_server.models.editing import Editing, SiteColumns, StepRows, TableRows
-from redmux_server.models.row_edit import torch_edit
+from redmux_server.engine.bank import SiteColumns
+from redmux_server.models.cuda.row_edit import torch_edit
+from redmux_server.models.editing import Editing, StepRows, TableRows
 
 LAYOUT = {"up": SiteColumns(3, 12), "down": SiteColumns(30, 7)}
 WIDTH = 50

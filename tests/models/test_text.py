@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
-from redmux_adapters.prompt import Turn
+from redmux_adapters.format.prompt import Turn
 from redmux_server.models.text import TextCodec
 
 USER = [{"role": "user", "content": "Hi"}]

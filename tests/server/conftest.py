@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from redmux_adapters import Adapter, Edit, Head, HeadConfig, to_bytes
-from redmux_adapters.head import MAX_LABELS
-from redmux_server.registry import AdapterRegistry
+from redmux_adapters.format.head import MAX_LABELS
+from redmux_server.registry.registry import AdapterRegistry
 
 FINGERPRINT = "tiny-2x4-0"
 SITES = {"model.layers.0.mlp.down_proj": 4, "model.layers.1.mlp.down_proj": 4}

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..adapter import Edit
-from ..sites import addressable_sites
-from ..strictjson import shown
+from ..bases.sites import addressable_sites
+from ..format.adapter import Edit
+from ..format.strictjson import shown
 from .target import Target, bare_path, check_length
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..head import KINDS, Head, HeadConfig
-from ..strictjson import shown
+from ..format.head import KINDS, Head, HeadConfig
+from ..format.strictjson import shown
 
 _STARTS = ("classifier.", "pre_classifier.")
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..adapter import Edit
-from ..architectures import stacks_of
-from ..sites import site_path
-from ..strictjson import shown
+from ..bases.architectures import stacks_of
+from ..bases.sites import site_path
+from ..format.adapter import Edit
+from ..format.strictjson import shown
 
 _NAME = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..adapter import Adapter, Edit
-from ..config import AdapterMetadata
-from ..files import check_sites
-from ..head import KINDS, Head
-from ..prompt import PromptFormat
-from ..sites import addressable_sites, with_layer_norms
-from ..strictjson import shown
+from ..bases.sites import addressable_sites, with_layer_norms
+from ..format.adapter import Adapter, Edit
+from ..format.config import AdapterMetadata
+from ..format.files import check_sites
+from ..format.head import KINDS, Head
+from ..format.prompt import PromptFormat
+from ..format.strictjson import shown
 from .bitfit import read_bitfit
 from .classifier import is_classifier, read_classifier
 from .control_vector import is_direction, read_control_vector

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..adapter import Edit
-from ..sites import LAYER_NORM
-from ..strictjson import shown
+from ..bases.sites import LAYER_NORM
+from ..format.adapter import Edit
+from ..format.strictjson import shown
 
 MARK = ".delta_vector."
 # The ending of an entry: of which site, counted from the edited module, it is which vector.

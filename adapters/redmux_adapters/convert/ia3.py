@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from redmux.errors import InvalidAdapterError
 
-from ..adapter import Edit
-from ..architectures import Stack
-from ..sites import site_path
-from ..strictjson import shown
+from ..bases.architectures import Stack
+from ..bases.sites import site_path
+from ..format.adapter import Edit
+from ..format.strictjson import shown
 from .peft import IA3, PREFIX
 from .target import Target, bare_path, check_length
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..files import read_file
+from ..format.files import read_file
 from .worker import MAX_BYTES, REFUSED
 
 _MAX_REASON_CHARS = 1000

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from redmux.errors import InvalidAdapterError
 
-from ..adapter import Edit
-from ..sites import is_norm
-from ..strictjson import shown
+from ..bases.sites import is_norm
+from ..format.adapter import Edit
+from ..format.strictjson import shown
 from .target import Target, bare_path, check_length
 
 PREFIX = "base_model.model."

@@ -8,8 +8,8 @@ from torch import nn
 
 from redmux.errors import InvalidAdapterError
 
-from ..architectures import Stack, model_type_of, stacks_of
-from ..strictjson import shown
+from ..bases.architectures import Stack, model_type_of, stacks_of
+from ..format.strictjson import shown
 
 # Where models with a head keep the bare model, from which adapters of encoders count their paths.
 _BARE_MODELS = ("bert.", "distilbert.", "electra.", "mpnet.", "roberta.")

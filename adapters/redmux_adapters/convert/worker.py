@@ -19,8 +19,8 @@ from torch import Tensor
 
 from redmux.errors import InvalidAdapterError
 
-from ..header import Limits
-from ..strictjson import shown
+from ..format.header import Limits
+from ..format.strictjson import shown
 
 MAX_BYTES = 64 << 20
 REFUSED = 3  # exit status with the reason, one line of ASCII, on standard output

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Edit
+from ..format.adapter import Edit
 
 
 class VectorBank:

@@ -9,9 +9,9 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-from ..base import load_base, load_encoder, load_seq2seq_base
-from ..fingerprint import fingerprint
-from ..sites import POSITIONS, linear_sites, red_sites
+from ..bases.fingerprint import fingerprint
+from ..bases.load import load_base, load_encoder, load_seq2seq_base
+from ..bases.sites import POSITIONS, linear_sites, red_sites
 from .examples import Kind
 
 

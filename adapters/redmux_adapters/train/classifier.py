@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from redmux.errors import InvalidArgumentError
 
-from ..head import KINDS, Head, HeadConfig
+from ..format.head import KINDS, Head, HeadConfig
 from .bank import VectorBank
 from .base import TrainingBase
 from .objectives import Row, attention_mask, padded, precision

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from redmux.errors import InvalidArgumentError
 
-from ..strictjson import shown
+from ..format.strictjson import shown
 from .prompts import PromptWriter
 from .records import Faults, Record
 

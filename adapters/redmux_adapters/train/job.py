@@ -12,7 +12,7 @@ from typing import Any
 
 from redmux.errors import InvalidArgumentError
 
-from ..prompt import PromptFormat
+from ..format.prompt import PromptFormat
 from .options import OPTION_NAMES, TrainingOptions
 from .records import DATASETS_PREFIX
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from redmux.errors import InvalidArgumentError
 
-from ..config import AdapterMetadata
-from ..prompt import PromptFormat
-from ..vectors import MAX_MAGNITUDE
+from ..format.config import AdapterMetadata
+from ..format.prompt import PromptFormat
+from ..format.vectors import MAX_MAGNITUDE
 from .bank import VectorBank
 from .classifier import TrainedHead
 from .events import Ending, Evaluated, Event, Finished, Stepped

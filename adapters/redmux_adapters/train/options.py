@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from redmux.errors import InvalidArgumentError
 
-from ..head import KINDS
-from ..sites import POSITIONS
+from ..bases.sites import POSITIONS
+from ..format.head import KINDS
 
 SCHEDULES = ("linear", "cosine", "constant")
 PARTS = ("both", "scale", "bias", "head")

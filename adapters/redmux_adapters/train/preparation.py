@@ -9,9 +9,9 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
-from ..base import read_config
-from ..config import AdapterMetadata
-from ..kind import ModelKind, model_kind
+from ..bases.kind import ModelKind, model_kind
+from ..bases.load import read_config
+from ..format.config import AdapterMetadata
 from .base import TrainingBase, load_training_base
 from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
 from .job import DataOptions, Job, TaskSpec

@@ -5,7 +5,7 @@ from typing import Any
 
 from redmux.errors import InvalidArgumentError
 
-from ..prompt import PromptFormat, Turn
+from ..format.prompt import PromptFormat, Turn
 
 CHATML = PromptFormat(
     user=Turn("<|im_start|>user\n", "<|im_end|>\n"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from redmux.errors import FailedPreconditionError
 
+from ..format.files import write_folder
 from .checkpoint import CHECKPOINT_NAME, read_checkpoint, write_checkpoint
 from .events import Event, Finished, Stepped
 from .job import Job
@@ -56,7 +57,7 @@ class Run:
         self._log.write(events, self.tokens_per_s, self.elapsed_s)
         for event in events:
             if isinstance(event, Finished) and event.ending != "diverged":
-                self.trainer.adapter(event.task).save(self.job.folder(event.task))
+                write_folder(self.trainer.adapter(event.task), self.job.folder(event.task))
         self._num_steps += 1
         if not self.trainer.active:
             (self._output / CHECKPOINT_NAME).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import torch
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
 
-from ..adapter import Adapter
+from ..format.adapter import Adapter
 from .bank import VectorBank
 from .base import TrainingBase
 from .classifier import ClassifierObjective, TrainedHead

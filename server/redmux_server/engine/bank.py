@@ -4,15 +4,46 @@ import itertools
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from redmux_adapters import Edit
-from redmux_adapters.sites import LAYER_NORM
-from redmux_server.models.editing import SiteColumns
+from redmux_adapters.bases.sites import LAYER_NORM
 
 IDENTITY = 0  # slot of the bare base model: scale 1, bias 0
+
+
+@dataclass(frozen=True, slots=True)
+class SiteColumns:
+    """Where a site's vectors lie in a row of the adapter bank.
+
+    Of the LayerNorm behind an edit these are its weight and bias, and a switch behind them tells
+    whether the row's adapter has it at all.
+    """
+
+    start: int
+    dim: int
+    is_norm: bool = False
+
+    @property
+    def stop(self) -> int:
+        """One past the last column."""
+        return self.start + 2 * self.dim + self.is_norm
+
+    def scale_of(self, rows: Tensor) -> Tensor:
+        """Returns the scales [requests, dim] in rows [requests, width]."""
+        return rows[:, self.start : self.start + self.dim]
+
+    def bias_of(self, rows: Tensor) -> Tensor:
+        """Returns the biases [requests, dim] in rows [requests, width]."""
+        return rows[:, self.start + self.dim : self.start + 2 * self.dim]
+
+    def switch_of(self, rows: Tensor) -> Tensor:
+        """Returns the switches [requests] in rows [requests, width]; of a LayerNorm only."""
+        assert self.is_norm
+        return rows[:, self.stop - 1]
 
 
 class AdapterBank:

@@ -1,20 +1,28 @@
 """What becomes of the hidden states of a prompt that is read: one vector, or a head's logits."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from redmux_adapters import Head
 from redmux_server.engine.request import Pooling, Read, Request
 from redmux_server.engine.sampling import NonFinite
-from redmux_server.models.heads import Heads
+
+
+class HeadProducts(Protocol):
+    """Applies the heads of a batch."""
+
+    def logits(self, heads: Sequence[Head], states: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the logits [labels] of each request by its head and states [tokens, hidden]."""
 
 
 class Reader:
     """Pools hidden states, and applies the heads of a batch. Owned by the engine thread."""
 
-    def __init__(self, heads: Heads | None = None) -> None:
+    def __init__(self, heads: HeadProducts | None = None) -> None:
         """`heads` is None where no request asks for one."""
         self._heads = heads
 

@@ -9,39 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from redmux_adapters.sites import LAYER_NORM
+from redmux_adapters.bases.sites import LAYER_NORM
+from redmux_server.engine.bank import SiteColumns
 from redmux_server.models.layer_norm import normalise
-
-
-@dataclass(frozen=True, slots=True)
-class SiteColumns:
-    """Where a site's vectors lie in a row of the adapter bank.
-
-    Of the LayerNorm behind an edit these are its weight and bias, and a switch behind them tells
-    whether the row's adapter has it at all.
-    """
-
-    start: int
-    dim: int
-    is_norm: bool = False
-
-    @property
-    def stop(self) -> int:
-        """One past the last column."""
-        return self.start + 2 * self.dim + self.is_norm
-
-    def scale_of(self, rows: Tensor) -> Tensor:
-        """Returns the scales [requests, dim] in rows [requests, width]."""
-        return rows[:, self.start : self.start + self.dim]
-
-    def bias_of(self, rows: Tensor) -> Tensor:
-        """Returns the biases [requests, dim] in rows [requests, width]."""
-        return rows[:, self.start + self.dim : self.start + 2 * self.dim]
-
-    def switch_of(self, rows: Tensor) -> Tensor:
-        """Returns the switches [requests] in rows [requests, width]; of a LayerNorm only."""
-        assert self.is_norm
-        return rows[:, self.stop - 1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from redmux.errors import InvalidArgumentError, ResourceExhaustedError
-from redmux_adapters.any_base import load_tokenizer
-from redmux_adapters.base import read_config
+from redmux_adapters.bases.load import read_config
+from redmux_adapters.bases.load_any import load_tokenizer
 from redmux_adapters.train import Task, TrainingBase
 from redmux_adapters.train.classifier import TrainedHead
 from redmux_adapters.train.inline import InlineTask, make_inline_tasks

@@ -19,7 +19,7 @@ from redmux.errors import (
 from redmux_adapters.train import Evaluated, Stepped
 from redmux_adapters.train.inline import InlineTask
 from redmux_server.metrics import Metrics
-from redmux_server.registry import AdapterRegistry, check_name
+from redmux_server.registry.registry import AdapterRegistry, check_name
 from redmux_server.training.check import JobChecker, TrainingSetup
 from redmux_server.training.job import Job, JobState, JobTask, TaskState, in_order_of_turns
 from redmux_server.training.process import Message, TrainingProcess

@@ -1,0 +1,1 @@
+"""What is known of base models: their kinds, sites, identity, and how to load them."""

@@ -1,0 +1,1 @@
+"""The file format of RED adapters: reading, checking, hashing and writing it."""

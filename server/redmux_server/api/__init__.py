@@ -1,1 +1,0 @@
-"""What callers see: validation, the generation service and its gRPC skin."""

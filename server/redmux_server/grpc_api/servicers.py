@@ -1,0 +1,333 @@
+"""The gRPC services: protobuf in, protobuf out, nothing else."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+from redmux.errors import FailedPreconditionError, InvalidArgumentError
+from redmux.v1 import adapter_service_pb2 as adapter_pb
+from redmux.v1 import admin_service_pb2 as admin_pb
+from redmux.v1 import inference_service_pb2 as inference_pb
+from redmux.v1.adapter_service_pb2_grpc import AdapterServiceServicer
+from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
+from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
+from redmux_server.engine.request import FinishReason, Pooling
+from redmux_server.grpc_api.interceptor import ApiKeys
+from redmux_server.registry.published import Published
+from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.generation import Delta, Finish, GenerationService
+from redmux_server.services.reading import ReadingService
+from redmux_server.services.scoring import ScoringService, TokenScores
+from redmux_server.services.validation import (
+    Chat,
+    GenerationSpec,
+    Prompt,
+    ReadInput,
+    ScoreSpec,
+    TextPair,
+)
+
+_DEFAULT_PAGE = 100
+_MAX_PAGE = 1000
+_REASONS = {
+    FinishReason.STOP: inference_pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb.FINISH_REASON_LENGTH,
+}
+_POOLINGS = {
+    inference_pb.POOLING_UNSPECIFIED: None,
+    inference_pb.POOLING_MEAN: Pooling.MEAN,
+    inference_pb.POOLING_CLS: Pooling.CLS,
+    inference_pb.POOLING_LAST: Pooling.LAST,
+}
+_PROBLEM_TYPES = {
+    "single_label_classification": inference_pb.PROBLEM_TYPE_SINGLE_LABEL,
+    "multi_label_classification": inference_pb.PROBLEM_TYPE_MULTI_LABEL,
+    "regression": inference_pb.PROBLEM_TYPE_REGRESSION,
+}
+
+
+class InferenceServicer(InferenceServiceServicer):
+    """Text generation, streamed or whole; scoring, classification and embedding of given texts."""
+
+    def __init__(
+        self,
+        generation: GenerationService | None,
+        scoring: ScoringService | None,
+        reading: ReadingService,
+        keys: ApiKeys,
+    ) -> None:
+        """`generation` and `scoring` are None for a model that generates nothing."""
+        self._generation = generation
+        self._scoring = scoring
+        self._reading = reading
+        self._keys = keys
+
+    async def Generate(
+        self, request: inference_pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[inference_pb.GenerateResponse]:
+        """Streams deltas, one message for all tokens that are ready.
+
+        It is the same message object every time, so read it before asking for the next.
+        """
+        spec = _spec(request.generation)
+        generation, published = await self._generates().submit(spec, self._keys.tenant(context))
+        message = inference_pb.GenerateResponse(adapter=_applied(published))
+        async with contextlib.aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                message.text = delta.text
+                message.token_ids[:] = delta.token_ids
+                if spec.logprobs:
+                    message.logprobs[:] = delta.logprobs
+                if delta.finish is not None:
+                    message.finish.CopyFrom(_finish(delta.finish))
+                yield message
+
+    async def Complete(
+        self, request: inference_pb.CompleteRequest, context: Any
+    ) -> inference_pb.CompleteResponse:
+        """Returns the whole completion."""
+        spec = _spec(request.generation)
+        generation, published = await self._generates().submit(spec, self._keys.tenant(context))
+        whole = Delta()
+        async with contextlib.aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                whole.text += delta.text
+                whole.token_ids += delta.token_ids
+                whole.logprobs += delta.logprobs
+                whole.finish = delta.finish
+        assert whole.finish is not None
+        return inference_pb.CompleteResponse(
+            text=whole.text,
+            token_ids=whole.token_ids,
+            logprobs=whole.logprobs,
+            adapter=_applied(published),
+            finish=_finish(whole.finish),
+        )
+
+    async def Score(
+        self, request: inference_pb.ScoreRequest, context: Any
+    ) -> inference_pb.ScoreResponse:
+        """Returns the log-probabilities of continuations and of the prompt."""
+        spec = ScoreSpec(
+            prompt=_prompt(request),
+            continuations=[_continuation(i, c) for i, c in enumerate(request.continuations)],
+            adapter=request.adapter,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+        scores = await self._scores().score(spec, self._keys.tenant(context))
+        return inference_pb.ScoreResponse(
+            continuations=[_token_scores(s) for s in scores.continuations],
+            prompt=None if scores.prompt is None else _token_scores(scores.prompt),
+            adapter=_applied(scores.published),
+            usage=inference_pb.Usage(
+                prompt_tokens=scores.num_prompt_tokens,
+                completion_tokens=sum(len(s.token_ids) for s in scores.continuations),
+                cached_prompt_tokens=scores.num_cached_tokens,
+            ),
+        )
+
+    async def Classify(
+        self, request: inference_pb.ClassifyRequest, context: Any
+    ) -> inference_pb.ClassifyResponse:
+        """Returns what an adapter's head makes of each input."""
+        inputs = _inputs(request.inputs)
+        done = await self._reading.classify(inputs, request.adapter, self._keys.tenant(context))
+        return inference_pb.ClassifyResponse(
+            classifications=[
+                inference_pb.Classification(scores=scores, logits=logits)
+                for scores, logits in zip(done.scores, done.logits, strict=True)
+            ],
+            labels=done.head.labels,
+            problem_type=_PROBLEM_TYPES[done.head.problem_type],
+            adapter=_applied(done.published),
+            usage=inference_pb.Usage(prompt_tokens=done.num_tokens),
+        )
+
+    async def Embed(
+        self, request: inference_pb.EmbedRequest, context: Any
+    ) -> inference_pb.EmbedResponse:
+        """Returns a vector of each input."""
+        if request.pooling not in _POOLINGS:
+            raise InvalidArgumentError(f"pooling is {request.pooling}, which this server lacks")
+        done = await self._reading.embed(
+            _inputs(request.inputs),
+            request.adapter,
+            _POOLINGS[request.pooling],
+            request.normalize,
+            self._keys.tenant(context),
+        )
+        return inference_pb.EmbedResponse(
+            embeddings=[inference_pb.Embedding(values=vector) for vector in done.vectors],
+            adapter=_applied(done.published),
+            usage=inference_pb.Usage(prompt_tokens=done.num_tokens),
+        )
+
+    def _generates(self) -> GenerationService:
+        if self._generation is None:
+            raise _generates_nothing()
+        return self._generation
+
+    def _scores(self) -> ScoringService:
+        if self._scoring is None:
+            raise _generates_nothing()
+        return self._scoring
+
+
+def _generates_nothing() -> FailedPreconditionError:
+    return FailedPreconditionError(
+        "the model is an encoder, which generates nothing; use Classify or Embed"
+    )
+
+
+class AdapterServicer(AdapterServiceServicer):
+    """Adapters while the server runs."""
+
+    def __init__(self, registry: AdapterRegistry, on_change: Callable[[], None]) -> None:
+        self._registry = registry
+        self._on_change = on_change
+
+    async def PutAdapter(
+        self, request: adapter_pb.PutAdapterRequest, context: Any
+    ) -> adapter_pb.PutAdapterResponse:
+        """Checks and publishes an adapter."""
+        published, created = await self._registry.put(
+            request.name, request.safetensors, request.config_json, request.replace
+        )
+        self._on_change()
+        return adapter_pb.PutAdapterResponse(adapter=_adapter(published), created=created)
+
+    async def GetAdapter(
+        self, request: adapter_pb.GetAdapterRequest, context: Any
+    ) -> adapter_pb.GetAdapterResponse:
+        """Returns what is known of an adapter."""
+        return adapter_pb.GetAdapterResponse(adapter=_adapter(self._registry.resolve(request.name)))
+
+    async def ListAdapters(
+        self, request: adapter_pb.ListAdaptersRequest, context: Any
+    ) -> adapter_pb.ListAdaptersResponse:
+        """Returns a page of adapters in order of name; a page's token is its last name."""
+        if request.page_size < 0:
+            raise InvalidArgumentError(f"page_size is {request.page_size}, must be 0 or more")
+        size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
+        found = self._registry.page(request.page_token, size + 1)
+        return adapter_pb.ListAdaptersResponse(
+            adapters=[_adapter(p) for p in found[:size]],
+            next_page_token=found[size - 1].name if len(found) > size else "",
+        )
+
+    async def DeleteAdapter(
+        self, request: adapter_pb.DeleteAdapterRequest, context: Any
+    ) -> adapter_pb.DeleteAdapterResponse:
+        """Removes a name."""
+        published = await self._registry.delete(request.name)
+        self._on_change()
+        return adapter_pb.DeleteAdapterResponse(adapter=_adapter(published))
+
+
+class AdminServicer(AdminServiceServicer):
+    """What the server is."""
+
+    def __init__(self, info: Callable[[], admin_pb.ServerInfo]) -> None:
+        self._info = info
+
+    async def GetServerInfo(
+        self, request: admin_pb.GetServerInfoRequest, context: Any
+    ) -> admin_pb.GetServerInfoResponse:
+        """Returns model, choices, limits and load."""
+        return admin_pb.GetServerInfoResponse(info=self._info())
+
+
+def _spec(message: inference_pb.Generation) -> GenerationSpec:
+    sampling, stopping = message.sampling, message.stopping
+
+    def optional(part: Any, name: str) -> Any:
+        return getattr(part, name) if part.HasField(name) else None
+
+    return GenerationSpec(
+        prompt=_prompt(message),
+        adapter=message.adapter,
+        temperature=optional(sampling, "temperature"),
+        top_p=optional(sampling, "top_p"),
+        top_k=optional(sampling, "top_k"),
+        seed=optional(sampling, "seed"),
+        max_tokens=optional(stopping, "max_tokens"),
+        stop=list(stopping.stop),
+        stop_token_ids=list(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        logprobs=message.logprobs,
+    )
+
+
+def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Prompt:
+    form = message.WhichOneof("prompt")
+    if form == "text":
+        return message.text
+    if form == "token_ids":
+        return list(message.token_ids.ids)
+    if form == "chat":
+        messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
+        if not messages:
+            raise InvalidArgumentError("chat has no messages; give at least one user message")
+        return Chat(messages)
+    raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
+
+
+def _inputs(messages: Iterable[inference_pb.Input]) -> list[ReadInput]:
+    return [_input(index, message) for index, message in enumerate(messages)]
+
+
+def _input(index: int, message: inference_pb.Input) -> ReadInput:
+    form = message.WhichOneof("form")
+    if form == "text":
+        return message.text
+    if form == "token_ids":
+        return list(message.token_ids.ids)
+    if form == "pair":
+        return TextPair(message.pair.first, message.pair.second)
+    raise InvalidArgumentError(f"inputs[{index}] is empty; set text, token_ids or pair")
+
+
+def _continuation(index: int, message: inference_pb.Continuation) -> str | list[int]:
+    form = message.WhichOneof("form")
+    if form is None:
+        raise InvalidArgumentError(f"continuations[{index}] is unset; set text or token_ids")
+    return message.text if form == "text" else list(message.token_ids.ids)
+
+
+def _token_scores(scores: TokenScores) -> inference_pb.TokenScores:
+    return inference_pb.TokenScores(
+        token_ids=scores.token_ids, logprobs=scores.logprobs, is_greedy=scores.is_greedy
+    )
+
+
+def _applied(published: Published | None) -> inference_pb.AppliedAdapter:
+    if published is None:
+        return inference_pb.AppliedAdapter()
+    return inference_pb.AppliedAdapter(name=published.name, digest=published.digest)
+
+
+def _finish(finish: Finish) -> inference_pb.Finish:
+    return inference_pb.Finish(
+        reason=_REASONS[finish.reason],
+        stop=finish.stop,
+        usage=inference_pb.Usage(
+            prompt_tokens=finish.num_prompt_tokens,
+            completion_tokens=finish.num_completion_tokens,
+            cached_prompt_tokens=finish.num_cached_tokens,
+        ),
+    )
+
+
+def _adapter(published: Published) -> adapter_pb.Adapter:
+    summary = published.summary
+    message = adapter_pb.Adapter(
+        name=published.name,
+        digest=summary.digest,
+        base_fingerprint=summary.config.base_fingerprint,
+        num_sites=summary.num_sites,
+        num_parameters=summary.num_parameters,
+        size_bytes=summary.nbytes,
+        description=summary.config.metadata.description,
+    )
+    message.created_at.FromDatetime(published.created_at)
+    return message

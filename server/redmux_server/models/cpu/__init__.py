@@ -1,0 +1,1 @@
+"""CPUs: packed products, row kernels and paged attention, compiled by numba."""

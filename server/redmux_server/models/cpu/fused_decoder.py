@@ -1,0 +1,227 @@
+"""FusedDecoder: a Llama-like model as few large matrix products and the kernels between them."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from redmux_adapters.bases.sites import LAYER_NORM
+from redmux_server.engine.bank import SiteColumns
+from redmux_server.models.cpu.accelerate import joined
+from redmux_server.models.cpu.decoder_pass import SITES, Model, Room, Step, run
+from redmux_server.models.cpu.kvcache import NumbaKVCache
+from redmux_server.models.cpu.packed_linear import PackedLinear, Packing, num_parts
+from redmux_server.models.cpu.vector import Array
+from redmux_server.models.editing import OwnedRows, StepRows
+from redmux_server.models.kvcache import LayerRule
+
+# Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
+# down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
+FUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_NO_ROWS = np.zeros((1, 0), np.float32)
+_SMALLEST_ROOM = 64  # tokens
+
+
+def why_not_fusable(model: Any) -> str | None:
+    """Returns what keeps this model from being fused, or None."""
+    architecture = type(model).__name__
+    if architecture not in FUSABLE:
+        return f"{architecture} is none of {', '.join(FUSABLE)}"
+    if model.config.hidden_act != "silu":
+        return f"its activation is {model.config.hidden_act}, not silu"
+    return None
+
+
+class FusedDecoder:
+    """Runs the tokens of a step through weights taken from a transformers model.
+
+    q, k, v and gate, up are one product each, norms are fused with the additions before them, and
+    the edit of an FFN or attention output, or of the sum, happens inside that kernel, so that it
+    costs two reads.
+    A step is one compiled call, see `decoder_pass`. Every row is computed as if alone.
+    """
+
+    computes_in_torch = False
+    reads_table = True
+
+    def __init__(
+        self, model: Any, rules: Sequence[LayerRule], cache: NumbaKVCache, packing: Packing
+    ) -> None:
+        """`model` must be fusable and stays as it is; `packing` is `pack` of it."""
+        self._cache = cache
+        self._rotary = model.model.rotary_emb
+        layers = list(model.model.layers)
+        self._packing = packing
+        embeddings = model.get_input_embeddings()
+        is_tied = model.lm_head.weight is embeddings.weight
+        # One copy is enough of what is a tenth of a large model and a fifth of a small one.
+        self._embeddings = None if is_tied and packing.precision == "fp32" else embeddings
+        self._model = _model(model, layers, rules, cache)
+        self._layout: Mapping[str, SiteColumns] = {}
+        self._unedited = np.full((len(layers), len(SITES) + 1, 2), -1, np.int64)
+        self._starts = self._unedited
+        self._room = self._new_room(_SMALLEST_ROOM)
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """Every matrix product, in the order in which a step runs them."""
+        return [PackedLinear(self._packing, i) for i in range(len(self._packing.shapes))]
+
+    @property
+    def needs_embeddings(self) -> bool:
+        """Whether it reads the model's own embeddings, and not the same values in the head."""
+        return self._embeddings is not None
+
+    def forget_sites(self) -> None:
+        """See `Decoder`; a site costs something only where a step's adapters have it."""
+        self._layout = {}
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """See `Decoder`."""
+        logits = torch.empty(len(last), self._packing.shapes[-1][0])
+        self._pass(ids, positions, last, edits, layout, logits)
+        return logits
+
+    def hidden(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns],
+    ) -> Tensor:  # fmt: skip
+        """See `Decoder`."""
+        no_logits = torch.empty(0, self._packing.shapes[-1][0])
+        self._pass(ids, positions, last, edits, layout, no_logits)
+        return torch.from_numpy(self._room.h[: len(last)].copy())
+
+    def _pass(
+        self, ids: Tensor, positions: Tensor, last: Tensor,
+        edits: StepRows | OwnedRows | None, layout: Mapping[str, SiteColumns], logits: Tensor,
+    ) -> None:  # fmt: skip
+        """Leaves the last hidden states in the room, and fills `logits` if it has rows."""
+        index = self._cache.index
+        assert index is not None, "the cache's step is not entered"
+        x = self._embed(ids)
+        cos, sin = self._rotary(x[None], positions[None])
+        rows, row_of, starts = _NO_ROWS, np.zeros(len(ids), np.int32), self._unedited
+        if edits is not None:
+            assert isinstance(edits, OwnedRows), "kernels read the bank's own table"
+            rows = edits.table.numpy()
+            counts = [s.count for s in self._cache.segments]
+            row_of = np.repeat(np.array(edits.owners, np.int32), counts)
+            starts = self._placed(layout)
+        if len(ids) > len(self._room.h):
+            self._room = self._new_room(len(ids))
+        step = Step(
+            x.numpy(), cos.numpy().reshape(-1), sin.numpy().reshape(-1),
+            index.places, index.table, index.tiles, rows, row_of, starts,
+            last.numpy(), logits.numpy(),
+        )  # fmt: skip
+        run(numba.get_num_threads(), step, self._model, self._packing.packed, self._room)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        if self._embeddings is None:
+            return torch.from_numpy(self._packing.rows(len(self._packing.shapes) - 1, ids.numpy()))
+        embedded: Tensor = self._embeddings(ids)
+        return embedded
+
+    def _placed(self, layout: Mapping[str, SiteColumns]) -> Array:
+        """Returns where each layer's sites lie in the rows, looked up when they changed."""
+        if layout != self._layout:
+            self._layout = dict(layout)
+            paths = [
+                [f"model.layers.{layer}.{site}".rstrip(".") for site in SITES]
+                for layer in range(len(self._unedited))
+            ]
+            self._starts = self._unedited.copy()
+            for layer, row in enumerate(paths):
+                for site, path in enumerate(row):
+                    for part, end in enumerate(("", LAYER_NORM)):
+                        if path + end in layout:
+                            self._starts[layer, site, part] = layout[path + end].start
+        return self._starts
+
+    def _new_room(self, num_tokens: int) -> Room:
+        """Returns room for `num_tokens` tokens, or more if that is not much."""
+        shapes, packing = self._packing.shapes, self._packing
+        qkv, hidden, gate_up, inner = shapes[0][0], shapes[0][1], shapes[2][0], shapes[3][1]
+
+        def rows(dim: int) -> Array:
+            return np.zeros((num_tokens, dim), np.float32)
+
+        def narrow(array: Array) -> Array:
+            if packing.activation is np.float32:
+                return array
+            return np.zeros((num_tokens, packing.padded(array.shape[1])), packing.activation)
+
+        h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
+        narrow_attended = narrow(attended)
+        steps = rows(num_parts(max(hidden, inner, attended.shape[1])))
+        return Room(
+            h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
+            narrow(h), narrow_attended, narrow(gated), steps,
+            rows(hidden), np.zeros_like(narrow_attended), np.zeros_like(steps),
+            np.zeros(num_tokens, np.int32),
+        )  # fmt: skip
+
+
+def pack(model: Any, precision: str = "fp32", room: Packing | None = None) -> Packing:
+    """Returns a copy of the products of all layers, then of the head, in `room` if that fits.
+
+    Raises FailedPreconditionError if this CPU has no products of `precision`.
+    """
+    groups: list[tuple[Any, ...]] = []
+    for a, m in ((layer.self_attn, layer.mlp) for layer in model.model.layers):
+        groups += [(a.q_proj, a.k_proj, a.v_proj), (a.o_proj,)]
+        groups += [(m.gate_proj, m.up_proj), (m.down_proj,)]
+    groups.append((model.lm_head,))
+    shapes = [(sum(x.out_features for x in group), group[0].in_features) for group in groups]
+    if room is not None and (room.precision, room.shapes) == (precision, shapes):
+        packing = room
+    else:
+        packing = Packing(shapes, precision)
+    for i, group in enumerate(groups):
+        packing.fill(i, *joined(*group))
+    return packing
+
+
+def _model(
+    model: Any,
+    layers: Sequence[Any],
+    rules: Sequence[LayerRule],
+    cache: NumbaKVCache,
+) -> Model:
+    assert len(cache.stacks) == 1, "layers of a fusable model have one shape"
+    keys, values = cache.stacks[0]
+    paged = cache.paged[0]
+    norms = itertools.chain.from_iterable(
+        (layer.input_layernorm, layer.post_attention_layernorm) for layer in layers
+    )
+    q_norms = [getattr(layer.self_attn, "q_norm", None) for layer in layers]
+    k_norms = [getattr(layer.self_attn, "k_norm", None) for layer in layers]
+    head_eps = 0.0 if q_norms[0] is None else q_norms[0].variance_epsilon
+    query, key = paged.num_heads * paged.head_dim, paged.num_kv_heads * paged.head_dim
+    return Model(
+        _stacked([*norms, model.model.norm]),
+        np.float32(model.model.norm.variance_epsilon),
+        _stacked(q_norms),
+        _stacked(k_norms),
+        np.float32(head_eps),
+        keys.reshape(len(layers), -1),
+        values.reshape(len(layers), -1),
+        paged.packed_layout,
+        np.array([query, key, key], np.int64),
+        np.array([rule.scale for rule in rules], np.float32),
+        np.array([rule.window for rule in rules], np.int64),
+    )
+
+
+def _stacked(norms: Sequence[Any]) -> Array:
+    """Returns the weights of these norms [norms, dim], with dim 0 where there are none."""
+    if norms[0] is None:
+        return np.zeros((len(norms), 0), np.float32)
+    return torch.stack([norm.weight.data.float() for norm in norms]).numpy().copy()

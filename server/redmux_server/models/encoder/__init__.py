@@ -1,0 +1,1 @@
+"""Encoders: packed sequences, and the heads of classifiers."""

@@ -1,0 +1,1 @@
+"""Adapters by name: in memory, and in a folder if wanted."""

@@ -1,0 +1,113 @@
+"""Published: an adapter under its name, whose vectors are read when somebody needs them."""
+
+import contextlib
+import logging
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError
+from redmux_adapters import Adapter, Limits, Summary, check_base
+from redmux_adapters.format.config import AdapterConfig
+from redmux_adapters.format.files import parse_known, read_file
+from redmux_server.registry.folder_index import Stamp
+
+logger = logging.getLogger(__name__)
+
+
+class Rules(NamedTuple):
+    """What every file of one base has to keep to."""
+
+    base_fingerprint: str
+    expected_sites: Mapping[str, int]
+    limits: Limits
+    head_size: int  # hidden size that heads are for, 0 where none are applied
+    head_kinds: Collection[str]  # that the base model can have
+
+    def check(self, config: AdapterConfig) -> None:
+        """Raises WrongBaseError, or FailedPreconditionError for a head that nothing would apply."""
+        check_base(config, self.base_fingerprint)
+        if config.head is None:
+            return
+        if not self.head_size:
+            raise FailedPreconditionError(
+                "the adapter brings a classification head, which needs an encoder, and this server "
+                "does not serve one; put it to one that does, or put the adapter without its head"
+            )
+        if config.head.kind not in self.head_kinds:
+            raise FailedPreconditionError(
+                f"the adapter's head is of kind {config.head.kind!r}, which stands on the base "
+                "model's pooler, and this base model has none"
+            )
+
+
+class Published:
+    """One version of a name. Whoever holds it can read exactly this version, whatever comes next.
+
+    The vectors are a file of the registry, or the bytes they came in. Before the file of a version
+    is replaced or removed, `detach` takes its bytes into memory, where they stay for as long as
+    somebody holds this object. What is read is checked against the digest that was published.
+    """
+
+    __slots__ = ("_data", "_path", "_rules", "created_at", "name", "stamp", "summary")
+
+    def __init__(
+        self,
+        name: str,
+        summary: Summary,
+        source: Path | bytes,
+        rules: Rules,
+        stamp: Stamp | None = None,
+    ) -> None:
+        """`source` is the file of the vectors, with its stamp if that is known, or their bytes."""
+        self.name = name
+        self.summary = summary
+        self.stamp = stamp
+        self.created_at = datetime.now(UTC)
+        self._path = str(source) if isinstance(source, Path) else None
+        self._data = source if isinstance(source, bytes) else None
+        self._rules = rules
+
+    @property
+    def digest(self) -> str:
+        """Digest of the adapter."""
+        return self.summary.digest
+
+    def read(self) -> Adapter:
+        """Returns the adapter; blocks on the disk, from any thread.
+
+        Raises DataLossError if the file was damaged or removed since it was published.
+        """
+        if self._data is None:
+            assert self._path is not None
+            try:
+                return self._parse(read_file(Path(self._path), self._rules.limits.file_bytes))
+            except InvalidAdapterError as err:
+                # Detached while it was read? Then the file belongs to another version by now.
+                if self._data is None:
+                    logger.error("adapter file %s was damaged: %s", self._path, err)
+                    raise DataLossError(
+                        f"the file of adapter {self.name!r} is no longer what was published as "
+                        f"{self.digest}; put the adapter again"
+                    ) from None
+        return self._parse(self._data)
+
+    def detach(self) -> None:
+        """Takes the bytes of the file into memory; call it before the file changes."""
+        if self._data is None and self._path is not None:
+            # A file that cannot be read is lost with or without what comes next.
+            with contextlib.suppress(InvalidAdapterError):
+                self._data = read_file(Path(self._path), self._rules.limits.file_bytes)
+
+    def _parse(self, data: bytes) -> Adapter:
+        adapter = parse_known(
+            data,
+            self.summary.config,
+            expected_sites=self._rules.expected_sites,
+            hidden_size=self._rules.head_size or None,
+            limits=self._rules.limits,
+        )
+        if adapter.digest != self.digest:
+            raise InvalidAdapterError(f"it holds {adapter.digest}")
+        return adapter

@@ -1,0 +1,1 @@
+"""What the doors share: generation, scoring, reading and validation, without any protocol."""

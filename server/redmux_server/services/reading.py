@@ -1,0 +1,235 @@
+"""ReadingService: from inputs to vectors and classifications, below every protocol."""
+
+import asyncio
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from redmux.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RedmuxError,
+    RequestCancelledError,
+    UnimplementedError,
+)
+from redmux_adapters import HeadConfig
+from redmux_server.engine.engine import Engine
+from redmux_server.engine.request import (
+    Event,
+    Failed,
+    Pooling,
+    Read,
+    Reading,
+    Request,
+    SamplingParams,
+)
+from redmux_server.metrics import Metrics
+from redmux_server.models.text import TextCodec
+from redmux_server.registry.published import Published
+from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.validation import ReadInput, TextPair, Validator
+
+MAX_INPUTS = 1024
+_ANSWER_BYTES = 3 << 20  # of values, so that a message stays below gRPC's usual limit
+
+Encoded = tuple[list[int], list[int] | None]  # token ids; which of two parts each belongs to
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector per input, and what made them."""
+
+    vectors: Sequence[Sequence[float]]
+    published: Published | None
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classifications:
+    """Logits and scores per input in the order of the head's labels, and what made them."""
+
+    logits: Sequence[Sequence[float]]
+    scores: Sequence[Sequence[float]]
+    head: HeadConfig
+    published: Published
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadableModel:
+    """What of a model matters for reading it."""
+
+    kind: str  # "encoder", "decoder" or "encoder_decoder"
+    architecture: str
+    hidden_size: int
+    default_pooling: Pooling
+
+
+class ReadingService:
+    """Resolves, validates, tokenizes, submits and waits; an input is a request of its own."""
+
+    def __init__(
+        self,
+        model: ReadableModel,
+        engine: Engine,
+        registry: AdapterRegistry,
+        codec: TextCodec,
+        validator: Validator,
+        metrics: Metrics,
+        tokenizing: Executor,
+    ) -> None:
+        """`tokenizing` has one thread, the only one that encodes with `codec`."""
+        self._model = model
+        self._engine = engine
+        self._registry = registry
+        self._codec = codec
+        self._validator = validator
+        self._metrics = metrics
+        self._tokenizing = tokenizing
+        fitting = _ANSWER_BYTES // (4 * model.hidden_size)
+        self._max_inputs = max(1, min(MAX_INPUTS, fitting, engine.max_open))
+
+    async def embed(
+        self,
+        inputs: Sequence[ReadInput],
+        adapter: str,
+        pooling: Pooling | None,
+        normalize: bool,
+        tenant: str,
+    ) -> Embeddings:
+        """Returns the vector of each input.
+
+        `adapter` "" is the base model, `pooling` None what is usual for the kind of model. Raises a
+        RedmuxError for whatever cannot be served; nothing is queued then.
+        """
+        try:
+            if self._model.kind == "encoder_decoder":
+                raise UnimplementedError("encoder-decoder models cannot embed yet")
+            published = self._registry.resolve(adapter) if adapter else None
+            reading = Reading(pooling or self._model.default_pooling, normalize)
+            calls = await self._submit(inputs, published, reading, tenant)
+        except RedmuxError as err:
+            self._metrics.refused(err.status.name.lower())
+            raise
+        return Embeddings(await self._wait(calls), published, _num_tokens(calls))
+
+    async def classify(
+        self, inputs: Sequence[ReadInput], adapter: str, tenant: str
+    ) -> Classifications:
+        """Returns what the head of the adapter makes of each input.
+
+        Raises FailedPreconditionError, saying why, where model or adapter have no head that could.
+        """
+        try:
+            published, head = self._resolve_head(adapter)
+            calls = await self._submit(inputs, published, Reading(None), tenant)
+        except RedmuxError as err:
+            self._metrics.refused(err.status.name.lower())
+            raise
+        logits = await self._wait(calls)
+        scores = [scores_of(row, head.problem_type) for row in logits]
+        return Classifications(logits, scores, head, published, _num_tokens(calls))
+
+    def _resolve_head(self, name: str) -> tuple[Published, HeadConfig]:
+        if self._model.kind != "encoder":
+            raise FailedPreconditionError(
+                f"the model is of kind {self._model.kind} ({self._model.architecture}), which "
+                "classifies nothing; use Generate or Complete"
+            )
+        if not name:
+            raise InvalidArgumentError(
+                "the request names no adapter; the base model has no head to classify with"
+            )
+        published = self._registry.resolve(name)
+        head = published.summary.config.head
+        if head is None:
+            raise FailedPreconditionError(
+                f"adapter {name!r} has no classification head; put one that was trained with its "
+                "head, or use Embed"
+            )
+        return published, head
+
+    async def _submit(
+        self,
+        inputs: Sequence[ReadInput],
+        published: Published | None,
+        reading: Reading,
+        tenant: str,
+    ) -> list["_Call"]:
+        self._validator.inputs(inputs, self._max_inputs)
+        if self._model.kind != "encoder" and any(isinstance(i, TextPair) for i in inputs):
+            raise InvalidArgumentError("pairs of texts are for encoders; join the two yourself")
+        loop = asyncio.get_running_loop()
+        encoded = await loop.run_in_executor(self._tokenizing, self._encode, inputs)
+        for index, (ids, _) in enumerate(encoded):
+            self._validator.input_ids(index, ids)
+        adapter = await self._registry.fetch(published) if published else None
+        calls = []
+        for ids, type_ids in encoded:
+            future: asyncio.Future[Sequence[float]] = loop.create_future()
+            request = Request(
+                prompt_ids=ids,
+                max_tokens=0,
+                sampling=SamplingParams(),
+                stop_token_ids=frozenset(),
+                tenant=tenant or (published.name if published else ""),
+                adapter=adapter,
+                logprobs=False,
+                sink=functools.partial(_answer, future),
+                reading=dataclasses.replace(reading, type_ids=type_ids),
+            )
+            calls.append(_Call(request, future))
+        self._engine.submit(*(call.request for call in calls))
+        return calls
+
+    def _encode(self, inputs: Sequence[ReadInput]) -> list[Encoded]:
+        return [self._encode_one(item) for item in inputs]
+
+    def _encode_one(self, item: ReadInput) -> Encoded:
+        if isinstance(item, TextPair):
+            return self._codec.encode_pair(item.first, item.second)
+        return (self._codec.encode(item) if isinstance(item, str) else item), None
+
+    async def _wait(self, calls: Sequence["_Call"]) -> list[Sequence[float]]:
+        """Returns all values; one that fails, or the caller's going away, ends the others."""
+        try:
+            return await asyncio.gather(*(call.values for call in calls))
+        finally:
+            cancelled = RequestCancelledError("the request was cancelled")
+            for call in calls:
+                self._engine.end(call.request, Failed(cancelled))
+
+
+class _Call(NamedTuple):
+    request: Request
+    values: asyncio.Future[Sequence[float]]
+
+
+def _answer(values: asyncio.Future[Sequence[float]], event: Event) -> None:
+    """The sink of a request that brings one event, its end."""
+    if values.done():  # cancelled
+        return
+    if isinstance(event, Failed):
+        values.set_exception(event.error)
+    else:
+        assert isinstance(event, Read)
+        values.set_result(event.values)
+
+
+def _num_tokens(calls: Sequence[_Call]) -> int:
+    return sum(len(call.request.prompt_ids) for call in calls)
+
+
+def scores_of(logits: Sequence[float], problem_type: str) -> list[float]:
+    """Returns softmax, sigmoid or the values themselves, as the problem type has it."""
+    if problem_type == "single_label_classification":
+        largest = max(logits)
+        powers = [math.exp(x - largest) for x in logits]
+        return [power / math.fsum(powers) for power in powers]
+    if problem_type == "multi_label_classification":
+        return [0.5 * (1 + math.tanh(x / 2)) for x in logits]
+    return list(logits)

@@ -1,0 +1,153 @@
+"""What a server is made of: its registry, engine and services, wired as configured."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from redmux.errors import InvalidArgumentError
+from redmux_adapters.format.config import CONFIG_NAME
+from redmux_server.config import ServerConfig
+from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.engine import Engine
+from redmux_server.engine.reading import Reader
+from redmux_server.engine.request import Pooling
+from redmux_server.engine.scheduler import Scheduler
+from redmux_server.metrics import Metrics
+from redmux_server.models.base_model import BaseModel
+from redmux_server.models.encoder.load import EncoderModel
+from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.generation import GenerationService
+from redmux_server.services.reading import ReadableModel, ReadingService
+from redmux_server.services.scoring import ScoringService
+from redmux_server.services.validation import Validator
+from redmux_server.training.check import TrainingSetup
+from redmux_server.training.service import TrainingService
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every door offers; those that the model has no use for are None."""
+
+    generation: GenerationService | None
+    scoring: ScoringService | None
+    reading: ReadingService
+
+
+def make_services(
+    model: BaseModel | EncoderModel, engine: Engine, registry: AdapterRegistry, metrics: Metrics,
+    tokenizing: ThreadPoolExecutor,
+) -> Services:  # fmt: skip
+    """Returns the services of this model; they tokenize in the thread of `tokenizing`."""
+    validator = Validator(model.vocab_size, model.max_context)
+    parts = engine, registry, model.codec, validator, metrics, tokenizing
+    reading = ReadingService(readable(model), *parts)
+    if not isinstance(model, BaseModel):
+        return Services(None, None, reading)
+    generation = GenerationService(*parts, model.decoder_start)
+    return Services(generation, ScoringService(engine, generation, validator, metrics), reading)
+
+
+def make_training(
+    config: ServerConfig, model: BaseModel | EncoderModel, engine: Engine,
+    registry: AdapterRegistry, metrics: Metrics, on_publish: Callable[[], None],
+) -> TrainingService:  # fmt: skip
+    """Returns what trains beside this engine and gives way to it."""
+    return TrainingService(
+        _training_setup(config, model), registry, metrics,
+        max_queued=config.training_queue, share=config.training_share,
+        is_busy=lambda: engine.num_open > 0, on_publish=on_publish,
+    )  # fmt: skip
+
+
+def open_registry(config: ServerConfig, model: BaseModel | EncoderModel) -> AdapterRegistry:
+    """Returns the registry with the configured adapters, and those of the adapter folder.
+
+    Raises InvalidArgumentError for an entry that is not there, and what loading raises.
+    """
+    folder = Path(config.adapter_dir) if config.adapter_dir else None
+    registry = AdapterRegistry(
+        model.fingerprint, model.sites, folder, config.host_cache_bytes,
+        head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
+        head_kinds=model.heads.kinds if isinstance(model, EncoderModel) else (),
+    )  # fmt: skip
+    for name, path in _adapter_paths(config.adapters):
+        registry.load(path, name)
+    if folder is not None:
+        registry.load_folder()
+    return registry
+
+
+def make_engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metrics) -> Engine:
+    """Returns the engine of this model, not yet started."""
+    max_open = config.max_running + config.max_queue
+    if isinstance(model, BaseModel):
+        scheduler = Scheduler(
+            BlockPool(model.num_blocks, model.block_size, model.max_idle_blocks),
+            max_running=config.max_running,
+            max_batch_tokens=model.max_batch_tokens,
+            # What a decoder keeps of an answer depends on the source as well.
+            prefix_cache=config.prefix_cache and model.decoder_start is None,
+        )
+        return Engine(model.runner, scheduler, model.bank, metrics, max_open=max_open)
+    # Nothing is kept from step to step, so a request holds one block that stands for its place.
+    scheduler = Scheduler(
+        BlockPool(config.max_running, model.max_context),
+        max_running=config.max_running,
+        max_batch_tokens=model.max_batch_tokens,
+        prefix_cache=False,
+        whole_prompts=True,
+    )
+    reader = Reader(model.heads)
+    return Engine(model.runner, scheduler, model.bank, metrics, max_open=max_open, reader=reader)
+
+
+def readable(model: BaseModel | EncoderModel) -> ReadableModel:
+    """Returns what reading has to know of this model."""
+    if isinstance(model, BaseModel):
+        kind = "decoder" if model.decoder_start is None else "encoder_decoder"
+        return ReadableModel(kind, model.architecture, model.hidden_size, Pooling.LAST)
+    return ReadableModel("encoder", model.architecture, model.hidden_size, Pooling.MEAN)
+
+
+def _training_setup(config: ServerConfig, model: BaseModel | EncoderModel) -> TrainingSetup | None:
+    """Returns what trains on the model's base, None where nothing does."""
+    if not config.training:
+        return None
+    return TrainingSetup(
+        model=config.model,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_threads=config.threads or len(os.sched_getaffinity(0)),
+        fingerprint=model.fingerprint,
+        max_tokens=config.training_max_tokens,
+    )
+
+
+def _adapter_paths(entries: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Returns (name, path) of each adapter that the entries of `adapters` stand for."""
+    found: list[tuple[str, Path]] = []
+    for entry in entries:
+        name, separator, text = entry.partition("=")
+        path = Path(text if separator else entry).expanduser()
+        if entry == "zoo":
+            found += [(p.name, p) for p in _subfolders(zoo_folder())]
+        elif separator or path.is_file() or (path / CONFIG_NAME).is_file():
+            found.append((name if separator else path.stem, path))
+        elif path.is_dir():
+            found += [(p.name, p) for p in _subfolders(path)]
+        else:
+            raise InvalidArgumentError(f"adapters: no file or folder {entry!r}")
+    return found
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(p.parent for p in folder.glob(f"*/{CONFIG_NAME}"))
+
+
+def zoo_folder() -> Path:
+    """Returns the folder of the bundled adapters."""
+    import redmux_adapters
+
+    return Path(redmux_adapters.__file__).parent / "zoo"
