@@ -37,7 +37,16 @@ def load_seq2seq_base(spec: str, dtype: torch.dtype = torch.float32) -> tuple[An
     """Returns (model, tokenizer) of an encoder-decoder language model; else like `load_base`."""
     from transformers import AutoModelForSeq2SeqLM
 
-    return _load(AutoModelForSeq2SeqLM, spec, dtype)
+    model, tokenizer = _load(AutoModelForSeq2SeqLM, spec, dtype)
+    config = model.config
+    if getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = model.generation_config.decoder_start_token_id
+    if config.decoder_start_token_id is None:
+        raise InvalidArgumentError(
+            f"cannot load model {spec!r}: its config.json has no decoder_start_token_id; add it "
+            f"(that of T5 is its pad_token_id, {config.pad_token_id})"
+        )
+    return model, tokenizer
 
 
 def read_config(spec: str) -> Any:
@@ -86,6 +95,12 @@ def load_encoder(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, An
 
 
 def _cannot_load(spec: str, err: Exception) -> InvalidArgumentError:
+    if str(err).startswith("Unrecognized configuration class"):  # and a list of all that it knows
+        return InvalidArgumentError(
+            f"cannot load model {spec!r}: transformers has no such language model for the "
+            f"configuration in its config.json; of a model with a vision or audio tower, give the "
+            f"checkpoint of the text model"
+        )
     return InvalidArgumentError(
         f"cannot load model {spec!r}: {err}; give a folder with config.json, a .gguf file, "
         f"a hub id, or {DEFAULT_MODEL!r}"

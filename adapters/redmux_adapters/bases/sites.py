@@ -182,9 +182,10 @@ def _only_list(model: nn.Module, config: Any) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == depth
     ]
     if len(stacks) != 1:
+        why = "share modules, or are no list of modules" if not stacks else "cannot be told apart"
         raise InvalidArgumentError(
-            f"{config.model_type!r} models have {len(stacks)} lists of {depth} modules; the layers "
-            "have to be one list"
+            f"{config.model_type!r} models cannot be edited layer by layer: {len(stacks)} lists of "
+            f"{depth} modules were found where one was expected, so their layers {why}"
         )
     (stack,) = stacks
     return str(stack)

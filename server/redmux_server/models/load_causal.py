@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from redmux_adapters import editable_sites, fingerprint, load_base, with_layer_norms
+from redmux.errors import FailedPreconditionError
+from redmux_adapters import editable_sites, fingerprint, load_base, read_config, with_layer_norms
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
@@ -42,6 +43,7 @@ def load_causal(
     Raises InvalidArgumentError if it cannot be found and FailedPreconditionError if its
     architecture cannot be served rightly.
     """
+    _check_causal(read_config(config.model))
     model, tokenizer = load_base(config.model, choices.dtype)
     model = model.to(choices.device)
     identity = fingerprint(model)
@@ -84,6 +86,17 @@ def load_causal(
         reasons=reasons,
         max_idle_blocks=idle_blocks,
     )
+
+
+def _check_causal(config: Any) -> None:
+    """Raises FailedPreconditionError for a model of a decoder's class that sees what follows."""
+    for part in (config, config.get_text_config()):
+        for name, seeing in (("use_bidirectional_attention", True), ("is_causal", False)):
+            if getattr(part, name, None) is seeing:
+                raise FailedPreconditionError(
+                    f"{part.model_type!r} with {name}: {str(seeing).lower()} in config.json cannot "
+                    f"be served: its tokens attend to those that follow, so it generates nothing"
+                )
 
 
 @dataclass(frozen=True, slots=True)

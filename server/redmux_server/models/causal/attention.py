@@ -86,6 +86,12 @@ def discover(model: Any) -> tuple[list[LayerShape], list[LayerRule]]:
             f"architecture {kind!r} cannot be served: it does not run its attention through "
             f"transformers' attention interface ({err})"
         ) from err
+    if len(modules) == expected and any(len(r.calls) > 1 for r in recorders):
+        raise FailedPreconditionError(
+            f"architecture {kind!r} cannot be served: a layer of it attends "
+            f"{max(len(r.calls) for r in recorders)} times for each token; the cache holds the "
+            f"keys and values of one time"
+        )
     if len(modules) != expected or any(len(r.calls) != 1 for r in recorders):
         called = sum(bool(r.calls) for r in recorders)
         raise FailedPreconditionError(

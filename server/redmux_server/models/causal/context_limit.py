@@ -40,7 +40,9 @@ def _limits(config: Any, rules: Sequence[LayerRule]) -> Iterator[ContextLimit]:
     if chunk:
         yield ContextLimit(int(chunk), "the model's attention in chunks of that size is not known")
     window = getattr(config, "sliding_window", None)
-    if window and not any(rule.window for rule in rules):
+    kinds = getattr(config, "layer_types", None)
+    is_used = kinds is None or any(kind != "full_attention" for kind in kinds)
+    if window and is_used and not any(rule.window for rule in rules):
         # Or the model has it in its attention mask only, which a packed step does not have.
         yield ContextLimit(int(window), "the model does not tell its attention of its window")
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import numba
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from redmux_server.engine.bank import IDENTITY, AdapterBank, SiteColumns
 from redmux_server.engine.engine import Runner
 from redmux_server.engine.request import Work
 from redmux_server.models.cpu.accelerate import computes_in_torch
+from redmux_server.models.cpu.threads import set_threads
 from redmux_server.models.editing import Editing, OwnedRows, StepRows
 from redmux_server.models.kvcache import KVCache, Segment
 
@@ -54,6 +54,14 @@ class CachedRunner(Runner, Protocol):
         """Makes sites that were edited so far cost nothing until they are edited again."""
 
 
+def stack_of(model: Any) -> Any:
+    """Returns the model below the head: what puts out hidden states."""
+    if model.base_model is not model:
+        return model.base_model
+    # A class whose base is an attribute of another name than it says, such as Llama 4's.
+    return next(child for child in model.children() if hasattr(child, "get_input_embeddings"))
+
+
 class TransformersDecoder:
     """The model as transformers runs it, with a hook at each edited site."""
 
@@ -90,7 +98,7 @@ class TransformersDecoder:
     ) -> Tensor:  # fmt: skip
         """See `Decoder`."""
         with self._edited(edits, layout):
-            states: Tensor = self._model.base_model(
+            states: Tensor = stack_of(self._model)(
                 input_ids=ids[None], position_ids=positions[None], use_cache=False
             ).last_hidden_state[0]
         return states[last]
@@ -123,10 +131,7 @@ class CausalRunner:
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
-        # Where torch has nothing large to do, threads of its own would only wait for work, busily,
-        # on the cores that the kernels' threads need, and cost a row its bits.
-        torch.set_num_threads(self._num_threads if self._decoder.computes_in_torch else 1)
-        numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+        set_threads(self._num_threads, self._decoder.computes_in_torch)
 
     def forget_sites(self) -> None:
         """See `Decoder`."""

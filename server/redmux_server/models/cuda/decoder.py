@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from redmux_server.engine.bank import SiteColumns
+from redmux_server.models.causal.runner import stack_of
 from redmux_server.models.cpu.accelerate import joined
 from redmux_server.models.cpu.decoder_pass import SITES
 from redmux_server.models.cpu.fused_decoder import why_not_fusable
@@ -99,7 +100,7 @@ class HookedDecoder:
         """See DeviceDecoder."""
         rows = TableRows(table, step.rows, self._edit)
         with self._cache.use(step.paged), self._editing.step(rows):
-            states: Tensor = self._model.base_model(
+            states: Tensor = stack_of(self._model)(
                 input_ids=step.ids[None], position_ids=step.positions[None], use_cache=False
             ).last_hidden_state[0]
         return states

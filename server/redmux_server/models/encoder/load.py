@@ -112,7 +112,7 @@ def load_encoder(config: ServerConfig, choices: Choices) -> EncoderModel:
 
 def _max_context(config: ServerConfig, model: Any) -> int:
     """Returns the most tokens of an input: what the table of positions has behind its offset."""
-    padding_id = getattr(model.embeddings, "padding_idx", None)
+    padding_id = getattr(getattr(model, "embeddings", None), "padding_idx", None)
     offset = 0 if padding_id is None else padding_id + 1
     limit = int(model.config.max_position_embeddings) - offset
     if config.max_context > limit:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import numba
 import torch
 from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.request import Work
 from redmux_server.models.cpu.accelerate import computes_in_torch
+from redmux_server.models.cpu.threads import set_threads
 from redmux_server.models.editing import Editing, StepRows
 from redmux_server.models.encoder.packed_sequences import PackedSequences
 
@@ -26,7 +26,7 @@ class EncoderRunner:
         self._bank = bank
         self._num_threads = num_threads
         self._editing = Editing(model)
-        embeddings = model.embeddings
+        embeddings = getattr(model, "embeddings", None)  # EuroBERT rotates instead
         # RoBERTa and MPNet count positions from behind this token's id, and put the token there.
         self._padding_id: int | None = getattr(embeddings, "padding_idx", None)
         types = getattr(embeddings, "token_type_embeddings", None)
@@ -34,8 +34,7 @@ class EncoderRunner:
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
-        torch.set_num_threads(self._num_threads if computes_in_torch(self._model) else 1)
-        numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+        set_threads(self._num_threads, computes_in_torch(self._model))
 
     def forget_sites(self) -> None:
         """Makes sites that were edited so far cost nothing until they are edited again."""

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import NoReturn
 from weakref import WeakKeyDictionary
 
-import numba
 import torch
 from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank
 from redmux_server.engine.request import Request, Work
+from redmux_server.models.cpu.threads import set_threads
 from redmux_server.models.editing import Editing, StepRows
 from redmux_server.models.seq2seq.t5 import T5, SourceState
 
@@ -30,8 +30,7 @@ class Seq2SeqRunner:
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
-        torch.set_num_threads(1)  # every product is ours: see `computes_in_torch`
-        numba.set_num_threads(min(self._num_threads, numba.config.NUMBA_NUM_THREADS))
+        set_threads(self._num_threads, computes_in_torch=False)
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
