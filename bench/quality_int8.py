@@ -30,7 +30,7 @@ from redmux_server.models.base_model import BaseModel
 from redmux_server.models.cpu.accelerate import pack_linears
 from redmux_server.models.kvcache import BLOCK
 from redmux_server.models.load_causal import load_causal
-from redmux_server.wiring import zoo_folder
+from redmux_server.registry.given import zoo_folder
 
 sys.path.insert(0, str(Path(__file__).parent / "zoo"))
 from tasks import TASKS

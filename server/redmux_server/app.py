@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import start_http_server
@@ -21,6 +22,8 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.models.load import load
+from redmux_server.registry.folder_lock import FolderLock
+from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.wiring import make_engine, make_services, make_training, open_registry, readable
 
@@ -33,8 +36,11 @@ class Server:
     """A running server. `start` returns once it serves; `stop` drains it."""
 
     def __init__(
-        self, config: ServerConfig, model: BaseModel | EncoderModel, registry: AdapterRegistry
-    ) -> None:
+        self, config: ServerConfig, model: BaseModel | EncoderModel, registry: AdapterRegistry,
+        lock: FolderLock | None = None,
+    ) -> None:  # fmt: skip
+        """`lock` is that of the registry's folder, released when the server has stopped."""
+        self._lock = lock
         self.config = config
         self.model = model
         self.registry = registry
@@ -57,13 +63,22 @@ class Server:
         Raises InvalidArgumentError or FailedPreconditionError with what has to change.
         """
         choices = choose(config)
-        # The thread ends with the loading: compute threads that wait for its next call would count
-        # as competitors of the engine's, which OpenMP then puts to sleep after every product.
-        with ThreadPoolExecutor(1, "loader") as loader:
-            loading = asyncio.get_running_loop().run_in_executor(loader, load, config, choices)
-            model = await loading
-        server = cls(config, model, open_registry(config, model))
-        await server._listen()
+        # What can be wrong with adapters is told before the model takes its time.
+        given = read_given(config.adapters)
+        lock = FolderLock(Path(config.adapter_dir)) if config.adapter_dir else None
+        try:
+            # The thread ends with the loading: compute threads that wait for its next call would
+            # count as competitors of the engine's, which OpenMP then puts to sleep after every
+            # product.
+            with ThreadPoolExecutor(1, "loader") as loader:
+                loading = asyncio.get_running_loop().run_in_executor(loader, load, config, choices)
+                model = await loading
+            server = cls(config, model, open_registry(config, model, given), lock)
+            await server._listen()
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
         return server
 
     async def stop(self, drain_s: float | None = None) -> None:
@@ -76,6 +91,8 @@ class Server:
         await self.door.close()
         self._tokenizing.shutdown(wait=False)
         await asyncio.to_thread(self.registry.save_index)
+        if self._lock is not None:
+            self._lock.release()
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
         self._metrics_thread.join()

@@ -62,6 +62,9 @@ class ServerConfig:
     training_queue: int = _option(8, "most training jobs of one API key that wait")
     training_max_tokens: int = _option(20_000_000, "most tokens that one training job computes")
     api_keys: tuple[str, ...] = _option((), "API keys that are let in; none lets everybody in")
+    admin_key: str = _option(
+        "", "API key that sees and changes the adapters of all keys; it is let in, too"
+    )
     tls_cert: str = _option("", "PEM file with the certificate chain")
     tls_key: str = _option("", "PEM file with the private key")
     drain_s: float = _option(30.0, "seconds that running requests get at shutdown")

@@ -1,13 +1,11 @@
 """What a server is made of: its registry, engine and services, wired as configured."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from redmux.errors import InvalidArgumentError
-from redmux_adapters.format.config import CONFIG_NAME
 from redmux_server.config import ServerConfig
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.engine import Engine
@@ -17,6 +15,7 @@ from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
+from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
 from redmux_server.services.reading import ReadableModel, ReadingService
@@ -61,10 +60,12 @@ def make_training(
     )  # fmt: skip
 
 
-def open_registry(config: ServerConfig, model: BaseModel | EncoderModel) -> AdapterRegistry:
-    """Returns the registry with the configured adapters, and those of the adapter folder.
+def open_registry(
+    config: ServerConfig, model: BaseModel | EncoderModel, given: Iterable[GivenAdapter]
+) -> AdapterRegistry:
+    """Returns the registry with the adapters given at start, and those of the adapter folder.
 
-    Raises InvalidArgumentError for an entry that is not there, and what loading raises.
+    Raises for a given one that does not fit the model.
     """
     folder = Path(config.adapter_dir) if config.adapter_dir else None
     registry = AdapterRegistry(
@@ -72,8 +73,8 @@ def open_registry(config: ServerConfig, model: BaseModel | EncoderModel) -> Adap
         head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
         head_kinds=model.heads.kinds if isinstance(model, EncoderModel) else (),
     )  # fmt: skip
-    for name, path in _adapter_paths(config.adapters):
-        registry.load(path, name)
+    for adapter in given:
+        registry.load(adapter)
     if folder is not None:
         registry.load_folder()
     return registry
@@ -123,31 +124,3 @@ def _training_setup(config: ServerConfig, model: BaseModel | EncoderModel) -> Tr
         fingerprint=model.fingerprint,
         max_tokens=config.training_max_tokens,
     )
-
-
-def _adapter_paths(entries: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Returns (name, path) of each adapter that the entries of `adapters` stand for."""
-    found: list[tuple[str, Path]] = []
-    for entry in entries:
-        name, separator, text = entry.partition("=")
-        path = Path(text if separator else entry).expanduser()
-        if entry == "zoo":
-            found += [(p.name, p) for p in _subfolders(zoo_folder())]
-        elif separator or path.is_file() or (path / CONFIG_NAME).is_file():
-            found.append((name if separator else path.stem, path))
-        elif path.is_dir():
-            found += [(p.name, p) for p in _subfolders(path)]
-        else:
-            raise InvalidArgumentError(f"adapters: no file or folder {entry!r}")
-    return found
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p.parent for p in folder.glob(f"*/{CONFIG_NAME}"))
-
-
-def zoo_folder() -> Path:
-    """Returns the folder of the bundled adapters."""
-    import redmux_adapters
-
-    return Path(redmux_adapters.__file__).parent / "zoo"

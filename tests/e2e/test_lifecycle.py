@@ -134,6 +134,7 @@ async def test_adapters_of_an_earlier_run_are_read_when_first_asked_for(
         for name, seed in {"a": 1, "b": 2, "c": 2}.items():
             await client.adapters.put(name, to_bytes(base.adapter(seed)))
             expected[name] = await client.generate("abc", adapter=name, max_tokens=8)
+    await server.stop(drain_s=0)
     server = await start_server(**options)
     path = tmp_path / "b.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

@@ -14,7 +14,7 @@ from reference import edited
 
 import redmux
 from redmux_adapters import read_adapter
-from redmux_server.wiring import zoo_folder
+from redmux_server.registry.given import zoo_folder
 
 pytestmark = pytest.mark.model
 

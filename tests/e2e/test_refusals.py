@@ -140,6 +140,6 @@ async def test_a_request_without_a_prompt_is_refused(server):
 
 
 async def test_an_internal_error_shows_an_id_and_nothing_else(server, client):
-    server.registry.resolve = lambda name: 1 / 0
+    server.registry.resolve = lambda name, tenant: 1 / 0
     with pytest.raises(redmux.RedmuxError, match=r"^internal error, id [0-9a-f]{12}$"):
         await client.generate("a secret", adapter="x")

@@ -21,7 +21,7 @@ from .strictjson import parse_json, shown
 MAX_SITE_CHARS = 256
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
-_METADATA_KEYS = ("format", "adapter_config")
+_METADATA_KEYS = ("format", "adapter_config", "checksum", "owner")
 HEAD_PREFIX = "head."
 _PATH_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_")
 _METADATA_FIRST = b'{"__metadata__":'

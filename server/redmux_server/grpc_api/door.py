@@ -56,7 +56,7 @@ class GrpcDoor:
         Has to be called on the event loop that serves.
         """
         self._config = config
-        keys = ApiKeys(config.api_keys)
+        keys = ApiKeys(config.api_keys, config.admin_key)
         message_bytes = max(_MESSAGE_BYTES, registry.max_file_bytes + (1 << 20))
         if training.trains:
             message_bytes = max(message_bytes, _JOB_BYTES)
@@ -68,7 +68,9 @@ class GrpcDoor:
             InferenceServicer(services.generation, services.scoring, services.reading, keys),
             self._server,
         )
-        add_AdapterServiceServicer_to_server(AdapterServicer(registry, on_change), self._server)
+        add_AdapterServiceServicer_to_server(
+            AdapterServicer(registry, on_change, keys), self._server
+        )
         add_AdminServiceServicer_to_server(AdminServicer(info), self._server)
         add_TrainingServiceServicer_to_server(TrainingServicer(training, keys), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import hmac
 import logging
@@ -17,6 +18,7 @@ from redmux.errors import (
     ResourceExhaustedError,
     UnauthenticatedError,
 )
+from redmux_server.registry.tenants import ADMIN
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +33,40 @@ class _Malformed:
 class ApiKeys:
     """The keys that are let in; none lets everybody in."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, keys: Sequence[str], admin_key: str = "") -> None:
+        """`admin_key` is let in, too, if it is not empty."""
+        admin_keys = [admin_key] if admin_key else []
+        self._digests = [_digest(key) for key in (*admin_keys, *keys)]
+        self._admin_digests = [_digest(key) for key in admin_keys]
 
     def tenant(self, context: Any) -> str:
-        """Returns a name for the caller's key, "" where none is needed.
+        """Returns a name for the caller's key, `ADMIN` for the admin key, "" where none is needed.
 
-        Raises UnauthenticatedError for a missing or unknown key.
+        The same key has the same name in every run. Raises UnauthenticatedError for a missing or unknown key.
         """
         if not self._digests:
             return ""
         header = dict(context.invocation_metadata() or ()).get("authorization", "")
         kind, _, key = str(header).partition(" ")
-        digest = hashlib.sha256(key.encode()).digest()
+        digest = _digest(key)
         known = [hmac.compare_digest(digest, other) for other in self._digests]
         if kind.lower() != "bearer" or not any(known):
             raise UnauthenticatedError("missing or unknown API key")
-        return f"key-{digest[:16].hex()}"
+        return ADMIN if digest in self._admin_digests else _tenant(digest)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+@functools.lru_cache(maxsize=4096)
+def _tenant(digest: bytes) -> str:
+    """Returns the name of a key that is let in; takes milliseconds, once for each.
+
+    It is written to disk as the owner of adapters, so trying out keys against it has to be dear.
+    """
+    name = hashlib.scrypt(digest, salt=b"redmux tenant", n=1 << 12, r=8, p=1, dklen=16)
+    return f"key-{name.hex()}"
 
 
 class Interceptor(grpc.aio.ServerInterceptor):

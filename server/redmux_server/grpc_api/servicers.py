@@ -180,18 +180,25 @@ def _generates_nothing() -> FailedPreconditionError:
 
 
 class AdapterServicer(AdapterServiceServicer):
-    """Adapters while the server runs."""
+    """Adapters while the server runs; a key sees its own and the operator's."""
 
-    def __init__(self, registry: AdapterRegistry, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, registry: AdapterRegistry, on_change: Callable[[], None], keys: ApiKeys
+    ) -> None:
         self._registry = registry
         self._on_change = on_change
+        self._keys = keys
 
     async def PutAdapter(
         self, request: adapter_pb.PutAdapterRequest, context: Any
     ) -> adapter_pb.PutAdapterResponse:
         """Checks and publishes an adapter."""
         published, created = await self._registry.put(
-            request.name, request.safetensors, request.config_json, request.replace
+            request.name,
+            request.safetensors,
+            request.config_json,
+            request.replace,
+            self._keys.tenant(context),
         )
         self._on_change()
         return adapter_pb.PutAdapterResponse(adapter=_adapter(published), created=created)
@@ -200,7 +207,8 @@ class AdapterServicer(AdapterServiceServicer):
         self, request: adapter_pb.GetAdapterRequest, context: Any
     ) -> adapter_pb.GetAdapterResponse:
         """Returns what is known of an adapter."""
-        return adapter_pb.GetAdapterResponse(adapter=_adapter(self._registry.resolve(request.name)))
+        published = self._registry.resolve(request.name, self._keys.tenant(context))
+        return adapter_pb.GetAdapterResponse(adapter=_adapter(published))
 
     async def ListAdapters(
         self, request: adapter_pb.ListAdaptersRequest, context: Any
@@ -209,7 +217,7 @@ class AdapterServicer(AdapterServiceServicer):
         if request.page_size < 0:
             raise InvalidArgumentError(f"page_size is {request.page_size}, must be 0 or more")
         size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
-        found = self._registry.page(request.page_token, size + 1)
+        found = self._registry.page(request.page_token, size + 1, self._keys.tenant(context))
         return adapter_pb.ListAdaptersResponse(
             adapters=[_adapter(p) for p in found[:size]],
             next_page_token=found[size - 1].name if len(found) > size else "",
@@ -219,7 +227,7 @@ class AdapterServicer(AdapterServiceServicer):
         self, request: adapter_pb.DeleteAdapterRequest, context: Any
     ) -> adapter_pb.DeleteAdapterResponse:
         """Removes a name."""
-        published = await self._registry.delete(request.name)
+        published = await self._registry.delete(request.name, self._keys.tenant(context))
         self._on_change()
         return adapter_pb.DeleteAdapterResponse(adapter=_adapter(published))
 

@@ -1,5 +1,6 @@
 """The index of an adapter folder: what was found in files that have not changed since."""
 
+import hashlib
 import json
 import logging
 import os
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import redmux
-from redmux.errors import InvalidAdapterError
 from redmux_adapters import Summary
 from redmux_adapters.format.config import config_value, parse_config
+from redmux_adapters.format.files import read_file
 
 logger = logging.getLogger(__name__)
 
 _NAME = ".index.json"
+_MAX_BYTES = 1 << 30
+_END = ', "checksum": "%s"}'  # of the index, over everything before it
 
 
 class Stamp(NamedTuple):
@@ -46,23 +49,26 @@ class Entry:
 
     stamp: Stamp
     summary: Summary
+    owner: str
 
 
 def read_index(folder: Path, base_fingerprint: str) -> dict[str, Entry]:
     """Returns the entry of each name, or none if the index is of another version or base.
 
-    It only saves work: a file that does not bear its stamp is read, and vectors are checked against
-    the digest whenever they are read. So an index that is lost, old or broken harms nothing.
+    It only saves work: a file that does not bear its stamp is read, and so is one that would not be
+    accepted as it is listed here; vectors are checked against the digest whenever they are read.
+    So an index that is lost, old or broken harms nothing.
     """
+    path = folder / _NAME
     try:
-        table = json.loads((folder / _NAME).read_bytes())
+        if not path.exists():
+            return {}
+        table = _checked(read_file(path, _MAX_BYTES))
         if (table["version"], table["base"]) != (redmux.__version__, base_fingerprint):
             return {}
         return {name: _entry(values) for name, values in table["files"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, InvalidAdapterError) as err:
-        logger.warning("%s is ignored: %r", folder / _NAME, err)
+    except Exception as err:  # whatever somebody has made of it
+        logger.warning("%s is ignored, files are read instead: %s", path, repr(err)[:200])
         return {}
 
 
@@ -77,7 +83,7 @@ def write_index(folder: Path, base_fingerprint: str, entries: Mapping[str, Entry
         descriptor, temporary = tempfile.mkstemp(suffix=".tmp", prefix=".", dir=folder)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(json.dumps(table))  # `dump` would encode piece by piece, in Python
+                file.write(_with_checksum(table))
             Path(temporary).rename(folder / _NAME)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -86,16 +92,35 @@ def write_index(folder: Path, base_fingerprint: str, entries: Mapping[str, Entry
         logger.warning("cannot write %s: %s", folder / _NAME, err)
 
 
+def _with_checksum(table: Mapping[str, Any]) -> str:
+    text = json.dumps(table)[:-1]  # `dump` would encode piece by piece, in Python
+    return text + _END % hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checked(data: bytes) -> Any:
+    """Returns the table in the bytes of an index; raises ValueError where they are not all there.
+
+    So nothing is parsed but what `write_index` wrote.
+    """
+    text = data[: -len(_END % "") - 64]
+    if data != text + (_END % hashlib.sha256(text).hexdigest()).encode():
+        raise ValueError("its checksum is another one")
+    return json.loads(data)
+
+
 def _values(entry: Entry) -> list[Any]:
     summary = entry.summary
     counts = [summary.num_sites, summary.num_parameters, summary.num_head_parameters]
-    return [list(entry.stamp), summary.digest, *counts, json.dumps(config_value(summary.config))]
+    config = json.dumps(config_value(summary.config))
+    return [list(entry.stamp), entry.owner, summary.digest, *counts, config]
 
 
 def _entry(values: list[Any]) -> Entry:
-    stamp, digest, *counts, config = values
-    if not isinstance(digest, str) or not all(isinstance(count, int) for count in counts):
+    stamp, owner, digest, *counts, config = values
+    numbers = [*stamp, *counts]
+    texts = owner, digest, config
+    if not all(type(n) is int for n in numbers) or not all(isinstance(t, str) for t in texts):
         raise ValueError(f"an entry is {values!r}"[:200])
     num_sites, num_parameters, num_head_parameters = counts
     summary = Summary(parse_config(config), digest, num_sites, num_parameters, num_head_parameters)
-    return Entry(Stamp(*stamp), summary)
+    return Entry(Stamp(*stamp), summary, owner)

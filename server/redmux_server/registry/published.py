@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError
-from redmux_adapters import Adapter, Limits, Summary, check_base
+from redmux_adapters import Adapter, Limits, Summary, check_base, parse_adapter, summarize
 from redmux_adapters.format.config import AdapterConfig
-from redmux_adapters.format.files import parse_known, read_file
+from redmux_adapters.format.files import parse_known, read_file, summary_of
 from redmux_server.registry.folder_index import Stamp
+from redmux_server.registry.tenants import OPERATOR
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,24 @@ class Rules(NamedTuple):
     limits: Limits
     head_size: int  # hidden size that heads are for, 0 where none are applied
     head_kinds: Collection[str]  # that the base model can have
+
+    def parse(self, safetensors: bytes, config_json: str) -> Adapter:
+        """Returns the adapter in a file; raises InvalidAdapterError and what `check` raises."""
+        adapter = parse_adapter(
+            safetensors, config_json, expected_sites=self.expected_sites,
+            hidden_size=self.head_size or None, limits=self.limits,
+        )  # fmt: skip
+        self.check(summary_of(adapter).config)
+        return adapter
+
+    def summarize(self, safetensors: bytes, config_json: str | None) -> Summary:
+        """Returns what `parse` would, but for its vectors; raises as it does."""
+        summary = summarize(
+            safetensors, config_json, expected_sites=self.expected_sites,
+            hidden_size=self.head_size or None, limits=self.limits,
+        )  # fmt: skip
+        self.check(summary.config)
+        return summary
 
     def check(self, config: AdapterConfig) -> None:
         """Raises WrongBaseError, or FailedPreconditionError for a head that nothing would apply."""
@@ -50,7 +69,7 @@ class Published:
     somebody holds this object. What is read is checked against the digest that was published.
     """
 
-    __slots__ = ("_data", "_path", "_rules", "created_at", "name", "stamp", "summary")
+    __slots__ = ("_data", "_path", "_rules", "created_at", "name", "owner", "stamp", "summary")
 
     def __init__(
         self,
@@ -58,10 +77,12 @@ class Published:
         summary: Summary,
         source: Path | bytes,
         rules: Rules,
+        owner: str = OPERATOR,
         stamp: Stamp | None = None,
     ) -> None:
         """`source` is the file of the vectors, with its stamp if that is known, or their bytes."""
         self.name = name
+        self.owner = owner
         self.summary = summary
         self.stamp = stamp
         self.created_at = datetime.now(UTC)

@@ -172,7 +172,7 @@ class GenerationService:
         """Returns the accepted generation and the adapter that it is pinned to.
 
         Raises a RedmuxError for whatever cannot be served; nothing is queued then. `tenant` is
-        who the scheduler charges; empty charges the adapter.
+        whose adapters there are and who the scheduler charges; empty charges the adapter.
         """
         try:
             return await self._submit(spec, tenant)
@@ -185,7 +185,7 @@ class GenerationService:
     ) -> tuple[Generation, Published | None]:
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
-        prepared = await self.prepare(spec.adapter, spec.prompt)
+        prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
         published = prepared.published
         events = EventInbox()
         request = Request(
@@ -203,12 +203,12 @@ class GenerationService:
         self._engine.submit(request)
         return Generation(request, events, self._engine, self._codec, spec.stop), published
 
-    async def prepare(self, adapter: str, prompt: Prompt) -> Prepared:
+    async def prepare(self, adapter: str, prompt: Prompt, tenant: str) -> Prepared:
         """Returns the prompt as token ids, beside the adapter of this name ("" is the base model).
 
         Raises a RedmuxError for an adapter that is not there or a prompt that cannot be served.
         """
-        published = self._registry.resolve(adapter) if adapter else None
+        published = self._registry.resolve(adapter, tenant) if adapter else None
         self._validator.prompt(prompt)
         config = published.summary.config if published else None
         ids = await self._encode(prompt, config.prompt_format if config else None)

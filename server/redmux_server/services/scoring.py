@@ -65,7 +65,7 @@ class ScoringService:
                     "ask for those of continuations"
                 )
             self._validator.continuations(spec)
-            prepared = await self._service.prepare(spec.adapter, spec.prompt)
+            prepared = await self._service.prepare(spec.adapter, spec.prompt, tenant)
             continuations = [
                 await self._service.encode_continuation(spec.prompt, prepared.ids, given)
                 if isinstance(given, str)

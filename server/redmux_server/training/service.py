@@ -12,6 +12,7 @@ from redmux.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     RedmuxError,
     ResourceExhaustedError,
     UnavailableError,
@@ -19,7 +20,8 @@ from redmux.errors import (
 from redmux_adapters.train import Evaluated, Stepped
 from redmux_adapters.train.inline import InlineTask
 from redmux_server.metrics import Metrics
-from redmux_server.registry.registry import AdapterRegistry, check_name
+from redmux_server.registry.names import check_name
+from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.training.check import JobChecker, TrainingSetup
 from redmux_server.training.job import Job, JobState, JobTask, TaskState, in_order_of_turns
 from redmux_server.training.process import Message, TrainingProcess
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_KEPT = 100  # jobs of a tenant that have ended
 _MAX_REQUEST_ID_CHARS = 64
+_NAME_IS_NOT_FREE = AlreadyExistsError, NotFoundError, PermissionDeniedError
 _ENDINGS = {"completed": TaskState.COMPLETED, "stopped early": TaskState.STOPPED_EARLY}
 
 
@@ -276,16 +279,28 @@ class TrainingService:
             job.changed()
 
     async def _publish(self, job: Job, task: JobTask, data: bytes, state: TaskState) -> None:
+        """Puts a trained adapter under its name, or if that was taken meanwhile, under a free one.
+
+        In the second case the task has failed, but not lost what it was for.
+        """
         task.is_publishing = True
+        detail = ""
         try:
-            published, _ = await self._registry.put(task.name, data, "", job.replace)
+            try:
+                put = self._registry.put(task.name, data, "", job.replace, job.tenant)
+                published, _ = await put
+            except _NAME_IS_NOT_FREE as err:
+                name = _spare_name(task.name, job)
+                published, _ = await self._registry.put(name, data, "", False, job.tenant)
+                state = TaskState.FAILED
+                detail = f"{err.message}; what was trained is published as {name!r} instead"
         except RedmuxError as err:
             task.end(TaskState.FAILED, f"the adapter could not be published: {err.message}")
             return
         finally:
             task.is_publishing = False
         task.digest = published.digest
-        task.end(state)
+        task.end(state, detail)
         self._on_publish()
 
     def _end(self, job: Job, state: JobState, detail: str = "") -> None:
@@ -310,6 +325,10 @@ class TrainingService:
             check_name(name)
             if name in names[:index]:
                 raise InvalidArgumentError(f"tasks[{index}]: adapter {name!r} occurs twice")
+            try:
+                self._registry.check_may_put(name, replace, tenant)
+            except RedmuxError as err:
+                raise type(err)(f"tasks[{index}]: {err.message}") from None
             if not replace and name in self._registry:
                 raise AlreadyExistsError(
                     f"tasks[{index}]: adapter {name!r} exists; pass replace to replace it"
@@ -350,6 +369,12 @@ def _task(job: Job, name: str) -> JobTask:
         known = ", ".join(task.name for task in job.tasks)
         raise InvalidArgumentError(f"{job.id} trains no adapter {name[:80]!r}; it has {known}")
     return task
+
+
+def _spare_name(name: str, job: Job) -> str:
+    """Returns a valid name like this one that is nobody's."""
+    team, separator, last = name.rpartition("/")
+    return f"{team}{separator}{last[:55]}-{job.id[-8:]}"
 
 
 def _name_of(code: int) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from redmux.errors import DataLossError
 from redmux_adapters import to_bytes
-from redmux_server.registry import registry as module
+from redmux_server.registry import folder as module
 from redmux_server.registry.published import Published
 
 INDEX = ".index.json"

@@ -17,7 +17,7 @@ from redmux.errors import (
     WrongBaseError,
 )
 from redmux_adapters import AdapterMetadata, Head, HeadConfig, to_bytes
-from redmux_server.registry.registry import check_name
+from redmux_server.registry.names import check_name
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from redmux.errors import ResourceExhaustedError
 from redmux_adapters import read_adapter, to_bytes
-from redmux_server.registry import registry as module
+from redmux_server.registry import disk
+from redmux_server.registry.given import read_given
 
 
 def visible(folder):
@@ -64,9 +66,9 @@ async def test_a_failed_write_publishes_nothing_and_leaves_the_old_content(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ResourceExhaustedError, match="No space"):
         await registry.put("x", files[1], "", replace=True)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ResourceExhaustedError, match="No space"):
         await registry.put("y", files[1], "", replace=False)
     monkeypatch.undo()
     assert [p.name for p in registry.page("", 9)] == ["x"]
@@ -129,7 +131,7 @@ async def test_putting_what_was_loaded_from_elsewhere_keeps_it(
     elsewhere.write_bytes(files[0])
     folder = tmp_path / "kept"
     registry = open_registry(folder)
-    registry.load(elsewhere, "x")
+    registry.load(*read_given([f"x={elsewhere}"]))
     await registry.put("x", files[0], "", replace=False)
     assert open_registry(folder).resolve("x").read() == adapters[0]
 
@@ -140,7 +142,7 @@ async def test_a_kept_adapter_wins_over_one_loaded_before(tmp_path, open_registr
     folder = tmp_path / "kept"
     await open_registry(folder).put("x", files[1], "", replace=False)
     registry = open_registry(folder)
-    registry.load(elsewhere, "x")
+    registry.load(*read_given([f"x={elsewhere}"]))
     registry.load_folder()
     assert registry.resolve("x").read() == adapters[1]
 
@@ -149,7 +151,7 @@ async def test_an_adapter_loaded_from_elsewhere_can_be_deleted(tmp_path, open_re
     elsewhere = tmp_path / "elsewhere.safetensors"
     elsewhere.write_bytes(files[0])
     registry = open_registry(tmp_path / "kept")
-    registry.load(elsewhere, "team/x")
+    registry.load(*read_given([f"team/x={elsewhere}"]))
     await registry.delete("team/x")
     assert elsewhere.exists()
     assert len(registry) == 0
@@ -201,8 +203,8 @@ async def test_a_caller_who_goes_away_from_a_put_cannot_undo_a_later_put(
     tmp_path, open_registry, adapters, files, monkeypatch
 ):
     registry = open_registry(tmp_path)
-    gate = Gate(module._write)
-    monkeypatch.setattr(module, "_write", gate)
+    gate = Gate(disk.write)
+    monkeypatch.setattr(disk, "write", gate)
     await abandon(gate, registry.put("x", files[0], "", replace=True))
     await overtake(gate, registry.put("x", files[1], "", replace=True))
     assert registry.resolve("x").read() == adapters[1]
@@ -214,8 +216,8 @@ async def test_a_caller_who_goes_away_from_a_delete_cannot_undo_a_later_put(
 ):
     registry = open_registry(tmp_path)
     await registry.put("x", files[0], "", replace=True)
-    gate = Gate(module._unlink)
-    monkeypatch.setattr(module, "_unlink", gate)
+    gate = Gate(disk.remove)
+    monkeypatch.setattr(disk, "remove", gate)
     await abandon(gate, registry.delete("x"))
     await overtake(gate, registry.put("x", files[1], "", replace=True))
     assert registry.resolve("x").read() == adapters[1]

@@ -9,6 +9,7 @@ import pytest
 from redmux.errors import DataLossError
 from redmux_adapters.format.files import read_file
 from redmux_server.registry import published
+from redmux_server.registry.given import read_given
 from redmux_server.registry.published import Published
 
 
@@ -205,7 +206,7 @@ async def test_an_adapter_from_elsewhere_does_not_follow_its_file(
     path = tmp_path / "x.safetensors"
     path.write_bytes(files[0])
     registry = open_registry()
-    registry.load(path, "x")
+    registry.load(*read_given([f"x={path}"]))
     path.write_bytes(files[1])
     assert registry.resolve("x").read() == adapters[0]
 
