@@ -10,12 +10,15 @@ from redmux.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    PermissionDeniedError,
     ResourceExhaustedError,
     UnavailableError,
 )
 from redmux_adapters import to_bytes
 from redmux_adapters.train.inline import InlineTask
 from redmux_server.metrics import Metrics
+from redmux_server.registry.names import check_name
+from redmux_server.registry.tenants import OPERATOR
 from redmux_server.training.job import Job, JobState, JobTask, TaskState, in_order_of_turns
 from redmux_server.training.process import Message
 from redmux_server.training.service import TrainingService
@@ -288,7 +291,7 @@ async def test_a_task_that_is_cancelled_in_the_queue_is_not_trained(rig):
 
 
 async def test_names_that_are_taken_are_refused_unless_they_are_to_be_replaced(rig, adapters):
-    await rig.registry.put("a", to_bytes(adapters[0]), "", False)
+    await rig.registry.put("a", to_bytes(adapters[0]), "", False, "me")
     with pytest.raises(AlreadyExistsError, match=r"tasks\[1\]: adapter 'a' exists"):
         await rig.create("b", "a")
     job = await rig.create("a", replace=True)
@@ -305,18 +308,67 @@ async def test_names_that_are_taken_are_refused_unless_they_are_to_be_replaced(r
     assert rig.registry.resolve("a").digest == adapters[1].digest
 
 
-async def test_an_adapter_that_cannot_be_published_is_a_failed_task(rig, adapters):
-    job = await rig.create("a", "b")
-    await rig.registry.put("a", to_bytes(adapters[0]), "", False)  # by somebody else meanwhile
+@pytest.mark.parametrize(
+    ("owner", "replace", "reason"),
+    [
+        ("me", False, "exists with other content"),
+        ("somebody else", False, "the name 'acme/a' is taken"),
+        ("somebody else", True, "no adapter 'acme/a' to replace"),
+        (OPERATOR, True, "is the operator's"),
+    ],
+)
+async def test_an_adapter_whose_name_was_taken_meanwhile_is_published_under_another(
+    owner, replace, reason, rig, adapters
+):
+    job = await rig.create("acme/a", "b", replace=replace)
+    await rig.registry.put("acme/a", to_bytes(adapters[0]), "", False, owner)
     await until(lambda: rig.processes)
+    rig.processes[0].complete("acme/a", adapters[1])
+    rig.processes[0].complete("b", adapters[2])
+    rig.processes[0].leave()
+    await job.ended.wait()
+    failed, well = job.tasks
+    assert failed.state is TaskState.FAILED
+    assert reason in failed.detail
+    assert failed.digest == adapters[1].digest
+    assert well.state is TaskState.COMPLETED
+    assert rig.registry.resolve("acme/a").digest == adapters[0].digest
+    kept = rig.registry.resolve(failed.digest, "me")
+    assert repr(kept.name) in failed.detail
+    assert check_name(kept.name).startswith("acme/a-")
+    assert kept.owner == "me"
+
+
+async def test_an_adapter_that_cannot_be_published_is_a_failed_task(
+    rig, adapters, monkeypatch
+):
+    async def full(*args):
+        raise ResourceExhaustedError("no space")
+
+    job = await rig.create("a", "b")
+    await until(lambda: rig.processes)
+    monkeypatch.setattr(rig.registry, "put", full)
     rig.processes[0].complete("a", adapters[1])
+    await until(lambda: job.tasks[0].has_ended)
+    monkeypatch.undo()
     rig.processes[0].complete("b", adapters[1])
     rig.processes[0].leave()
     await job.ended.wait()
     assert job.tasks[0].state is TaskState.FAILED
-    assert "exists with other content" in job.tasks[0].detail
+    assert "could not be published: no space" in job.tasks[0].detail
     assert job.tasks[1].state is TaskState.COMPLETED
-    assert rig.registry.resolve("a").digest == adapters[0].digest
+
+
+async def test_a_job_cannot_take_the_names_of_others(rig, adapters):
+    await rig.registry.put("theirs", to_bytes(adapters[0]), "", False, "somebody else")
+    await rig.registry.put("given", to_bytes(adapters[0]), "", False)
+    with pytest.raises(NotFoundError, match=r"tasks\[1\]: no adapter 'theirs'"):
+        await rig.create("a", "theirs", replace=True)
+    with pytest.raises(AlreadyExistsError, match=r"tasks\[1\]: the name 'theirs' is taken"):
+        await rig.create("a", "theirs")
+    with pytest.raises(PermissionDeniedError, match=r"tasks\[0\]: adapter 'given'"):
+        await rig.create("given", replace=True)
+    assert rig.processes == []
 
 
 async def test_a_call_that_is_repeated_returns_the_job_it_made(rig):

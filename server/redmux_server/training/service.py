@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -290,7 +291,7 @@ class TrainingService:
                 put = self._registry.put(task.name, data, "", job.replace, job.tenant)
                 published, _ = await put
             except _NAME_IS_NOT_FREE as err:
-                name = _spare_name(task.name, job)
+                name = _spare_name(task.name)
                 published, _ = await self._registry.put(name, data, "", False, job.tenant)
                 state = TaskState.FAILED
                 detail = f"{err.message}; what was trained is published as {name!r} instead"
@@ -371,10 +372,10 @@ def _task(job: Job, name: str) -> JobTask:
     return task
 
 
-def _spare_name(name: str, job: Job) -> str:
+def _spare_name(name: str) -> str:
     """Returns a valid name like this one that is nobody's."""
     team, separator, last = name.rpartition("/")
-    return f"{team}{separator}{last[:55]}-{job.id[-8:]}"
+    return f"{team}{separator}{last[:55]}-{secrets.token_hex(4)}"
 
 
 def _name_of(code: int) -> str:

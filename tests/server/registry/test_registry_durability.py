@@ -161,9 +161,11 @@ async def test_a_replacement_never_shows_half_of_itself(tmp_path, open_registry,
     """It is another file that takes the name: whoever reads the old one reads it whole."""
     registry = open_registry(tmp_path)
     await registry.put("x", files[0], "", replace=False)
+    before = (tmp_path / "x.safetensors").read_bytes()
     with (tmp_path / "x.safetensors").open("rb", buffering=0) as old:
         await registry.put("x", files[1], "", replace=True)
-        assert old.read() == files[0]
+        assert old.read() == before
+    assert (tmp_path / "x.safetensors").read_bytes() != before
 
 
 class Gate:
