@@ -77,7 +77,7 @@ class Server:
             await server._listen()
         except BaseException:
             if lock is not None:
-                lock.release()
+                lock.close()
             raise
         return server
 
@@ -92,7 +92,7 @@ class Server:
         self._tokenizing.shutdown(wait=False)
         await asyncio.to_thread(self.registry.save_index)
         if self._lock is not None:
-            self._lock.release()
+            self._lock.close()
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
         self._metrics_thread.join()

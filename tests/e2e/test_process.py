@@ -1,6 +1,7 @@
 """A real `redmux serve` process: start, signals, configuration, kill -9."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from redmux import AsyncClient, UnavailableError
 from redmux_adapters import to_bytes
+from redmux_server.registry.folder_lock import FolderLock
 
 
 class Process:
@@ -117,6 +119,25 @@ async def test_an_acknowledged_adapter_survives_kill_9(serve, base, tmp_path):
     assert kept == [("acme/x", adapter.digest)]
 
 
+async def test_two_servers_on_one_adapter_folder_are_one_too_many(serve, base, tmp_path):
+    folder = str(tmp_path)
+    async with serve("--adapter-dir", folder) as first:
+        target = await first.ready()
+        async with serve("--adapter-dir", folder) as second:
+            code, text = await second.ended()
+        assert code == 1
+        assert f"(pid {first.process.pid} on " in text.splitlines()[-1]
+        async with AsyncClient(target) as client:
+            await client.adapters.put("x", to_bytes(base.adapter(1)))
+        first.process.kill()
+        await first.process.wait()
+    async with (
+        serve("--adapter-dir", folder) as third,
+        AsyncClient(await third.ready()) as client,
+    ):
+        assert [a.name async for a in client.adapters.list()] == ["x"]
+
+
 async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, tmp_path):
     from redmux_adapters import write_folder
 
@@ -138,6 +159,8 @@ CASES = {
     "context": (["--max-context", "99999"], "max_context is 99999"),
     "adapter": (["--adapters", "nowhere"], "nowhere"),
     "base": (["--adapters", "{tmp}/stranger"], "other-1x1-00"),
+    "cut adapter": (["--adapters", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors: the tensors"),
+    "folder in use": (["--adapter-dir", "{tmp}/held"], "{tmp}/held belongs to another server"),
     "port": (["--port", "{port}"], "cannot listen"),
     "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
     "threads": (["--threads", "many"], "--threads is 'many'"),
@@ -154,14 +177,16 @@ def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_pa
     flags, message = CASES[case]
     stranger = Adapter(base_fingerprint="other-1x1-00", edits=base.adapter(1).edits)
     write_folder(stranger, tmp_path / "stranger")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    (tmp_path / "cut.safetensors").write_bytes(to_bytes(base.adapter(1))[:-1])
+    lock = FolderLock(tmp_path / "held")
+    with socket.create_server(("127.0.0.1", 0)) as taken, contextlib.closing(lock):
         port = taken.getsockname()[1]
         flags = [flag.format(tmp=tmp_path, port=port) for flag in flags]
         common = ["--port", "0", "--metrics-port", "0", "--model", str(tiny_folder)]
         assert serve([*common, *flags]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("redmux serve: ")
-    assert message in last
+    assert message.format(tmp=tmp_path) in last
 
 
 async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anything(serve):

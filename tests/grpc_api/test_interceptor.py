@@ -14,6 +14,7 @@ from redmux.errors import (
     UnauthenticatedError,
 )
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
+from redmux_server.registry.tenants import ADMIN
 
 
 class Context:
@@ -66,6 +67,24 @@ def test_each_key_is_a_tenant_whose_name_does_not_show_it():
     names = [keys.tenant(bearer(f"Bearer secret-{n}")) for n in ("one", "two", "one")]
     assert names[0] == names[2] != names[1]
     assert not any("secret" in name for name in names)
+
+
+def test_the_admin_key_is_let_in_as_the_admin():
+    keys = ApiKeys(["one"], "boss")
+    assert keys.tenant(bearer("Bearer boss")) == ADMIN
+    assert keys.tenant(bearer("Bearer one")).startswith("key-")
+    alone = ApiKeys([], "boss")
+    assert alone.tenant(bearer("Bearer boss")) == ADMIN
+    for context in (Context(), bearer("Bearer "), bearer("Bearer one")):
+        with pytest.raises(UnauthenticatedError):
+            alone.tenant(context)
+
+
+def test_a_key_has_the_same_name_in_every_run_whatever_the_other_keys():
+    """Adapters on disk carry it; this value must not change."""
+    expected = "key-cb1f81636632ca0a91bd9551aaa4df71"
+    for keys in (["one"], ["two", "one"]):
+        assert ApiKeys(keys, "boss").tenant(bearer("Bearer one")) == expected
 
 
 def unary(method, parse=None):

@@ -339,9 +339,7 @@ async def test_an_adapter_whose_name_was_taken_meanwhile_is_published_under_anot
     assert kept.owner == "me"
 
 
-async def test_an_adapter_that_cannot_be_published_is_a_failed_task(
-    rig, adapters, monkeypatch
-):
+async def test_an_adapter_that_cannot_be_published_is_a_failed_task(rig, adapters, monkeypatch):
     async def full(*args):
         raise ResourceExhaustedError("no space")
 

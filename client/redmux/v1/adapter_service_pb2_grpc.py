@@ -30,6 +30,12 @@ class AdapterServiceStub(object):
 
     Adapters are immutable: replacing a name publishes another adapter, and requests that were
     accepted before keep the one they started with.
+
+    Where the server asks for API keys, an adapter belongs to the key that put it. What is another
+    key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
+    mentions it; only that a name is taken shows, to whoever puts something under it. What the server
+    was given at start, or was put with the admin key or without keys, is the operator's: every key
+    may use it, and PERMISSION_DENIED refuses to change it. The admin key sees and changes everything.
     """
 
     def __init__(self, channel):
@@ -65,18 +71,27 @@ class AdapterServiceServicer(object):
 
     Adapters are immutable: replacing a name publishes another adapter, and requests that were
     accepted before keep the one they started with.
+
+    Where the server asks for API keys, an adapter belongs to the key that put it. What is another
+    key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
+    mentions it; only that a name is taken shows, to whoever puts something under it. What the server
+    was given at start, or was put with the admin key or without keys, is the operator's: every key
+    may use it, and PERMISSION_DENIED refuses to change it. The admin key sees and changes everything.
     """
 
     def PutAdapter(self, request, context):
         """PutAdapter checks an adapter and publishes it under a name. Putting the same content again
-        changes nothing.
+        changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
+        NOT_FOUND for another key's where it is to be replaced, RESOURCE_EXHAUSTED or
+        FAILED_PRECONDITION, with the reason, where the server's disk does not take it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """GetAdapter takes a digest for a name, too. DATA_LOSS if the stored file was found damaged.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -130,6 +145,12 @@ class AdapterService(object):
 
     Adapters are immutable: replacing a name publishes another adapter, and requests that were
     accepted before keep the one they started with.
+
+    Where the server asks for API keys, an adapter belongs to the key that put it. What is another
+    key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
+    mentions it; only that a name is taken shows, to whoever puts something under it. What the server
+    was given at start, or was put with the admin key or without keys, is the operator's: every key
+    may use it, and PERMISSION_DENIED refuses to change it. The admin key sees and changes everything.
     """
 
     @staticmethod

@@ -94,6 +94,12 @@ class AdapterServiceStub(typing.Generic[_AdapterServicePutAdapterType, _AdapterS
 
     Adapters are immutable: replacing a name publishes another adapter, and requests that were
     accepted before keep the one they started with.
+
+    Where the server asks for API keys, an adapter belongs to the key that put it. What is another
+    key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
+    mentions it; only that a name is taken shows, to whoever puts something under it. What the server
+    was given at start, or was put with the admin key or without keys, is the operator's: every key
+    may use it, and PERMISSION_DENIED refuses to change it. The admin key sees and changes everything.
     """
 
     @typing.overload
@@ -138,10 +144,13 @@ class AdapterServiceStub(typing.Generic[_AdapterServicePutAdapterType, _AdapterS
 
     PutAdapter: _AdapterServicePutAdapterType
     """PutAdapter checks an adapter and publishes it under a name. Putting the same content again
-    changes nothing.
+    changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
+    NOT_FOUND for another key's where it is to be replaced, RESOURCE_EXHAUSTED or
+    FAILED_PRECONDITION, with the reason, where the server's disk does not take it.
     """
 
     GetAdapter: _AdapterServiceGetAdapterType
+    """GetAdapter takes a digest for a name, too. DATA_LOSS if the stored file was found damaged."""
 
     ListAdapters: _AdapterServiceListAdaptersType
 
@@ -172,6 +181,12 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
 
     Adapters are immutable: replacing a name publishes another adapter, and requests that were
     accepted before keep the one they started with.
+
+    Where the server asks for API keys, an adapter belongs to the key that put it. What is another
+    key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
+    mentions it; only that a name is taken shows, to whoever puts something under it. What the server
+    was given at start, or was put with the admin key or without keys, is the operator's: every key
+    may use it, and PERMISSION_DENIED refuses to change it. The admin key sees and changes everything.
     """
 
     @abc.abstractmethod
@@ -181,7 +196,9 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.adapter_service_pb2.PutAdapterResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.PutAdapterResponse]]:
         """PutAdapter checks an adapter and publishes it under a name. Putting the same content again
-        changes nothing.
+        changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
+        NOT_FOUND for another key's where it is to be replaced, RESOURCE_EXHAUSTED or
+        FAILED_PRECONDITION, with the reason, where the server's disk does not take it.
         """
 
     @abc.abstractmethod
@@ -189,7 +206,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         self,
         request: redmux.v1.adapter_service_pb2.GetAdapterRequest,
         context: _ServicerContext,
-    ) -> typing.Union[redmux.v1.adapter_service_pb2.GetAdapterResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.GetAdapterResponse]]: ...
+    ) -> typing.Union[redmux.v1.adapter_service_pb2.GetAdapterResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.GetAdapterResponse]]:
+        """GetAdapter takes a digest for a name, too. DATA_LOSS if the stored file was found damaged."""
 
     @abc.abstractmethod
     def ListAdapters(

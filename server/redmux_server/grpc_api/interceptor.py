@@ -42,7 +42,8 @@ class ApiKeys:
     def tenant(self, context: Any) -> str:
         """Returns a name for the caller's key, `ADMIN` for the admin key, "" where none is needed.
 
-        The same key has the same name in every run. Raises UnauthenticatedError for a missing or unknown key.
+        The same key has the same name in every run. Raises UnauthenticatedError for a missing or
+        unknown key.
         """
         if not self._digests:
             return ""

@@ -10,7 +10,8 @@ from redmux.errors import NotFoundError
 from redmux_server.registry.published import Published
 from redmux_server.registry.tenants import OPERATOR, may_see, sees_all
 
-_NEIGHBOURS = 64
+_NEIGHBOURS = 16
+_LONGEST_COMPARED = 64  # characters; names that are built for it take a millisecond each
 
 
 class Catalogue:
@@ -80,14 +81,18 @@ class Catalogue:
     def not_found(self, name: str, tenant: str) -> NotFoundError:
         """Returns the error for a name that a tenant does not see, with a near one that it sees."""
         name = name[:128]
-        # Comparing takes microseconds a name, so only neighbours in the order of names are asked.
-        neighbours = []
-        for names in self._visible(tenant):
-            middle = bisect.bisect_left(names, name)
-            neighbours += names[max(0, middle - _NEIGHBOURS) : middle + _NEIGHBOURS]
-        near = difflib.get_close_matches(name, neighbours, n=1)
+        visible = self._visible(tenant)
+        near = []
+        if len(name) <= _LONGEST_COMPARED:
+            # Only neighbours in the order of names are compared, half of them before.
+            neighbours = []
+            for names in visible:
+                middle, count = bisect.bisect_left(names, name), _NEIGHBOURS // (2 * len(visible))
+                neighbours += names[max(0, middle - count) : middle + count]
+            short = [other for other in neighbours if len(other) <= _LONGEST_COMPARED]
+            near = difflib.get_close_matches(name, short, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        num_names = sum(map(len, self._visible(tenant)))
+        num_names = sum(map(len, visible))
         return NotFoundError(f"no adapter {name!r}; {hint}{num_names} loaded, see ListAdapters")
 
     def _visible(self, tenant: str) -> list[list[str]]:

@@ -19,7 +19,7 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 
 
 class FolderLock:
-    """Holds an adapter folder, which it makes if need be, until `release` or the process's end.
+    """Holds an adapter folder, which it makes if need be, until `close` or the process's end.
 
     Two servers on one folder would publish, replace and delete behind each other's backs.
     """
@@ -33,12 +33,12 @@ class FolderLock:
             if self._descriptor is not None:
                 self._take(folder)
         except OSError as err:
-            self.release()
+            self.close()
             raise FailedPreconditionError(
                 f"adapter_dir: {folder} cannot be used as a folder: {err.strerror}"
             ) from None
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Lets another server have the folder."""
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -50,7 +50,7 @@ class FolderLock:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(self._descriptor, 300, 0).decode(errors="replace").strip()
-            self.release()
+            self.close()
             raise FailedPreconditionError(
                 f"adapter_dir: {folder} belongs to another server that runs ({holder}); two would "
                 "delete each other's adapters, so stop that one or give each a folder of its own"

@@ -63,8 +63,8 @@ async def test_putting_a_damaged_adapter_again_heals_it(tmp_path, open_registry,
     path.write_bytes(flip(path.read_bytes(), -1))
     registry = open_registry(tmp_path)
     await registry.put("team/x", to_bytes(make_adapter(1)), "", False, A)
-    for registry in (registry, open_registry(tmp_path)):
-        assert registry.resolve("team/x", A).read().digest == make_adapter(1).digest
+    for opened in (registry, open_registry(tmp_path)):
+        assert opened.resolve("team/x", A).read().digest == make_adapter(1).digest
 
 
 async def test_a_damaged_file_is_its_owners(tmp_path, open_registry, make_adapter, files):

@@ -39,9 +39,9 @@ async def test_a_put_that_the_disk_refuses_says_why_and_leaves_all_as_it_was(
         assert os.strerror(number) in caught.value.message
         assert str(tmp_path) not in caught.value.message
     monkeypatch.undo()
-    for registry in (registry, open_registry(tmp_path)):
-        assert [p.name for p in registry.page("", 9)] == ["x"]
-        assert registry.resolve("x").read() == adapters[0]
+    for opened in (registry, open_registry(tmp_path)):
+        assert [p.name for p in opened.page("", 9)] == ["x"]
+        assert opened.resolve("x").read() == adapters[0]
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
@@ -51,16 +51,14 @@ async def test_a_delete_that_the_disk_refuses_says_why_and_deletes_nothing(
     registry = open_registry(tmp_path)
     await registry.put("x", files[0], "", replace=False)
     monkeypatch.setattr(Path, "unlink", refusing(errno.EROFS))
-    with pytest.raises(FailedPreconditionError, match="'x' is not deleted.*Read-only file system"):
+    with pytest.raises(FailedPreconditionError, match=r"'x' is not deleted.*Read-only file system"):
         await registry.delete("x")
     monkeypatch.undo()
     assert registry.resolve("x").read() == adapters[0]
     await registry.delete("x")
 
 
-async def test_a_limit_on_the_size_of_files_is_a_shortage(
-    tmp_path, open_registry, adapters, files
-):
+async def test_a_limit_on_the_size_of_files_is_a_shortage(tmp_path, open_registry, adapters, files):
     registry = open_registry(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))

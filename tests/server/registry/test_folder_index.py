@@ -172,9 +172,7 @@ DAMAGES = {
     },
     **{
         f"files: {key}": lambda text, new=new: with_checksum(
-            json.dumps(json.loads(text) | {"files": 0}).replace(
-                '"files": 0', f'"files": {new}'
-            )
+            json.dumps(json.loads(text) | {"files": 0}).replace('"files": 0', f'"files": {new}')
         ).encode()
         for key, new in FILES.items()
     },

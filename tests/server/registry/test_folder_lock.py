@@ -46,7 +46,7 @@ def test_a_folder_that_another_process_has_is_refused_with_its_pid(tmp_path, hol
 def test_a_killed_process_has_nothing_any_more(tmp_path, holder):
     holder.kill()
     holder.wait()
-    FolderLock(tmp_path).release()
+    FolderLock(tmp_path).close()
 
 
 async def test_the_folder_is_asked_for_before_the_model_loads(tmp_path, holder, monkeypatch):
@@ -68,7 +68,7 @@ def test_a_folder_is_free_once_it_was_released(tmp_path):
         lock = FolderLock(folder)
         with pytest.raises(FailedPreconditionError, match=f"pid {os.getpid()}"):
             FolderLock(folder)
-        lock.release()
+        lock.close()
 
 
 @pytest.mark.parametrize("parent", [False, True])
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written_to_is_served_without_a_lock(
     number, tmp_path, monkeypatch, caplog
 ):
     refuse(monkeypatch, number, os.O_RDWR, os.O_RDONLY)
-    FolderLock(tmp_path).release()
+    FolderLock(tmp_path).close()
     assert os.strerror(number) in caplog.text
 
 
@@ -113,5 +113,5 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(folder_lock.fcntl, "flock", unsupported)
-    FolderLock(tmp_path).release()
+    FolderLock(tmp_path).close()
     assert "cannot be locked" in caplog.text

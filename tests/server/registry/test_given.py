@@ -1,4 +1,4 @@
-"""Adapters that are given at start: mistakes are told with file and remedy, before a model loads."""
+"""Adapters given at start: mistakes are told with file and remedy, before a model loads."""
 
 import pytest
 
@@ -56,7 +56,7 @@ MISTAKES = {
     "a name of the zoo": (["zoo", "pirate={}/many/one"], "{}/many/one", "'pirate'"),
     "cut": (["{}/cut.safetensors"], "{}/cut.safetensors", "the file is cut"),
     "one of many": (["{}/torn"], "{}/torn/bad", "0 bytes"),
-    "another kind": (["{}/lora"], "{}/lora", 'peft_type is \'LORA\'; it has to be "RED"'),
+    "another kind": (["{}/lora"], "{}/lora", "peft_type is 'LORA'; it has to be \"RED\""),
 }
 
 

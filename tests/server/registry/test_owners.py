@@ -134,10 +134,10 @@ async def test_a_stored_file_that_is_put_by_another_is_the_others(tmp_path, open
     await registry.put("mine", files[0], "", False, A)
     stored = (tmp_path / "mine.safetensors").read_bytes()
     await registry.put("copy", stored, "", False, B)
-    for registry in (registry, open_registry(tmp_path)):
-        assert registry.resolve("copy", B).owner == B
+    for opened in (registry, open_registry(tmp_path)):
+        assert opened.resolve("copy", B).owner == B
         with pytest.raises(NotFoundError):
-            registry.resolve("copy", A)
+            opened.resolve("copy", A)
 
 
 async def test_a_file_that_says_nothing_of_an_owner_is_the_operators(
