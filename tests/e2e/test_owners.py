@@ -1,6 +1,7 @@
 """Adapters of one API key, seen by another through every method of the API."""
 
 import pytest
+from encoders import load_tiny_encoder, save_tiny_encoder
 
 import redmux
 from redmux import AsyncClient
@@ -133,3 +134,18 @@ async def test_without_keys_everybody_may_do_everything(start_server, base, tmp_
         with pytest.raises(redmux.NotFoundError):
             await two.adapters.get("x")
     assert b"one" not in (tmp_path / "x.safetensors").read_bytes()
+
+
+async def test_classifying_with_another_keys_adapter_is_refused(start_server, tmp_path):
+    encoder = load_tiny_encoder(save_tiny_encoder(tmp_path, "bert"))
+    server = await start_server(model=str(encoder.folder), threads=1, **KEYS)
+    target = f"127.0.0.1:{server.port}"
+    async with AsyncClient(target, api_key="one") as one, AsyncClient(target, api_key="two") as two:
+        adapter = encoder.adapter(1, "bert")
+        await one.adapters.put("x", to_bytes(adapter))
+        assert (await one.classify(["abc"], adapter="x")).digest == adapter.digest
+        for name in ("x", adapter.digest):
+            with pytest.raises(redmux.NotFoundError):
+                await two.classify(["abc"], adapter=name)
+            with pytest.raises(redmux.NotFoundError):
+                await two.embed(["abc"], adapter=name)
