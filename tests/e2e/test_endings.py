@@ -8,7 +8,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import redmux
 from redmux import AsyncClient
-from redmux_server.grpc_api import interceptor
 
 
 async def whole(client, prompt="Hello there", **options):
@@ -120,35 +119,6 @@ async def test_reflection_needs_the_key_too(start_server):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             [r async for r in stub.ServerReflectionInfo(iter([request]))]
     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-
-
-async def test_a_reader_that_stalls_is_let_go_and_harms_nobody(server, client):
-    """A stream whose messages nobody takes ends, and its request leaves the engine."""
-
-    class Stalled:
-        def invocation_metadata(self):
-            return ()
-
-        async def write(self, message):
-            await asyncio.Event().wait()
-
-        async def abort(self, code, details, metadata):
-            raise grpc.aio.AbortError(code)
-
-    guard = interceptor.Interceptor(interceptor.ApiKeys(()), stall_s=0.01)
-    closed = []
-
-    async def method(request, context):
-        try:
-            yield "first"
-            yield "second"
-        finally:
-            closed.append(True)
-
-    with pytest.raises(grpc.aio.AbortError) as caught:
-        await guard._stream(method)(None, Stalled())
-    assert caught.value.args == (grpc.StatusCode.RESOURCE_EXHAUSTED,)
-    assert closed == [True]
 
 
 async def test_metrics_count_what_was_served(server, client, base, put):

@@ -8,11 +8,11 @@ import grpc
 import pytest
 
 from redmux.errors import (
-    InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
     UnauthenticatedError,
 )
+from redmux_server.grpc_api.in_flight import CALL_BYTES, InFlight
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
 from redmux_server.registry.tenants import ADMIN
 
@@ -20,13 +20,30 @@ from redmux_server.registry.tenants import ADMIN
 class Context:
     """What grpc.aio hands to a method."""
 
-    def __init__(self, *metadata):
+    def __init__(self, *metadata, request=b"a request"):
         self._metadata = metadata
+        self._request = request
+        self.was_read = False
+        self.sent_headers = 0
         self.written = []
         self.aborted = None
+        self.done_callbacks = []
 
     def invocation_metadata(self):
         return self._metadata
+
+    def peer(self):
+        return "ipv4:127.0.0.1:1"
+
+    def add_done_callback(self, callback):
+        self.done_callbacks.append(callback)
+
+    async def read(self):
+        self.was_read = True
+        return self._request
+
+    async def send_initial_metadata(self, metadata):
+        self.sent_headers += 1
 
     async def write(self, message):
         self.written.append(message)
@@ -36,8 +53,8 @@ class Context:
         raise grpc.aio.AbortError
 
 
-def bearer(text):
-    return Context(("authorization", text))
+def bearer(text, **options):
+    return Context(("authorization", text), **options)
 
 
 @pytest.mark.parametrize("text", ["Bearer one", "bearer one", "BEARER two"])
@@ -87,21 +104,34 @@ def test_a_key_has_the_same_name_in_every_run_whatever_the_other_keys():
         assert ApiKeys(keys, "boss").tenant(bearer("Bearer one")) == expected
 
 
-def unary(method, parse=None):
-    return grpc.unary_unary_rpc_method_handler(method, parse, None)
+def parse(data):
+    if data == b"\xff":
+        raise ValueError
+    return data
 
 
-async def wrapped(handler, keys=(), method="/redmux.v1.X/Y"):
+def unary(method):
+    return grpc.unary_unary_rpc_method_handler(method, parse, lambda reply: reply)
+
+
+def streaming(method):
+    return grpc.unary_stream_rpc_method_handler(method, parse)
+
+
+async def wrapped(handler, keys=(), method="/redmux.v1.X/Y", in_flight=None, **options):
+    """Returns the method that gRPC calls in place of the handler's own."""
+
     async def continuation(details):
         return handler
 
-    guard = Interceptor(ApiKeys(keys))
-    return await guard.intercept_service(continuation, SimpleNamespace(method=method))
+    guard = Interceptor(ApiKeys(keys), in_flight or InFlight(), {}, **options)
+    guarded = await guard.intercept_service(continuation, SimpleNamespace(method=method))
+    return guarded and (guarded.stream_unary or guarded.stream_stream)
 
 
-async def aborted(handler, context, request=b""):
+async def aborted(call, context):
     with pytest.raises(grpc.aio.AbortError):
-        await handler.unary_unary(request, context)
+        await call(None, context)
     return context.aborted
 
 
@@ -149,28 +179,92 @@ async def test_a_method_that_is_not_there_stays_so():
     assert await wrapped(None) is None
 
 
-async def test_a_request_without_the_key_is_not_told_that_it_is_malformed():
-    def parse(data):
-        raise ValueError
+async def never(request, context):
+    raise AssertionError("the method was called")
 
-    async def method(request, context):
-        raise AssertionError("a malformed request reached its method")
 
-    handler = await wrapped(unary(method, parse), keys=["one"])
-    request = handler.request_deserializer(b"\xff")
-    assert (await aborted(handler, Context(), request))[0] is grpc.StatusCode.UNAUTHENTICATED
-    code, _, metadata = await aborted(handler, bearer("Bearer one"), request)
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert metadata["redmux-error"] == "InvalidArgumentError"
+@pytest.mark.parametrize("kind", [unary, streaming])
+async def test_without_the_key_the_request_is_not_even_read(kind):
+    call = await wrapped(kind(never), keys=["one"])
+    context = bearer("Bearer two", request=b"\xff")
+    assert (await aborted(call, context))[0] is grpc.StatusCode.UNAUTHENTICATED
+    assert not context.was_read
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "code", "error"),
+    [
+        (b"\xff", grpc.StatusCode.INVALID_ARGUMENT, "InvalidArgumentError"),
+        (grpc.aio.EOF, grpc.StatusCode.INVALID_ARGUMENT, "InvalidArgumentError"),
+        (b"x" * 65_537, grpc.StatusCode.RESOURCE_EXHAUSTED, "ResourceExhaustedError"),
+    ],
+)
+async def test_a_request_that_is_malformed_missing_or_too_large_does_not_reach_its_method(
+    request_bytes, code, error
+):
+    context = bearer("Bearer one", request=request_bytes)
+    got = await aborted(await wrapped(unary(never), keys=["one"]), context)
+    assert (got[0], got[2]["redmux-error"]) == (code, error)
+
+
+async def echo(request, context):
+    return request
 
 
 @pytest.mark.parametrize(
     ("method", "is_public"),
     [("/grpc.health.v1.Health/Check", True), ("/grpc.health.v1.HealthX/Check", False)],
 )
-async def test_health_alone_is_left_as_it_is(method, is_public):
-    handler = failing(InvalidArgumentError("x"))
-    assert (await wrapped(handler, ["one"], method) is handler) == is_public
+async def test_health_alone_needs_no_key(method, is_public):
+    call, context = await wrapped(unary(echo), ["one"], method), Context()
+    if is_public:
+        assert await call(None, context) == b"a request"
+    else:
+        assert (await aborted(call, context))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_request_that_does_not_come_ends_its_call():
+    class Silent(Context):
+        async def read(self):
+            await asyncio.Event().wait()
+
+    code, details, _ = await aborted(await wrapped(unary(never), stall_s=0.01), Silent())
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "did not arrive" in details
+
+
+async def test_what_a_call_held_is_given_back_when_it_has_ended():
+    in_flight = InFlight()
+    context = Context()
+    await (await wrapped(unary(echo), in_flight=in_flight))(None, context)
+    assert in_flight.num_bytes == CALL_BYTES + 2 * len(b"a request")
+    for callback in context.done_callbacks:
+        callback(context)
+    assert (in_flight.num_bytes, in_flight.num_callers) == (0, 0)
+
+
+async def test_replies_that_wait_for_their_reader_are_bounded_for_each_key_and_for_all():
+    async def large(request, context):
+        return b"x" * 1000
+
+    room = 2 * (CALL_BYTES + 2000)
+    in_flight = InFlight(room, room + 1000)
+    call = await wrapped(unary(large), ["one", "two"], in_flight=in_flight)
+    one, two = (lambda: bearer("Bearer one")), (lambda: bearer("Bearer two"))
+    for _ in range(2):
+        await call(None, one())
+    code, details, _ = await aborted(call, one())
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "you have not read" in details
+    code, details, _ = await aborted(call, two())
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "of all callers" in details
+
+
+async def test_probes_come_through_whatever_callers_hold():
+    in_flight = InFlight(0, 0)
+    call = await wrapped(unary(echo), (), "/grpc.health.v1.Health/Check", in_flight)
+    assert await call(None, Context()) == b"a request"
 
 
 async def test_a_stream_that_fails_has_written_what_came_before():
@@ -179,12 +273,10 @@ async def test_a_stream_that_fails_has_written_what_came_before():
         yield "b"
         raise NotFoundError("gone")
 
-    handler = await wrapped(grpc.unary_stream_rpc_method_handler(method))
     context = Context()
-    with pytest.raises(grpc.aio.AbortError):
-        await handler.unary_stream(b"", context)
+    code, *_ = await aborted(await wrapped(streaming(method)), context)
     assert context.written == ["a", "b"]
-    assert context.aborted[0] is grpc.StatusCode.NOT_FOUND
+    assert code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_a_stream_without_the_key_never_starts():
@@ -194,11 +286,10 @@ async def test_a_stream_without_the_key_never_starts():
         started.append(True)
         yield "a"
 
-    handler = await wrapped(grpc.unary_stream_rpc_method_handler(method), keys=["one"])
     context = Context()
-    with pytest.raises(grpc.aio.AbortError):
-        await handler.unary_stream(b"", context)
-    assert context.aborted[0] is grpc.StatusCode.UNAUTHENTICATED
+    assert (await aborted(await wrapped(streaming(method), keys=["one"]), context))[
+        0
+    ] is grpc.StatusCode.UNAUTHENTICATED
     assert started == context.written == []
 
 
@@ -216,8 +307,8 @@ async def test_a_client_that_goes_away_during_a_write_is_no_error_of_the_server(
         async def write(self, message):
             raise grpc.aio.InternalError("Failed grpc_call_start_batch")
 
-    handler = await wrapped(grpc.unary_stream_rpc_method_handler(method))
+    call = await wrapped(streaming(method))
     context = Gone()
     with caplog.at_level(logging.INFO), pytest.raises(asyncio.CancelledError):
-        await handler.unary_stream(b"", context)
+        await call(None, context)
     assert (closed, context.aborted, caplog.text) == ([True], None, "")

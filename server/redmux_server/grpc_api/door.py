@@ -21,6 +21,7 @@ from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from redmux.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from redmux_server.config import ServerConfig
+from redmux_server.grpc_api.in_flight import InFlight
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
 from redmux_server.grpc_api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
@@ -41,6 +42,7 @@ _SERVICES = tuple(
 )
 _MESSAGE_BYTES = 4 << 20
 _JOB_BYTES = 16 << 20  # of a training job's records
+_CONFIG_BYTES = 1 << 20  # of what comes with an adapter's file
 
 
 class GrpcDoor:
@@ -57,12 +59,12 @@ class GrpcDoor:
         """
         self._config = config
         keys = ApiKeys(config.api_keys, config.admin_key)
-        message_bytes = max(_MESSAGE_BYTES, registry.max_file_bytes + (1 << 20))
-        if training.trains:
-            message_bytes = max(message_bytes, _JOB_BYTES)
+        limits = _limits(registry.max_file_bytes, trains=training.trains)
         self.health = HealthServicer()
+        largest = max(limits.values())
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(keys)], options=_options(message_bytes)
+            interceptors=[Interceptor(keys, InFlight.for_requests(largest), limits)],
+            options=_options(largest),
         )
         add_InferenceServiceServicer_to_server(
             InferenceServicer(services.generation, services.scoring, services.reading, keys),
@@ -112,11 +114,28 @@ class GrpcDoor:
         await self._server.stop(1.0)
 
 
+def _limits(file_bytes: int, trains: bool) -> dict[str, int]:
+    """Returns the most bytes of a request by method, of those that take data.
+
+    `file_bytes` is the size of the largest adapter file.
+    """
+    inference, adapters, _, training = _SERVICES
+    methods = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods
+    limits = {f"/{inference}/{method.name}": _MESSAGE_BYTES for method in methods}
+    limits[f"/{adapters}/PutAdapter"] = file_bytes + _CONFIG_BYTES
+    if trains:
+        limits[f"/{training}/CreateJob"] = _JOB_BYTES
+    return limits
+
+
 def _options(message_bytes: int) -> list[tuple[str, int]]:
     """gRPC options: dead peers are found in a minute, floods are bounded, ports are not shared."""
     return [
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", _MESSAGE_BYTES),
+        # A request that nobody reads yet then takes 64 KiB at most: with probing, the window grows
+        # to megabytes. One that is read opens the window to its own size.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.max_concurrent_streams", 1024),
         ("grpc.max_allowed_incoming_connections", 4096),
         ("grpc.server_handshake_timeout_ms", 10_000),

@@ -1,13 +1,16 @@
-"""The one place where errors become statuses, keys are checked and slow readers are dropped."""
+"""The one place where keys are checked, messages are bounded and errors become statuses."""
 
 import asyncio
 import contextlib
 import functools
 import hashlib
 import hmac
+import inspect
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
 import grpc
@@ -18,16 +21,16 @@ from redmux.errors import (
     ResourceExhaustedError,
     UnauthenticatedError,
 )
+from redmux_server.grpc_api.in_flight import LARGEST, CallBytes, InFlight
 from redmux_server.registry.tenants import ADMIN
 
 logger = logging.getLogger(__name__)
 
 _STALL_S = 30.0
 _PUBLIC_PREFIX = "/grpc.health.v1.Health/"  # probes carry no key
-
-
-class _Malformed:
-    """Stands for a message that does not parse."""
+# Anybody may send to these methods, so what is being received must not pile up.
+_PUBLIC_RECEIVE_S = 1.0
+_SMALL_BYTES = 64 << 10  # of a request to a method that takes no data
 
 
 class ApiKeys:
@@ -71,15 +74,33 @@ def _tenant(digest: bytes) -> str:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method: parse, authenticate, run, translate errors.
+    """Wraps every method: authenticate, receive, parse, run, translate errors.
+
+    gRPC is told that every method takes a stream of requests, which looks the same on the wire: it
+    then starts a method before it takes the request, so a caller without a key has sent no more
+    than HTTP/2's first window when the call ends. `InFlight` counts all messages.
 
     An exception that is no RedmuxError is logged with its traceback under an id, and the caller
     sees the id only: grpc.aio would send the exception's text.
     """
 
-    def __init__(self, keys: ApiKeys, stall_s: float = _STALL_S) -> None:
-        """`stall_s` is how long a stream waits for a reader before it gives up."""
+    def __init__(
+        self,
+        keys: ApiKeys,
+        in_flight: InFlight,
+        limits: Mapping[str, int],
+        stall_s: float = _STALL_S,
+    ) -> None:
+        """`limits` are the most bytes of a request by method ("/package.Service/Method").
+
+        `stall_s` is how long a stream waits for a reader, or a call for its request, before it
+        gives up.
+        """
         self._keys = keys
+        self._in_flight = in_flight
+        # Probes have to come through whatever others hold.
+        self._probes = InFlight(total_bytes=sys.maxsize)
+        self._limits = limits
         self._stall_s = stall_s
 
     async def intercept_service(
@@ -89,52 +110,119 @@ class Interceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """See grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(_PUBLIC_PREFIX):
-            return handler
-        parse = _tolerant(handler.request_deserializer)
+        if handler is None:
+            return None
+        name = handler_call_details.method
+        door = _Doorway(
+            is_public=name.startswith(_PUBLIC_PREFIX),
+            parse=handler.request_deserializer,
+            max_bytes=self._limits.get(name, _SMALL_BYTES),
+        )
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(handler.unary_unary), parse, handler.response_serializer
+            return grpc.stream_unary_rpc_method_handler(
+                self._unary(door, handler.unary_unary, handler.response_serializer)
             )
         if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream), parse, handler.response_serializer
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(door, handler.unary_stream), None, handler.response_serializer
             )
         return grpc.stream_stream_rpc_method_handler(  # reflection
-            self._stream(handler.stream_stream), parse, handler.response_serializer
+            self._both_stream(door, handler.stream_stream), None, handler.response_serializer
         )
 
-    def _unary(self, method: Any) -> Any:
-        async def call(request: Any, context: Any) -> Any:
+    def _unary(self, door: "_Doorway", method: Any, serialize: Callable[[Any], bytes]) -> Any:
+        async def call(_: Any, context: Any) -> bytes:
             try:
-                self._admit(request, context)
-                return await method(request, context)
+                held = self._begin(door, context)
+                reply = serialize(await method(await self._receive(door, held, context), context))
+                held.take(len(reply))  # until gRPC has sent it
+                return reply
             except Exception as err:
                 await _abort(context, err)
 
         return call
 
-    def _stream(self, method: Any) -> Any:
-        async def call(request: Any, context: Any) -> None:
+    def _stream(self, door: "_Doorway", method: Any) -> Any:
+        async def call(_: Any, context: Any) -> None:
             try:
-                self._admit(request, context)
-                async with (
-                    _Stall(self._stall_s) as stall,
-                    contextlib.aclosing(method(request, context)) as replies,
-                ):
-                    async for reply in replies:
-                        stall.begin()
-                        await _write(context, reply)
-                        stall.end()
+                held = self._begin(door, context)
+                replies = method(await self._receive(door, held, context), context)
+                if inspect.isawaitable(replies):  # health's Watch, which writes by itself
+                    await replies
+                else:
+                    await self._write_all(replies, context)
             except Exception as err:
                 await _abort(context, err)
 
         return call
 
-    def _admit(self, request: Any, context: Any) -> None:
-        self._keys.tenant(context)
-        if isinstance(request, _Malformed):
-            raise InvalidArgumentError("the request is no valid protobuf message of this method")
+    def _both_stream(self, door: "_Doorway", method: Any) -> Any:
+        async def requests(context: Any) -> AsyncGenerator[Any]:
+            while (data := await context.read()) is not grpc.aio.EOF:
+                yield door.parsed(data)
+
+        async def call(_: Any, context: Any) -> None:
+            try:
+                held = self._begin(door, context)
+                # One message of it may be on its way at any time, whatever its size.
+                held.take(self._in_flight.share_bytes // LARGEST)
+                async with contextlib.aclosing(requests(context)) as messages:
+                    await self._write_all(method(messages, context), context)
+            except Exception as err:
+                await _abort(context, err)
+
+        return call
+
+    def _begin(self, door: "_Doorway", context: Any) -> CallBytes:
+        """Lets a call in, or raises what is in its way. Nothing of its request was read by then."""
+        if door.is_public:
+            held = self._probes.begin(context.peer())
+        else:
+            held = self._in_flight.begin(self._keys.tenant(context) or context.peer())
+        context.add_done_callback(held.end)
+        return held
+
+    async def _receive(self, door: "_Doorway", held: CallBytes, context: Any) -> Any:
+        limit_s = min(self._stall_s, _PUBLIC_RECEIVE_S) if door.is_public else self._stall_s
+        data = await held.receive(context.read, limit_s)
+        if data is grpc.aio.EOF:
+            raise InvalidArgumentError("the call ended without a request")
+        held.take(len(data))
+        return door.parsed(data)
+
+    async def _write_all(self, replies: AsyncGenerator[Any], context: Any) -> None:
+        async with _Stall(self._stall_s) as stall, contextlib.aclosing(replies):
+            is_first = True
+            async for reply in replies:
+                stall.begin()
+                if is_first:
+                    # By itself: gRPC refuses to end a call whose headers go with a pending write.
+                    await _sent(context.send_initial_metadata(()))
+                    is_first = False
+                await _sent(context.write(reply))
+                stall.end()
+
+
+@dataclass(frozen=True, slots=True)
+class _Doorway:
+    """What a method lets in."""
+
+    is_public: bool  # without a key
+    parse: Callable[[bytes], Any]
+    max_bytes: int
+
+    def parsed(self, data: bytes) -> Any:
+        """Returns the message; raises ResourceExhaustedError or InvalidArgumentError."""
+        if len(data) > self.max_bytes:
+            raise ResourceExhaustedError(
+                f"the request has {len(data)} bytes; this method takes at most {self.max_bytes}"
+            )
+        try:
+            return self.parse(data)
+        except Exception:
+            raise InvalidArgumentError(
+                "the request is no valid protobuf message of this method"
+            ) from None
 
 
 class _Stall:
@@ -181,26 +269,13 @@ class _Stall:
             self._timer = self._loop.call_at(due_s, self._check)
 
 
-async def _write(context: Any, reply: Any) -> None:
-    """Writes a reply; ends the call as a cancelled one where its client is gone."""
+async def _sent(sending: Awaitable[None]) -> None:
+    """Waits until something is sent; ends the call as a cancelled one where its client is gone."""
     try:
-        await context.write(reply)
+        await sending
     except grpc.aio.InternalError:  # gRPC could not hand it over, and has nobody to tell
-        logger.debug("a client went away while a reply was written to it")
+        logger.debug("a client went away while something was sent to it")
         raise asyncio.CancelledError from None
-
-
-def _tolerant(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    if parse is None:
-        return None
-
-    def parse_or_mark(data: bytes) -> Any:
-        try:
-            return parse(data)
-        except Exception:
-            return _Malformed()
-
-    return parse_or_mark
 
 
 async def _abort(context: Any, err: Exception) -> NoReturn:
@@ -213,5 +288,5 @@ async def _abort(context: Any, err: Exception) -> NoReturn:
     metadata = [("redmux-error", type(err).__name__)]
     if isinstance(err, ResourceExhaustedError) and err.retry_after_s is not None:
         metadata.append(("grpc-retry-pushback-ms", str(round(1000 * err.retry_after_s))))
-    await context.abort(err.status, err.message, tuple(metadata))
+    await _sent(context.abort(err.status, err.message, tuple(metadata)))
     raise AssertionError("abort does not return")

@@ -1,0 +1,149 @@
+"""The interceptor under a real gRPC server: what a peer that sends or reads badly can do."""
+
+import asyncio
+import contextlib
+
+import grpc
+import pytest
+
+from redmux_server.grpc_api.in_flight import CALL_BYTES, RECEIVING, InFlight
+from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
+
+MIB = 1 << 20
+NO_PROBING = ("grpc.http2.bdp_probe", 0)
+KEY = (("authorization", "Bearer one"),)
+
+
+@contextlib.asynccontextmanager
+async def serving(*, unary=None, stream=None, keys=(), in_flight=None, **options):
+    """Yields a channel to a server whose methods are /x.Y/Unary and /x.Y/Stream, on bytes."""
+
+    class Handlers(grpc.GenericRpcHandler):
+        def service(self, details):
+            if details.method.endswith("Unary"):
+                return grpc.unary_unary_rpc_method_handler(unary, bytes, bytes)
+            return grpc.unary_stream_rpc_method_handler(stream, bytes, bytes)
+
+    limits = {"/x.Y/Unary": MIB}
+    guard = Interceptor(ApiKeys(keys), in_flight or InFlight(), limits, **options)
+    server = grpc.aio.server(
+        interceptors=[guard],
+        options=[("grpc.max_receive_message_length", 16 * MIB), NO_PROBING],
+    )
+    server.add_generic_rpc_handlers((Handlers(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", [NO_PROBING]) as channel:
+            yield channel
+    finally:
+        await server.stop(0)
+
+
+async def status_of(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code()
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def echo(request, context):
+    return request
+
+
+async def test_a_large_request_without_a_key_ends_before_it_was_sent():
+    """The client would not send the rest of it: HTTP/2 lets it send no more than a window."""
+    in_flight = InFlight()
+    async with serving(unary=echo, keys=["one"], in_flight=in_flight) as channel:
+        call = channel.unary_unary("/x.Y/Unary")
+        codes = [await status_of(call(bytes(15 * MIB))) for _ in range(3)]
+        assert await call(b"small", metadata=KEY) == b"small"
+    assert codes == [grpc.StatusCode.UNAUTHENTICATED] * 3
+    assert in_flight.num_bytes == 0
+
+
+async def test_each_method_has_a_limit_of_its_own():
+    async with serving(unary=echo) as channel:
+        call = channel.unary_unary("/x.Y/Unary")
+        assert len(await call(bytes(MIB))) == MIB
+        assert await status_of(call(bytes(MIB + 1))) is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_unary_replies_that_nobody_reads_are_bounded():
+    in_flight = InFlight(4 * MIB, 8 * MIB)
+    num_answered = 0
+
+    async def large(request, context):
+        nonlocal num_answered
+        num_answered += 1
+        return bytes(MIB)
+
+    async with serving(unary=large, in_flight=in_flight) as channel:
+        # A client that asks for a stream takes no message, beyond a window of 64 KiB, until told.
+        unread = [channel.unary_stream("/x.Y/Unary")(b"") for _ in range(20)]
+        await until(lambda: num_answered == 20)
+        await asyncio.gather(*(call.code() for call in unread[3:]))
+        assert 3 * MIB < in_flight.num_bytes < 4 * MIB
+        assert [call.done() for call in unread] == [False] * 3 + [True] * 17
+        assert {await call.code() for call in unread[3:]} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert len(await unread[0].read()) == MIB
+        await until(lambda: in_flight.num_bytes < 3 * MIB)
+        for call in unread:
+            call.cancel()
+        await until(lambda: in_flight.num_bytes == 0)
+
+
+@pytest.mark.parametrize("num_read", [0, 1])
+async def test_a_stream_that_is_dropped_for_not_reading_tells_its_client(num_read):
+    closed = []
+
+    async def many(request, context):
+        try:
+            while True:
+                yield bytes(200_000)  # more than the client's window
+        finally:
+            closed.append(True)
+
+    async with serving(stream=many, stall_s=0.05) as channel:
+        call = channel.unary_stream("/x.Y/Stream")(b"")
+        for _ in range(num_read):
+            assert len(await call.read()) == 200_000
+        await until(lambda: closed)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "did not read" in caught.value.details()
+
+
+async def test_few_requests_of_a_caller_are_received_at_a_time():
+    in_flight = InFlight()
+    async with serving(unary=echo, in_flight=in_flight, stall_s=30) as channel:
+        open_call = channel.stream_unary("/x.Y/Unary")  # whose request does not come
+        silent = [open_call() for _ in range(RECEIVING)]
+        for call in silent:
+            await call.wait_for_connection()
+        await until(lambda: in_flight.num_bytes == RECEIVING * CALL_BYTES)
+        waiting = asyncio.ensure_future(channel.unary_unary("/x.Y/Unary")(b"x"))
+        await until(lambda: in_flight.num_bytes == (RECEIVING + 1) * CALL_BYTES)
+        assert not waiting.done()
+        silent[0].cancel()
+        assert await waiting == b"x"
+
+
+async def test_a_call_that_its_client_cancels_gives_back_what_it_held(caplog):
+    in_flight = InFlight()
+
+    async def endless(request, context):
+        await asyncio.Event().wait()
+
+    async with serving(unary=endless, in_flight=in_flight) as channel:
+        call = channel.unary_unary("/x.Y/Unary")(bytes(1000))
+        await until(lambda: in_flight.num_bytes == CALL_BYTES + 1000)
+        call.cancel()
+        await until(lambda: in_flight.num_bytes == 0)
+    assert caplog.text == ""
