@@ -10,15 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import start_http_server
-
 import redmux
-from redmux.errors import FailedPreconditionError
 from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.grpc_api.door import GrpcDoor
 from redmux_server.metrics import Metrics
+from redmux_server.metrics_port import MetricsPort, State
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.models.load import load
@@ -54,6 +52,7 @@ class Server:
         )
         self.port = 0
         self.metrics_port = 0
+        self._is_draining = False
         self._started_s = time.monotonic()
 
     @classmethod
@@ -83,6 +82,7 @@ class Server:
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Refuses new requests, lets the running ones end for `drain_s` seconds, then stops."""
+        self._is_draining = True
         await self.door.health.enter_graceful_shutdown()
         self._watch.cancel()
         await self.training.stop()
@@ -93,9 +93,7 @@ class Server:
         await asyncio.to_thread(self.registry.save_index)
         if self._lock is not None:
             self._lock.close()
-        self._metrics_server.shutdown()
-        self._metrics_server.server_close()
-        self._metrics_thread.join()
+        await self._metrics_door.close()
 
     async def _listen(self) -> None:
         config = self.config
@@ -103,15 +101,9 @@ class Server:
             config, self.services, self.registry, self.training, self.info, self._count_adapters
         )
         self.port = self.door.bind()
-        try:
-            self._metrics_server, self._metrics_thread = start_http_server(
-                config.metrics_port, config.host, self.metrics.registry
-            )
-        except OSError as err:
-            raise FailedPreconditionError(
-                f"cannot serve metrics on {config.host}:{config.metrics_port}: {err}"
-            ) from err
-        self.metrics_port = self._metrics_server.server_port
+        self._metrics_door = MetricsPort(self.metrics.registry, lambda: self.state)
+        await self._metrics_door.open(config.host, config.metrics_port)
+        self.metrics_port = self._metrics_door.port
         self._count_adapters()
         self.engine.start()
         await self.door.open()
@@ -120,6 +112,15 @@ class Server:
             "serving %s on %s:%d, metrics on port %d, %d adapters",
             config.model, config.host, self.port, self.metrics_port, len(self.registry),
         )  # fmt: skip
+
+    @property
+    def state(self) -> State:
+        """What the server does right now."""
+        if self.engine.died.is_set():
+            return State.DEAD
+        if self._is_draining:
+            return State.DRAINING
+        return State.STUCK if self.engine.is_stuck(_STUCK_S) else State.SERVING
 
     def _count_adapters(self) -> None:
         self.metrics.adapters.set(len(self.registry))

@@ -1,6 +1,9 @@
 """How a completion ends, and what is streamed until then."""
 
 import asyncio
+import threading
+import urllib.error
+import urllib.request
 
 import grpc
 import pytest
@@ -8,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import redmux
 from redmux import AsyncClient
+from redmux_server.metrics_port import State
 
 
 async def whole(client, prompt="Hello there", **options):
@@ -122,8 +126,6 @@ async def test_reflection_needs_the_key_too(start_server):
 
 
 async def test_metrics_count_what_was_served(server, client, base, put):
-    import urllib.request
-
     await put("x", base.adapter(1))
     await asyncio.gather(*(whole(client, adapter=name, max_tokens=5) for name in ("x", None, "x")))
     with pytest.raises(redmux.NotFoundError):
@@ -141,6 +143,39 @@ async def test_metrics_count_what_was_served(server, client, base, put):
     assert float(lines["redmux_adapter_load_seconds_count"]) == 1
     assert float(lines["redmux_bank_resident_adapters"]) == 1
     assert float(lines["redmux_kv_cache_used_ratio"]) == 0
+
+
+def status_of(server, path):
+    url = f"http://127.0.0.1:{server.metrics_port}{path}"
+    try:
+        return urllib.request.urlopen(url).status
+    except urllib.error.HTTPError as err:
+        with err:
+            return err.code
+
+
+async def test_the_metrics_port_tells_when_the_server_drains_and_when_its_engine_is_dead(
+    server, client
+):
+    async def states():
+        paths = "/readyz", "/healthz", "/other"
+        return [await asyncio.to_thread(status_of, server, path) for path in paths]
+
+    assert await states() == [200, 200, 404]
+    stream = client.stream("abc", max_tokens=200, ignore_eos=True)
+    await anext(stream)
+    forward, may_end = server.model.runner.forward, threading.Event()
+    server.model.runner.forward = lambda work: may_end.wait() and forward(work)
+    draining = asyncio.create_task(server.stop(drain_s=60))
+    while server.state is not State.DRAINING:
+        await asyncio.sleep(0)
+    assert await states() == [503, 200, 404]
+    server.engine.died.set()
+    assert await states() == [503, 503, 404]
+    server.engine.died.clear()
+    may_end.set()
+    await stream.aclose()
+    await draining
 
 
 async def test_info_tells_model_choices_and_limits(server, client, base):

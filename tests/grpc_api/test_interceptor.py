@@ -124,7 +124,7 @@ async def wrapped(handler, keys=(), method="/redmux.v1.X/Y", in_flight=None, **o
     async def continuation(details):
         return handler
 
-    guard = Interceptor(ApiKeys(keys), in_flight or InFlight(), {}, **options)
+    guard = Interceptor(ApiKeys(keys), in_flight, **options)
     guarded = await guard.intercept_service(continuation, SimpleNamespace(method=method))
     return guarded and (guarded.stream_unary or guarded.stream_stream)
 

@@ -24,8 +24,8 @@ async def serving(*, unary=None, stream=None, keys=(), in_flight=None, **options
                 return grpc.unary_unary_rpc_method_handler(unary, bytes, bytes)
             return grpc.unary_stream_rpc_method_handler(stream, bytes, bytes)
 
-    limits = {"/x.Y/Unary": MIB}
-    guard = Interceptor(ApiKeys(keys), in_flight or InFlight(), limits, **options)
+    guard = Interceptor(ApiKeys(keys), in_flight, **options)
+    guard.set_limits({"/x.Y/Unary": MIB})
     server = grpc.aio.server(
         interceptors=[guard],
         options=[("grpc.max_receive_message_length", 16 * MIB), NO_PROBING],
@@ -44,6 +44,12 @@ async def status_of(call):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value.code()
+
+
+async def read_all(call):
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while await call.read() is not grpc.aio.EOF:
+            pass
 
 
 async def until(condition):
@@ -113,11 +119,9 @@ async def test_a_stream_that_is_dropped_for_not_reading_tells_its_client(num_rea
         for _ in range(num_read):
             assert len(await call.read()) == 200_000
         await until(lambda: closed)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            while await call.read() is not grpc.aio.EOF:
-                pass
-    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "did not read" in caught.value.details()
+        await read_all(call)
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "did not read" in await call.details()
 
 
 async def test_few_requests_of_a_caller_are_received_at_a_time():

@@ -21,7 +21,6 @@ from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from redmux.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from redmux_server.config import ServerConfig
-from redmux_server.grpc_api.in_flight import InFlight
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
 from redmux_server.grpc_api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
@@ -59,12 +58,12 @@ class GrpcDoor:
         """
         self._config = config
         keys = ApiKeys(config.api_keys, config.admin_key)
-        limits = _limits(registry.max_file_bytes, trains=training.trains)
+        interceptor = Interceptor(keys)
+        limits = message_limits(registry, training)
+        interceptor.set_limits(limits)
         self.health = HealthServicer()
-        largest = max(limits.values())
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(keys, InFlight.for_requests(largest), limits)],
-            options=_options(largest),
+            interceptors=[interceptor], options=_options(max(limits.values()))
         )
         add_InferenceServiceServicer_to_server(
             InferenceServicer(services.generation, services.scoring, services.reading, keys),
@@ -114,17 +113,14 @@ class GrpcDoor:
         await self._server.stop(1.0)
 
 
-def _limits(file_bytes: int, trains: bool) -> dict[str, int]:
-    """Returns the most bytes of a request by method, of those that take data.
-
-    `file_bytes` is the size of the largest adapter file.
-    """
-    inference, adapters, _, training = _SERVICES
+def message_limits(registry: AdapterRegistry, training: TrainingService) -> dict[str, int]:
+    """Returns the most bytes of a request by method, of those that take data."""
+    inference, adapters, _, jobs = _SERVICES
     methods = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods
     limits = {f"/{inference}/{method.name}": _MESSAGE_BYTES for method in methods}
-    limits[f"/{adapters}/PutAdapter"] = file_bytes + _CONFIG_BYTES
-    if trains:
-        limits[f"/{training}/CreateJob"] = _JOB_BYTES
+    limits[f"/{adapters}/PutAdapter"] = registry.max_file_bytes + _CONFIG_BYTES
+    if training.trains:
+        limits[f"/{jobs}/CreateJob"] = _JOB_BYTES
     return limits
 
 

@@ -32,11 +32,10 @@ class InFlight:
         self.num_bytes = 0
         self._callers: dict[str, _Caller] = {}
 
-    @classmethod
-    def for_requests(cls, max_bytes: int) -> "InFlight":
-        """Returns one whose callers may each have a few requests of this size under way."""
-        share_bytes = max(SHARE_BYTES, LARGEST * max_bytes)
-        return cls(share_bytes, _SHARES * share_bytes)
+    def fit(self, max_bytes: int) -> None:
+        """Makes the shares wide enough for a few requests of this size."""
+        self.share_bytes = max(self.share_bytes, LARGEST * max_bytes)
+        self.total_bytes = max(self.total_bytes, _SHARES * self.share_bytes)
 
     @property
     def num_callers(self) -> int:

@@ -27,7 +27,7 @@ from redmux_server.registry.tenants import ADMIN
 logger = logging.getLogger(__name__)
 
 _STALL_S = 30.0
-_PUBLIC_PREFIX = "/grpc.health.v1.Health/"  # probes carry no key
+PUBLIC_PREFIX = "/grpc.health.v1.Health/"  # probes carry no key
 # Anybody may send to these methods, so what is being received must not pile up.
 _PUBLIC_RECEIVE_S = 1.0
 _SMALL_BYTES = 64 << 10  # of a request to a method that takes no data
@@ -85,23 +85,23 @@ class Interceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self,
-        keys: ApiKeys,
-        in_flight: InFlight,
-        limits: Mapping[str, int],
-        stall_s: float = _STALL_S,
+        self, keys: ApiKeys, in_flight: InFlight | None = None, stall_s: float = _STALL_S
     ) -> None:
-        """`limits` are the most bytes of a request by method ("/package.Service/Method").
-
-        `stall_s` is how long a stream waits for a reader, or a call for its request, before it
-        gives up.
-        """
+        """`stall_s` is how long a stream waits for its reader, or a call for its request."""
         self._keys = keys
-        self._in_flight = in_flight
+        self._in_flight = in_flight or InFlight()
         # Probes have to come through whatever others hold.
         self._probes = InFlight(total_bytes=sys.maxsize)
-        self._limits = limits
+        self._limits: Mapping[str, int] = {}
         self._stall_s = stall_s
+
+    def set_limits(self, limits: Mapping[str, int]) -> None:
+        """Sets the most bytes of a request by method ("/package.Service/Method").
+
+        Methods that are not in it take no data to speak of.
+        """
+        self._limits = limits
+        self._in_flight.fit(max(limits.values()))
 
     async def intercept_service(
         self,
@@ -114,7 +114,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return None
         name = handler_call_details.method
         door = _Doorway(
-            is_public=name.startswith(_PUBLIC_PREFIX),
+            is_public=name.startswith(PUBLIC_PREFIX),
             parse=handler.request_deserializer,
             max_bytes=self._limits.get(name, _SMALL_BYTES),
         )
