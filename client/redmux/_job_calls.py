@@ -1,6 +1,5 @@
 """Training jobs: arguments to messages and messages to values. No I/O, shared by both clients."""
 
-import difflib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from redmux import _calls
+from redmux._nearest import nearest
 from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import (
     Job,
@@ -106,7 +106,7 @@ def _options(place: str, options: Mapping[str, Any]) -> pb.TrainingOptions:
     values: dict[str, Any] = {}
     for name, value in options.items():
         if name not in OPTION_FIELDS:
-            near = difflib.get_close_matches(str(name), OPTION_FIELDS, n=1)
+            near = nearest(str(name), OPTION_FIELDS)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(OPTION_FIELDS)}"
             raise InvalidArgumentError(f"{place}: unknown option {name!r}; {hint}")
         is_turns = name == "prompt_format" and isinstance(value, Mapping)

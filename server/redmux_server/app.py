@@ -13,6 +13,7 @@ from typing import Any
 import redmux
 from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
+from redmux_server.descriptors import raise_limit
 from redmux_server.device import choose
 from redmux_server.grpc_api.door import GrpcDoor
 from redmux_server.metrics import Metrics
@@ -170,6 +171,7 @@ async def run(config: ServerConfig) -> bool:
 
     Returns whether it ended well: false if the engine died and somebody should start it again.
     """
+    raise_limit()
     server = await Server.start(config)
     # What is there now stays: a search through it for garbage would stop all streams for 0.2 s.
     gc.freeze()

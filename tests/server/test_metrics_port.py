@@ -168,13 +168,9 @@ async def test_a_port_that_is_taken_is_named():
             )
 
 
-@pytest.mark.parametrize("host", ["localhost", "[::1]", "::1"])
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[127.0.0.1]"])
 async def test_a_host_is_a_name_or_an_address_with_or_without_brackets(host):
     port = MetricsPort(CollectorRegistry(), lambda: State.SERVING)
-    try:
-        await port.open(host, 0)
-    except FailedPreconditionError as err:
-        assert "::1" in host and "annot assign" in err.message  # a machine without IPv6
-        return
+    await port.open(host, 0)
     assert port.port > 0
     await port.close()

@@ -1,7 +1,6 @@
 """Reads and writes adapters: a folder of two files, or one self-contained safetensors file."""
 
 import contextlib
-import difflib
 import errno
 import os
 import stat
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from redmux.errors import InvalidAdapterError
+from redmux._nearest import nearest
+from redmux.errors import InvalidAdapterError, RedmuxError, ResourceExhaustedError
 
 from .adapter import Adapter, Edit
 from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
@@ -25,6 +25,7 @@ from .vectors import check_file_values, digest_of, read_head, read_vectors, vect
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _DEFAULT = Limits()
+_SHORTAGES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,9 @@ def write_folder(adapter: Adapter, folder: str | Path) -> None:
 def read_file(path: Path, max_bytes: int) -> bytes:
     """Returns the content of a regular file of at most `max_bytes`, or raises InvalidAdapterError.
 
-    The size is checked before reading, and the bytes are a private copy: what happens to the file
-    afterwards does not matter.
+    Raises ResourceExhaustedError where it is the system that has too little left, of descriptors
+    for instance: that says nothing about the file. The size is checked before reading, and the
+    bytes are a private copy: what happens to the file afterwards does not matter.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for its writer.
@@ -183,7 +185,7 @@ def read_file(path: Path, max_bytes: int) -> bytes:
     except OSError as err:
         if err.errno == errno.ELOOP:
             raise InvalidAdapterError(f"{path} is a symbolic link; give the file itself") from None
-        raise InvalidAdapterError(f"cannot open {path}: {err.strerror}") from None
+        raise _refused("open", path, err) from None
     except ValueError:
         raise InvalidAdapterError(f"{shown(str(path))} is not a possible path") from None
     try:
@@ -194,12 +196,20 @@ def read_file(path: Path, max_bytes: int) -> bytes:
             raise InvalidAdapterError(f"{path} has {status.st_size} bytes; limit {max_bytes}")
         data = _read(descriptor, status.st_size + 1)
     except OSError as err:
-        raise InvalidAdapterError(f"cannot read {path}: {err.strerror}") from None
+        raise _refused("read", path, err) from None
     finally:
         os.close(descriptor)
     if len(data) != status.st_size:
         raise InvalidAdapterError(f"{path} changed while it was read; try again")
     return data
+
+
+def _refused(what: str, path: Path, err: OSError) -> RedmuxError:
+    if err.errno in _SHORTAGES:
+        return ResourceExhaustedError(
+            f"cannot {what} {path.name}: {err.strerror}; try again", retry_after_s=1.0
+        )
+    return InvalidAdapterError(f"cannot {what} {path}: {err.strerror}")
 
 
 def _read(descriptor: int, num_bytes: int) -> bytes:
@@ -293,7 +303,7 @@ def _check_expected(site: str, dim: int, expected_sites: Mapping[str, int]) -> N
             "linear modules inside it can"
         )
     if expected is None:
-        near = difflib.get_close_matches(site, expected_sites, n=3) or list(expected_sites)[:1]
+        near = nearest(site, expected_sites, 3) or list(expected_sites)[:1]
         raise InvalidAdapterError(
             f"the base model has no editable module {shown(site)}; near: {', '.join(near)}"
         )
@@ -316,6 +326,14 @@ def _container(adapter: Adapter, metadata: Mapping[str, str]) -> bytes:
     data = write_container(tensors, metadata, shapes)
     read_header(data)  # an adapter too large to be read is refused here, not by its user
     return data
+
+
+def _refused(what: str, path: Path, err: OSError) -> RedmuxError:
+    if err.errno in _SHORTAGES:
+        return ResourceExhaustedError(
+            f"cannot {what} {path.name}: {err.strerror}; try again", retry_after_s=1.0
+        )
+    return InvalidAdapterError(f"cannot {what} {path}: {err.strerror}")
 
 
 def _config_text(adapter: Adapter) -> str:

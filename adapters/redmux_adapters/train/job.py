@@ -1,6 +1,5 @@
 """Job: which adapters a run trains, on which data; from a file or from the command line."""
 
-import difflib
 import json
 import re
 import tomllib
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from redmux._nearest import nearest
 from redmux.errors import InvalidArgumentError
 
 from ..format.prompt import PromptFormat
@@ -193,7 +193,7 @@ def _check_keys(value: object, known: Sequence[str], what: str) -> None:
         raise InvalidArgumentError(f"{what} is {value!r}; it has to be an object")
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = nearest(key, known)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise InvalidArgumentError(f"unknown key {key!r} in {what}; {hint}")
 

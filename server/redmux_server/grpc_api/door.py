@@ -21,6 +21,7 @@ from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from redmux.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from redmux_server.config import ServerConfig
+from redmux_server.descriptors import max_connections
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
 from redmux_server.grpc_api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
@@ -133,7 +134,7 @@ def _options(message_bytes: int) -> list[tuple[str, int]]:
         # to megabytes. One that is read opens the window to its own size.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.max_concurrent_streams", 1024),
-        ("grpc.max_allowed_incoming_connections", 4096),
+        ("grpc.max_allowed_incoming_connections", max_connections()),
         ("grpc.server_handshake_timeout_ms", 10_000),
         ("grpc.max_connection_idle_ms", 300_000),
         ("grpc.keepalive_time_ms", 30_000),

@@ -1,7 +1,7 @@
 """The gRPC services: protobuf in, protobuf out, nothing else."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
@@ -12,6 +12,7 @@ from redmux.v1.adapter_service_pb2_grpc import AdapterServiceServicer
 from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.engine.request import FinishReason, Pooling
+from redmux_server.grpc_api.converted import Converted, fill_page
 from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
@@ -21,6 +22,7 @@ from redmux_server.services.scoring import ScoringService, TokenScores
 from redmux_server.services.validation import (
     Chat,
     GenerationSpec,
+    Message,
     Prompt,
     ReadInput,
     ScoreSpec,
@@ -110,7 +112,7 @@ class InferenceServicer(InferenceServiceServicer):
         """Returns the log-probabilities of continuations and of the prompt."""
         spec = ScoreSpec(
             prompt=_prompt(request),
-            continuations=[_continuation(i, c) for i, c in enumerate(request.continuations)],
+            continuations=Converted(request.continuations, _continuation),
             adapter=request.adapter,
             prompt_logprobs=request.prompt_logprobs,
         )
@@ -130,7 +132,7 @@ class InferenceServicer(InferenceServiceServicer):
         self, request: inference_pb.ClassifyRequest, context: Any
     ) -> inference_pb.ClassifyResponse:
         """Returns what an adapter's head makes of each input."""
-        inputs = _inputs(request.inputs)
+        inputs = Converted(request.inputs, _input)
         done = await self._reading.classify(inputs, request.adapter, self._keys.tenant(context))
         return inference_pb.ClassifyResponse(
             classifications=[
@@ -150,7 +152,7 @@ class InferenceServicer(InferenceServiceServicer):
         if request.pooling not in _POOLINGS:
             raise InvalidArgumentError(f"pooling is {request.pooling}, which this server lacks")
         done = await self._reading.embed(
-            _inputs(request.inputs),
+            Converted(request.inputs, _input),
             request.adapter,
             _POOLINGS[request.pooling],
             request.normalize,
@@ -218,9 +220,9 @@ class AdapterServicer(AdapterServiceServicer):
             raise InvalidArgumentError(f"page_size is {request.page_size}, must be 0 or more")
         size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
         found = self._registry.page(request.page_token, size + 1, self._keys.tenant(context))
+        page, has_more = fill_page(map(_adapter, found), size)
         return adapter_pb.ListAdaptersResponse(
-            adapters=[_adapter(p) for p in found[:size]],
-            next_page_token=found[size - 1].name if len(found) > size else "",
+            adapters=page, next_page_token=page[-1].name if has_more else ""
         )
 
     async def DeleteAdapter(
@@ -259,8 +261,8 @@ def _spec(message: inference_pb.Generation) -> GenerationSpec:
         top_k=optional(sampling, "top_k"),
         seed=optional(sampling, "seed"),
         max_tokens=optional(stopping, "max_tokens"),
-        stop=list(stopping.stop),
-        stop_token_ids=list(stopping.stop_token_ids),
+        stop=stopping.stop,
+        stop_token_ids=stopping.stop_token_ids,
         ignore_eos=stopping.ignore_eos,
         logprobs=message.logprobs,
     )
@@ -271,17 +273,16 @@ def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Pro
     if form == "text":
         return message.text
     if form == "token_ids":
-        return list(message.token_ids.ids)
+        return message.token_ids.ids
     if form == "chat":
-        messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-        if not messages:
+        if not message.chat.messages:
             raise InvalidArgumentError("chat has no messages; give at least one user message")
-        return Chat(messages)
+        return Chat(Converted(message.chat.messages, _turn))
     raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
 
 
-def _inputs(messages: Iterable[inference_pb.Input]) -> list[ReadInput]:
-    return [_input(index, message) for index, message in enumerate(messages)]
+def _turn(_: int, message: inference_pb.ChatMessage) -> Message:
+    return {"role": message.role, "content": message.content}
 
 
 def _input(index: int, message: inference_pb.Input) -> ReadInput:
@@ -289,17 +290,17 @@ def _input(index: int, message: inference_pb.Input) -> ReadInput:
     if form == "text":
         return message.text
     if form == "token_ids":
-        return list(message.token_ids.ids)
+        return message.token_ids.ids
     if form == "pair":
         return TextPair(message.pair.first, message.pair.second)
     raise InvalidArgumentError(f"inputs[{index}] is empty; set text, token_ids or pair")
 
 
-def _continuation(index: int, message: inference_pb.Continuation) -> str | list[int]:
+def _continuation(index: int, message: inference_pb.Continuation) -> str | Sequence[int]:
     form = message.WhichOneof("form")
     if form is None:
         raise InvalidArgumentError(f"continuations[{index}] is unset; set text or token_ids")
-    return message.text if form == "text" else list(message.token_ids.ids)
+    return message.text if form == "text" else message.token_ids.ids
 
 
 def _token_scores(scores: TokenScores) -> inference_pb.TokenScores:

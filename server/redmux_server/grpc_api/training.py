@@ -1,7 +1,7 @@
 """TrainingService of gRPC: protobuf in, protobuf out, nothing else."""
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -10,6 +10,7 @@ from redmux.v1 import training_service_pb2 as pb
 from redmux.v1.training_service_pb2_grpc import TrainingServiceServicer
 from redmux_adapters.train import Evaluated, Stepped
 from redmux_adapters.train.inline import InlineTask
+from redmux_server.grpc_api.converted import Converted, fill_page
 from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.training.job import Job, JobState, JobTask, TaskState
 from redmux_server.training.service import TrainingService
@@ -44,7 +45,7 @@ class TrainingServicer(TrainingServiceServicer):
     async def CreateJob(self, request: pb.CreateJobRequest, context: Any) -> pb.CreateJobResponse:
         """Checks and queues a job."""
         job = await self._service.create(
-            [task.adapter for task in request.tasks],
+            Converted(request.tasks, lambda _, task: task.adapter),
             lambda: [_task(index, task) for index, task in enumerate(request.tasks)],
             request.replace,
             request.request_id,
@@ -64,10 +65,8 @@ class TrainingServicer(TrainingServiceServicer):
         size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
         tenant = self._keys.tenant(context)
         found = self._service.page(request.page_token, size + 1, tenant)
-        return pb.ListJobsResponse(
-            jobs=[self._job(job) for job in found[:size]],
-            next_page_token=found[size - 1].id if len(found) > size else "",
-        )
+        page, has_more = fill_page(map(self._job, found), size)
+        return pb.ListJobsResponse(jobs=page, next_page_token=page[-1].id if has_more else "")
 
     async def WatchJob(
         self, request: pb.WatchJobRequest, context: Any
@@ -152,8 +151,8 @@ def _task(index: int, message: pb.TrainingTask) -> InlineTask:
     )
 
 
-def _records(place: str, messages: Sequence[pb.TrainingRecord]) -> list[dict[str, Any]]:
-    return [_record(f"{place}[{index}]", message) for index, message in enumerate(messages)]
+def _records(place: str, messages: Sequence[pb.TrainingRecord]) -> Sequence[Mapping[str, Any]]:
+    return Converted(messages, lambda index, message: _record(f"{place}[{index}]", message))
 
 
 def _record(place: str, message: pb.TrainingRecord) -> dict[str, Any]:

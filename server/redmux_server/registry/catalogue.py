@@ -1,17 +1,16 @@
 """Catalogue: which versions are published under which names, and who sees them. No I/O."""
 
 import bisect
-import difflib
 import heapq
 import itertools
 from collections import defaultdict
 
+from redmux._nearest import nearest
 from redmux.errors import NotFoundError
 from redmux_server.registry.published import Published
 from redmux_server.registry.tenants import OPERATOR, may_see, sees_all
 
 _NEIGHBOURS = 16
-_LONGEST_COMPARED = 64  # characters; names that are built for it take a millisecond each
 
 
 class Catalogue:
@@ -82,15 +81,12 @@ class Catalogue:
         """Returns the error for a name that a tenant does not see, with a near one that it sees."""
         name = name[:128]
         visible = self._visible(tenant)
-        near = []
-        if len(name) <= _LONGEST_COMPARED:
-            # Only neighbours in the order of names are compared, half of them before.
-            neighbours = []
-            for names in visible:
-                middle, count = bisect.bisect_left(names, name), _NEIGHBOURS // (2 * len(visible))
-                neighbours += names[max(0, middle - count) : middle + count]
-            short = [other for other in neighbours if len(other) <= _LONGEST_COMPARED]
-            near = difflib.get_close_matches(name, short, n=1)
+        # Only neighbours in the order of names are compared, half of them before.
+        neighbours: list[str] = []
+        for names in visible:
+            middle, count = bisect.bisect_left(names, name), _NEIGHBOURS // (2 * len(visible))
+            neighbours += names[max(0, middle - count) : middle + count]
+        near = nearest(name, neighbours)
         hint = f"did you mean {near[0]!r}? " if near else ""
         num_names = sum(map(len, visible))
         return NotFoundError(f"no adapter {name!r}; {hint}{num_names} loaded, see ListAdapters")

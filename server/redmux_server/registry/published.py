@@ -98,7 +98,8 @@ class Published:
     def read(self) -> Adapter:
         """Returns the adapter; blocks on the disk, from any thread.
 
-        Raises DataLossError if the file was damaged or removed since it was published.
+        Raises DataLossError if the file was damaged or removed since it was published, and
+        ResourceExhaustedError if the system cannot open it now.
         """
         if self._data is None:
             assert self._path is not None
@@ -115,7 +116,10 @@ class Published:
         return self._parse(self._data)
 
     def detach(self) -> None:
-        """Takes the bytes of the file into memory; call it before the file changes."""
+        """Takes the bytes of the file into memory; call it before the file changes.
+
+        Raises ResourceExhaustedError if the system cannot open it now.
+        """
         if self._data is None and self._path is not None:
             # A file that cannot be read is lost with or without what comes next.
             with contextlib.suppress(InvalidAdapterError):

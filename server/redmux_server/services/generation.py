@@ -201,7 +201,7 @@ class GenerationService:
             sink=events.put,
         )
         self._engine.submit(request)
-        return Generation(request, events, self._engine, self._codec, spec.stop), published
+        return Generation(request, events, self._engine, self._codec, list(spec.stop)), published
 
     async def prepare(self, adapter: str, prompt: Prompt, tenant: str) -> Prepared:
         """Returns the prompt as token ids, beside the adapter of this name ("" is the base model).
@@ -231,6 +231,6 @@ class GenerationService:
             return await loop.run_in_executor(self._tokenizing, self._codec.encode, prompt)
         if isinstance(prompt, Chat):
             return await loop.run_in_executor(
-                self._tokenizing, self._codec.encode_chat, prompt.messages, prompt_format
+                self._tokenizing, self._codec.encode_chat, list(prompt.messages), prompt_format
             )
-        return prompt
+        return list(prompt)

@@ -192,7 +192,7 @@ class ReadingService:
     def _encode_one(self, item: ReadInput) -> Encoded:
         if isinstance(item, TextPair):
             return self._codec.encode_pair(item.first, item.second)
-        return (self._codec.encode(item) if isinstance(item, str) else item), None
+        return (self._codec.encode(item) if isinstance(item, str) else list(item)), None
 
     async def _wait(self, calls: Sequence["_Call"]) -> list[Sequence[float]]:
         """Returns all values; one that fails, or the caller's going away, ends the others."""

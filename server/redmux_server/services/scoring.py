@@ -69,7 +69,7 @@ class ScoringService:
             continuations = [
                 await self._service.encode_continuation(spec.prompt, prepared.ids, given)
                 if isinstance(given, str)
-                else given
+                else list(given)
                 for given in spec.continuations
             ]
             self._validator.scored(len(prepared.ids), continuations)

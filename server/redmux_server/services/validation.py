@@ -14,6 +14,7 @@ MAX_STOP_BYTES = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 MAX_CONTINUATIONS = 128
+MAX_SCORED_TOKENS = 300_000  # of all continuations; up to ten bytes each in the answer
 # More bytes than any tokenizer packs into one token on average; checked before tokenizing, which
 # is slow for megabytes.
 _MAX_BYTES_PER_TOKEN = 16
@@ -28,7 +29,7 @@ class Chat:
     messages: Sequence[Message]
 
 
-Prompt = str | list[int] | Chat
+Prompt = str | Sequence[int] | Chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class TextPair:
     second: str
 
 
-ReadInput = str | list[int] | TextPair
+ReadInput = str | Sequence[int] | TextPair
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +65,17 @@ class ScoreSpec:
     """What a caller wants scored, as it came in."""
 
     prompt: Prompt
-    continuations: Sequence[str | list[int]]
+    continuations: Sequence[str | Sequence[int]]
     adapter: str = ""
     prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Validator:
-    """The limits of the served model; every method raises InvalidArgumentError."""
+    """The limits of the served model; every method raises InvalidArgumentError.
+
+    Lists are counted before they are walked: they may be those of a message, as long as it.
+    """
 
     vocab_size: int
     max_context: int
@@ -80,18 +84,23 @@ class Validator:
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_prompt_bytes", _MAX_BYTES_PER_TOKEN * self.max_context)
 
-    def prompt(self, prompt: Prompt) -> None:
-        """Checks a prompt before it is tokenized."""
+    def prompt(self, prompt: Prompt, name: str = "prompt") -> None:
+        """Checks a prompt, or what is called `name`, before it is tokenized."""
         if isinstance(prompt, str):
             num_bytes = _num_bytes(prompt)
         elif isinstance(prompt, Chat):
+            if len(prompt.messages) > self.max_context:
+                raise InvalidArgumentError(
+                    f"chat has {len(prompt.messages)} messages; limit {self.max_context}, the "
+                    "tokens of the context"
+                )
             num_bytes = sum(_num_bytes(m["content"]) for m in prompt.messages)
         else:
-            self._token_ids("token_ids", prompt)
+            self._token_ids("token_ids" if name == "prompt" else f"{name}.token_ids", prompt)
             return
         if num_bytes > self.max_prompt_bytes:
             raise InvalidArgumentError(
-                f"prompt has {num_bytes} bytes; limit {self.max_prompt_bytes} for a context of "
+                f"{name} has {num_bytes} bytes; limit {self.max_prompt_bytes} for a context of "
                 f"{self.max_context} tokens"
             )
 
@@ -102,11 +111,10 @@ class Validator:
         if len(inputs) > limit:
             raise InvalidArgumentError(f"the request has {len(inputs)} inputs; limit {limit}")
         for i, item in enumerate(inputs):
-            if isinstance(item, list):
-                self._token_ids(f"inputs[{i}].token_ids", item)
+            if not isinstance(item, TextPair):
+                self.prompt(item, f"inputs[{i}]")
                 continue
-            texts = (item.first, item.second) if isinstance(item, TextPair) else (item,)
-            num_bytes = sum(map(_num_bytes, texts))
+            num_bytes = _num_bytes(item.first) + _num_bytes(item.second)
             if num_bytes > self.max_prompt_bytes:
                 raise InvalidArgumentError(
                     f"inputs[{i}] has {num_bytes} bytes; limit {self.max_prompt_bytes} for a "
@@ -150,11 +158,7 @@ class Validator:
                 raise InvalidArgumentError(
                     f"stop string has {num_bytes} bytes, must be 1 to {MAX_STOP_BYTES}"
                 )
-        if len(spec.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidArgumentError(
-                f"{len(spec.stop_token_ids)} stop_token_ids; limit {MAX_STOP_TOKEN_IDS}"
-            )
-        self._token_ids("stop_token_ids", spec.stop_token_ids)
+        self._token_ids("stop_token_ids", spec.stop_token_ids, MAX_STOP_TOKEN_IDS)
 
     def max_tokens(self, requested: int | None, num_prompt_tokens: int) -> int:
         """Returns how many tokens may be generated after a prompt of this length."""
@@ -180,8 +184,8 @@ class Validator:
             raise InvalidArgumentError(
                 f"{len(spec.continuations)} continuations; limit {MAX_CONTINUATIONS}"
             )
-        for continuation in spec.continuations:
-            self.prompt(continuation)
+        for i, continuation in enumerate(spec.continuations):
+            self.prompt(continuation, f"continuations[{i}]")
 
     def scored(self, num_prompt_tokens: int, continuations: Sequence[Sequence[int]]) -> None:
         """Checks prompt and continuations once they are tokens."""
@@ -195,6 +199,12 @@ class Validator:
                     f"prompt has {num_prompt_tokens} tokens and continuations[{i}] has "
                     f"{len(continuation)}; together they must be at most {self.max_context}"
                 )
+        num_scored = sum(map(len, continuations))
+        if num_scored > MAX_SCORED_TOKENS:
+            raise InvalidArgumentError(
+                f"continuations have {num_scored} tokens; limit {MAX_SCORED_TOKENS}, so that the "
+                "scores fit a message; ask in several calls"
+            )
         if num_prompt_tokens > self.max_context:
             raise InvalidArgumentError(
                 f"prompt has {num_prompt_tokens} tokens, must be at most {self.max_context}"
@@ -204,7 +214,11 @@ class Validator:
                 "the prompt has one token, which follows nothing; give at least two to score it"
             )
 
-    def _token_ids(self, name: str, ids: Sequence[int]) -> None:
+    def _token_ids(self, name: str, ids: Sequence[int], limit: int = 0) -> None:
+        """Checks that there are at most `limit` ids, by default the context, all of tokens."""
+        limit = limit or self.max_context
+        if len(ids) > limit:
+            raise InvalidArgumentError(f"{name} has {len(ids)} tokens; limit {limit}")
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
             index = next(i for i, t in enumerate(ids) if not 0 <= t < self.vocab_size)
             raise InvalidArgumentError(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,6 +51,7 @@ class JobChecker:
         ResourceExhaustedError for more than one job may take.
         """
         _check_size(inline)
+        inline = [_whole(item) for item in inline]
         try:
             tasks = make_inline_tasks(self._base, inline)
             for index, task in enumerate(tasks):
@@ -97,9 +98,19 @@ class JobChecker:
             )
 
 
+def check_num_tasks(num: int) -> None:
+    """Raises InvalidArgumentError for a job of too many tasks, or none."""
+    if not 0 < num <= MAX_TASKS:
+        raise InvalidArgumentError(f"tasks: there are {num}, must be 1 to {MAX_TASKS}")
+
+
+def _whole(item: InlineTask) -> InlineTask:
+    """Returns the task with records that are lists, since they may be read when asked for."""
+    return replace(item, records=list(item.records), valid=list(item.valid))
+
+
 def _check_size(inline: Sequence[InlineTask]) -> None:
-    if not 0 < len(inline) <= MAX_TASKS:
-        raise InvalidArgumentError(f"tasks: there are {len(inline)}, must be 1 to {MAX_TASKS}")
+    check_num_tasks(len(inline))
     num_records = sum(len(item.records) + len(item.valid) for item in inline)
     if num_records > MAX_RECORDS:
         raise ResourceExhaustedError(

@@ -23,7 +23,7 @@ from redmux_adapters.train.inline import InlineTask
 from redmux_server.metrics import Metrics
 from redmux_server.registry.names import check_name
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.training.check import JobChecker, TrainingSetup
+from redmux_server.training.check import JobChecker, TrainingSetup, check_num_tasks
 from redmux_server.training.job import Job, JobState, JobTask, TaskState, in_order_of_turns
 from redmux_server.training.process import Message, TrainingProcess
 
@@ -106,6 +106,7 @@ class TrainingService:
             raise InvalidArgumentError(
                 f"request_id has {len(request_id)} characters, the limit is {_MAX_REQUEST_ID_CHARS}"
             )
+        check_num_tasks(len(names))
         known = self._made_by(tenant, request_id)
         if known is not None:
             return known
@@ -161,6 +162,10 @@ class TrainingService:
         What has ended before stays as it is.
         """
         job = self.get(job_id, tenant)
+        if len(names) > len(job.tasks):
+            raise InvalidArgumentError(
+                f"adapters: there are {len(names)}, but {job.id} trains {len(job.tasks)}"
+            )
         tasks = [_task(job, name) for name in names] or job.tasks
         left = [task for task in tasks if not task.has_ended and not task.is_publishing]
         if all(task.has_ended or task in left for task in job.tasks):
@@ -322,9 +327,17 @@ class TrainingService:
         return next((job for job in jobs if job.request_id == request_id), None)
 
     def _check_names(self, names: Sequence[str], replace: bool, tenant: str) -> None:
+        trained = {
+            task.name: job
+            for job in self._jobs.values()
+            if job.tenant == tenant and not job.ended.is_set()
+            for task in job.tasks
+            if not task.has_ended
+        }
+        seen: set[str] = set()
         for index, name in enumerate(names):
             check_name(name)
-            if name in names[:index]:
+            if name in seen:
                 raise InvalidArgumentError(f"tasks[{index}]: adapter {name!r} occurs twice")
             try:
                 self._registry.check_may_put(name, replace, tenant)
@@ -334,12 +347,12 @@ class TrainingService:
                 raise AlreadyExistsError(
                     f"tasks[{index}]: adapter {name!r} exists; pass replace to replace it"
                 )
-            for job in self._jobs.values():
-                task = job.task(name)
-                if job.tenant == tenant and task is not None and not task.has_ended:
-                    raise AlreadyExistsError(
-                        f"tasks[{index}]: {job.id} trains adapter {name!r} already; cancel it first"
-                    )
+            if name in trained:
+                raise AlreadyExistsError(
+                    f"tasks[{index}]: {trained[name].id} trains adapter {name!r} already; cancel "
+                    "it first"
+                )
+            seen.add(name)
 
     def _check_room(self, tenant: str) -> None:
         num_waiting = sum(job.tenant == tenant for job in self._queue)

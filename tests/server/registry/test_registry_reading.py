@@ -1,12 +1,14 @@
 """Vectors that are read when they are needed: always the version that was resolved."""
 
 import asyncio
+import contextlib
 import gc
+import resource
 import threading
 
 import pytest
 
-from redmux.errors import DataLossError
+from redmux.errors import DataLossError, ResourceExhaustedError
 from redmux_adapters.format.files import read_file
 from redmux_server.registry import published
 from redmux_server.registry.given import read_given
@@ -37,6 +39,29 @@ async def test_a_start_keeps_no_vectors(tmp_path, open_registry, files):
     registry = await fill(open_registry, tmp_path, files)
     assert all(registry.resolve(name)._data is None for name in "abcd")
     assert registry._cache.nbytes == 0
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """The system opens nothing more for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_file_that_cannot_be_opened_for_want_of_descriptors_is_not_lost(
+    tmp_path, open_registry, adapters, files
+):
+    registry = await fill(open_registry, tmp_path, files)
+    with no_descriptors(), pytest.raises(ResourceExhaustedError, match="Too many open") as caught:
+        await registry.fetch(registry.resolve("a"))
+    assert str(tmp_path) not in caught.value.message
+    with no_descriptors(), pytest.raises(ResourceExhaustedError):
+        await registry.put("a", files[1], "", replace=True)
+    assert await registry.fetch(registry.resolve("a")) == adapters[0]
 
 
 async def test_what_was_fetched_is_fetched_again_without_reading(
