@@ -12,6 +12,7 @@ from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
 MIB = 1 << 20
 NO_PROBING = ("grpc.http2.bdp_probe", 0)
 KEY = (("authorization", "Bearer one"),)
+OTHER_KEY = (("authorization", "Bearer two"),)
 
 
 @contextlib.asynccontextmanager
@@ -92,11 +93,12 @@ async def test_unary_replies_that_nobody_reads_are_bounded():
         # A client that asks for a stream takes no message, beyond a window of 64 KiB, until told.
         unread = [channel.unary_stream("/x.Y/Unary")(b"") for _ in range(20)]
         await until(lambda: num_answered == 20)
-        await asyncio.gather(*(call.code() for call in unread[3:]))
+        await until(lambda: sum(call.done() for call in unread) == 17)
         assert 3 * MIB < in_flight.num_bytes < 4 * MIB
-        assert [call.done() for call in unread] == [False] * 3 + [True] * 17
-        assert {await call.code() for call in unread[3:]} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        assert len(await unread[0].read()) == MIB
+        refused = [call for call in unread if call.done()]
+        assert {await call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        kept = next(call for call in unread if not call.done())
+        assert len(await kept.read()) == MIB
         await until(lambda: in_flight.num_bytes < 3 * MIB)
         for call in unread:
             call.cancel()
@@ -126,14 +128,18 @@ async def test_a_stream_that_is_dropped_for_not_reading_tells_its_client(num_rea
 
 async def test_few_requests_of_a_caller_are_received_at_a_time():
     in_flight = InFlight()
-    async with serving(unary=echo, in_flight=in_flight, stall_s=30) as channel:
+    keys = ["one", "two"]
+    async with serving(unary=echo, in_flight=in_flight, keys=keys, stall_s=1e6) as channel:
         open_call = channel.stream_unary("/x.Y/Unary")  # whose request does not come
-        silent = [open_call() for _ in range(RECEIVING)]
+        silent = [open_call(metadata=KEY) for _ in range(RECEIVING)]
         for call in silent:
             await call.wait_for_connection()
         await until(lambda: in_flight.num_bytes == RECEIVING * CALL_BYTES)
-        waiting = asyncio.ensure_future(channel.unary_unary("/x.Y/Unary")(b"x"))
+        call = channel.unary_unary("/x.Y/Unary")
+        waiting = asyncio.ensure_future(call(b"x", metadata=KEY))
         await until(lambda: in_flight.num_bytes == (RECEIVING + 1) * CALL_BYTES)
+        for _ in range(3):  # of another caller
+            assert await call(b"y", metadata=OTHER_KEY) == b"y"
         assert not waiting.done()
         silent[0].cancel()
         assert await waiting == b"x"

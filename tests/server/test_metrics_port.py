@@ -124,7 +124,7 @@ async def test_metrics_are_collected_once_however_often_they_are_asked_for():
 
 
 async def test_connections_are_bounded_and_silent_ones_make_way():
-    async with opened() as port:
+    async with opened(limit_s=1e6) as port:
         silent = [
             await asyncio.open_connection("127.0.0.1", port.port)
             for _ in range(MAX_CONNECTIONS + 40)
