@@ -7,12 +7,12 @@ twice with different ends; the medians and the median of the rounds' ratios are 
 import argparse
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
 import redmux
+from redmux_bench.rounds import in_turn, median_ratio
+from redmux_bench.server_process import ServerProcess
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,49 +22,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--end-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args(argv)
-    port, metrics_port = 50073, 9173
-    command = [sys.executable, "-m", "redmux", "serve", "--model", args.model,
-               "--port", str(port), "--metrics-port", str(metrics_port), "--log-level", "warning",
-               ]  # fmt: skip
-    server = subprocess.Popen(command)
-    try:
-        with redmux.Client(f"localhost:{port}", timeout_s=600) as client:
-            client.wait_ready(timeout_s=300)
-            measure(args, client)
-    finally:
-        server.terminate()
-        server.wait()
+    with (
+        ServerProcess("--model", args.model) as server,
+        redmux.Client(server.address, timeout_s=600) as client,
+    ):
+        measure(args, client)
 
 
 def measure(args: argparse.Namespace, client: redmux.Client) -> None:
     rng = random.Random(0)
     vocab_size = client.info().vocab_size
+    prefix: list[int] = []
+    cached = 0
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(100, vocab_size) for _ in range(count)]
 
-    def first_token_s(prompt: list[int]) -> tuple[float, int]:
-        """Returns the time to the first token and how many prompt tokens were cached."""
+    def first_token_s(is_cold: bool) -> float:
+        nonlocal prefix, cached
+        if is_cold:
+            prefix = tokens(args.prefix_tokens)
+        prompt = prefix + tokens(args.end_tokens)
         started = time.perf_counter()
         (chunk,) = client.stream(prompt, max_tokens=1, ignore_eos=True)
+        elapsed_s = time.perf_counter() - started
         assert chunk.usage is not None
-        return time.perf_counter() - started, chunk.usage.cached_prompt_tokens
+        cached = chunk.usage.cached_prompt_tokens
+        assert bool(cached) is not is_cold
+        return elapsed_s
 
-    cold: list[float] = []
-    warm: list[float] = []
-    for round_index in range(1 + args.rounds):
-        prefix = tokens(args.prefix_tokens)
-        cold_s, none = first_token_s(prefix + tokens(args.end_tokens))
-        warm_s, cached = first_token_s(prefix + tokens(args.end_tokens))
-        assert none == 0
-        if round_index:  # the first one warms up
-            cold.append(cold_s)
-            warm.append(warm_s)
-    ratio = statistics.median(c / w for c, w in zip(cold, warm, strict=True))
+    cold, warm = in_turn(args.rounds, lambda: first_token_s(True), lambda: first_token_s(False))
     print(f"prompt of {args.prefix_tokens + args.end_tokens} tokens, {cached} of them cached")
     print(f"cold:  {1e3 * statistics.median(cold):7.1f} ms to the first token")
     print(f"warm:  {1e3 * statistics.median(warm):7.1f} ms")
-    print(f"ratio: {ratio:7.1f}")
+    print(f"ratio: {median_ratio(cold, warm):7.1f}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "bench" / "gpu"
-MODULES = ("run", "checks", "timings", "products", "beside", "rig", "served")
+MODULES = ("run", "checks", "timings", "products", "beside", "rig", "front_end")
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_every_part_runs_on_a_tiny_model(run, tmp_path, capsys):
 
 @pytest.mark.slow  # two processes start
 def test_the_server_runs_beside_its_engine(run):
-    served = sys.modules["served"]
-    rows = served.front_end("tiny", torch.device("cpu"), torch.float32, smoke=True)
+    front_end = sys.modules["front_end"]
+    rows = front_end.measure("tiny", torch.device("cpu"), torch.float32, smoke=True)
     assert [row["streams"] for row in rows] == [4]
     assert rows[0]["engine_tokens_per_s"] > 0
     assert rows[0]["wire_tokens_per_s"] > 0

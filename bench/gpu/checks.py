@@ -8,6 +8,7 @@ from rig import Engine, random_model
 from torch import Tensor
 
 from redmux_adapters import Adapter
+from redmux_bench.plain_model import edited
 from redmux_server.engine.bank import SiteColumns
 from redmux_server.engine.request import Request
 from redmux_server.models.cuda.paged_cache import PagedAttention, PagedKVCache
@@ -193,19 +194,7 @@ def _compare_tokens(plain: Any, request: Request, logits: Tensor, tolerance: flo
 
 @torch.inference_mode()
 def _plain_logits(model: Any, ids: list[int], adapter: Adapter | None) -> Tensor:
-    edits = {} if adapter is None else adapter.edits
-    handles = []
-    for site, edit in edits.items():
-        scale, bias = (x.to(model.device) for x in (edit.scale, edit.bias))
-        handles.append(
-            model.get_submodule(site).register_forward_hook(
-                lambda module, args, h, s=scale, b=bias: (h * s + b).to(h.dtype)
-            )
-        )
-    try:
-        batch = torch.tensor([ids], device=model.device)
+    batch = torch.tensor([ids], device=model.device)
+    with edited(model, {} if adapter is None else adapter.edits):
         logits: Tensor = model(input_ids=batch, use_cache=False).logits[0].float()
-        return logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    return logits

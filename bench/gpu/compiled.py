@@ -7,7 +7,6 @@ Every kernel of a layer is compiled as it would be launched. Stack bytes mean sp
 
 import argparse
 import contextlib
-import importlib.util
 import math
 import os
 import re
@@ -20,22 +19,22 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # the interpreter has no compiler
 
-_ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("redmux") is None:  # run from a checkout that is not installed
-    sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import redmux_bench.checkout  # noqa: F401
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-from rig import SHAPES  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+# isort: split
+import numpy as np
+import torch
+import triton
+from rig import SHAPES
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from redmux_server.models.cuda import paged_triton, triton_layers, triton_products  # noqa: E402
-from redmux_server.models.cuda.paged_cache import AttentionRule  # noqa: E402
-from redmux_server.models.cuda.paged_step import HostIndex, PagedStep  # noqa: E402
-from redmux_server.models.cuda.triton_tiles import Device  # noqa: E402
-from redmux_server.models.kvcache import LayerShape  # noqa: E402
+from redmux_server.models import paged_triton, triton_layers, triton_products
+from redmux_server.models.cuda.paged_cache import AttentionRule
+from redmux_server.models.cuda.paged_step import HostIndex, PagedStep
+from redmux_server.models.cuda.triton_tiles import Device
+from redmux_server.models.kvcache import LayerShape
 
 Row = dict[str, Any]
 H200 = Device(num_multiprocessors=132, shared_bytes=232448, launches_early=True)

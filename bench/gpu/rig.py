@@ -1,15 +1,13 @@
 """Random models of real shapes behind the parts that serve on a GPU, without server and hub."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from redmux_adapters import Adapter, Edit, editable_sites, ffn_sites, fingerprint
-from redmux_server.engine.blocks import BlockPool
-from redmux_server.engine.request import Request, SamplingParams, Work
+from redmux_adapters import Adapter, editable_sites, ffn_sites, fingerprint
+from redmux_bench.adapters import random_adapter
+from redmux_bench.steps import Stepper
 from redmux_server.models.causal.attention import attach, discover
 from redmux_server.models.causal.selfcheck import min_cache_tokens, reference
 from redmux_server.models.cuda.runner import DeviceRunner
@@ -48,17 +46,15 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype, layers: i
     return model.eval().requires_grad_(False)
 
 
-class Engine:
-    """A model, its cache, its bank and its runner, stepped by hand."""
+class Engine(Stepper):
+    """A model with its cache and bank behind the runner that serves it, stepped by hand."""
 
     def __init__(
         self, model: Any, *, max_running: int, max_context: int, uses_graphs: bool = True
     ) -> None:
         self.model = model
-        self.sites = ffn_sites(model)
-        self._fingerprint = fingerprint(model)
-        sites, expected = editable_sites(model), reference(model)
-        self._all_sites = sites
+        self._fingerprint, self._ffn = fingerprint(model), ffn_sites(model)
+        self._sites, expected = editable_sites(model), reference(model)
         shapes, rules = discover(model)
         runtime = DeviceRuntime.choose(shapes, model.device, model.dtype, num_threads=1)
         if not uses_graphs:
@@ -71,15 +67,14 @@ class Engine:
         block = runtime.attention.block_size
         per_request = -(-max_context // block) * block
         tokens = max(max_running * per_request, min_cache_tokens(block))
-        cache = runtime.make_cache(shapes, tokens)
-        attach(model, cache)
+        self._cache = runtime.make_cache(shapes, tokens)
+        attach(model, self._cache)
         parts = runtime.assemble(
-            model, rules, cache, sites, expected, max_running=max_running, max_context=max_context,
-            bank_bytes=1 << 30,
+            model, rules, self._cache, self._sites, expected, max_running=max_running,
+            max_context=max_context, bank_bytes=1 << 30,
         )  # fmt: skip
-        self.runner, self.bank, self.reasons = parts.runner, parts.bank, parts.reasons
-        self._cache = cache
-        self._pool = BlockPool(cache.num_blocks, block)
+        self.reasons = parts.reasons
+        super().__init__(parts.runner, parts.bank, self._cache.num_blocks, block)
 
     @property
     def ways(self) -> list[str]:
@@ -97,45 +92,5 @@ class Engine:
         return runner
 
     def adapter(self, seed: int, all_sites: bool = False) -> Adapter:
-        """Returns a random adapter of the magnitude of trained ones, of the FFN or of all sites."""
-        generator = torch.Generator().manual_seed(seed)
-        edits = {
-            site: Edit(
-                1 + 0.2 * torch.randn(dim, generator=generator),
-                0.1 * torch.randn(dim, generator=generator),
-            )
-            for site, dim in (self._all_sites if all_sites else self.sites).items()
-        }
-        return Adapter(self._fingerprint, edits)
-
-    def request(
-        self, prompt: Sequence[int], max_tokens: int, adapter: Adapter | None = None
-    ) -> Request:
-        """Returns a request that holds its blocks and its bank slot."""
-        request = Request(
-            prompt_ids=list(prompt), max_tokens=max_tokens, sampling=SamplingParams(),
-            stop_token_ids=frozenset(), tenant="", adapter=adapter, logprobs=False,
-            sink=lambda event: None,
-        )  # fmt: skip
-        blocks = self._pool.allocate(request.max_length)
-        assert blocks is not None, "the cache is too small for this benchmark"
-        request.blocks = blocks
-        if adapter is not None:
-            request.slot = self.bank.acquire(adapter.digest, adapter.edits)
-        return request
-
-    def release(self, requests: Sequence[Request]) -> None:
-        """Gives blocks and slots back."""
-        for request in requests:
-            self._pool.release(request.blocks)
-            if request.adapter is not None and request.slot is not None:
-                self.bank.release(request.slot)
-
-    def step(
-        self, work: Sequence[tuple[Request, int]], runner: DeviceRunner | None = None
-    ) -> Tensor:
-        """Computes a step, by another runner if given, and counts its tokens as done."""
-        logits = (runner or self.runner).forward([Work(r, n) for r, n in work])
-        for request, count in work:
-            request.num_computed += count
-        return logits
+        """Returns a random adapter of the FFN or of all sites."""
+        return random_adapter(self._fingerprint, self._sites if all_sites else self._ffn, seed)

@@ -6,33 +6,32 @@ Every part is guarded: one that fails is reported, and the others still run.
 """
 
 import argparse
-import contextlib
 import gc
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("redmux") is None:  # run from a checkout that is not installed
-    sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import redmux_bench.checkout  # noqa: F401
 
-import beside  # noqa: E402
-import checks  # noqa: E402
-import products  # noqa: E402
-import served  # noqa: E402
-import timings  # noqa: E402
-import torch  # noqa: E402
+# isort: split
+import beside
+import checks
+import front_end
+import products
+import timings
+import torch
 
-from redmux_server.models.kvcache import LayerShape  # noqa: E402
+from redmux_bench.machine import device_and_versions
+from redmux_bench.tables import print_rows
+from redmux_server.models.kvcache import LayerShape
 
-Row = dict[str, Any]
+Parts = Iterator[tuple[str, Callable[[], Any]]]
 _HEADS = (LayerShape(32, 8, 64), LayerShape(32, 8, 128), LayerShape(9, 3, 64))
 
 
@@ -59,11 +58,12 @@ class Report:
         self.parts[name] = entry
         if entry["status"] == "ok":
             for table in result if isinstance(result, tuple) else (result,):
-                print_table(table)
+                if isinstance(table, list):
+                    print_rows(table)
+                else:
+                    print("\n".join(table))
         else:
-            print(f"{entry['status']}: {entry['error']}")
-            if "traceback" in entry:
-                print(entry["traceback"].rstrip())
+            print(f"{entry['status']}: {entry.get('traceback', entry['error'])}")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -73,16 +73,6 @@ class Report:
     def failed(self) -> list[str]:
         """Names of the parts that failed."""
         return [name for name, entry in self.parts.items() if entry["status"] == "failed"]
-
-
-def print_table(rows: Any) -> None:
-    if not isinstance(rows, list):
-        print("\n".join(map(str, rows)) if isinstance(rows, tuple) else rows)
-        return
-    for i, row in enumerate(rows):
-        if i == 0 or rows[i - 1].keys() != row.keys():
-            print("  ".join(f"{key:>16}" for key in row))
-        print("  ".join(f"{value!s:>16}" for value in row.values()), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,112 +88,80 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--served", action="store_true", help="also time the server through gRPC (extra: bench)"
     )
     args = parser.parse_args(argv)
-    if not args.cpu_smoke and not torch.cuda.is_available():
+    smoke = args.cpu_smoke
+    if not smoke and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --cpu-smoke tries the script on the CPU")
-    device = torch.device("cpu" if args.cpu_smoke else "cuda")
+    device = torch.device("cpu" if smoke else "cuda")
+    dtype = torch.float32 if smoke else torch.bfloat16
+    shapes = ["tiny"] if smoke else args.shapes
     torch.set_num_threads(1)  # nothing of a step is computed on the host
     report = Report()
-    report.part("machine", lambda: [machine(device)])
-    run_checks(report, device, args.cpu_smoke)
+    packages = ("torch", "transformers", "triton", "peft", "vllm")
+    report.part("machine", lambda: [device_and_versions(device.type, *packages)])
+    for name, call in parts_of_checks(device, dtype, smoke):
+        report.part(name, call)
     if not args.check_only:
-        shapes = ["tiny"] if args.cpu_smoke else args.shapes
-        run_timings(report, device, shapes, args.cpu_smoke)
-        if not args.no_peers:
-            run_peers(report, device, shapes, args.cpu_smoke)
+        num_bytes = 1 << (20 if smoke else 31)
+        copied = report.part("time: bandwidth", lambda: timings.bandwidth(device, num_bytes))
+        for name, call in parts_of_timings(shapes, device, dtype, smoke, copied):
+            report.part(name, call)
+        for name, call in [] if args.no_peers else parts_of_peers(shapes, device, dtype, smoke):
+            report.part(name, call)
         if args.served:
-            run_served(report, device, shapes[0], args.cpu_smoke)
+            call = partial(front_end.measure, shapes[0], device, dtype, smoke=smoke)
+            report.part(f"time: served, {shapes[0]}", call)
     if args.out:
         args.out.write_text(json.dumps(report.parts, indent=1, default=str) + "\n")
     print(f"\n{len(report.parts)} parts, failed: {', '.join(report.failed) or 'none'}")
     return 1 if report.failed else 0
 
 
-def machine(device: torch.device) -> Row:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    row: Row = {"device": name or "cpu", "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton", "peft", "vllm"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            row[package] = importlib.metadata.version(package)
-    return row
-
-
-def run_checks(report: Report, device: torch.device, smoke: bool) -> None:
-    half = torch.float32 if smoke else torch.bfloat16
-    heads = [LayerShape(4, 2, 16)] if smoke else _HEADS
-    report.part("check: edits", lambda: checks.edit_kernel(device, smoke))
+def parts_of_checks(device: torch.device, dtype: torch.dtype, smoke: bool) -> Parts:
+    yield "check: edits", partial(checks.edit_kernel, device, smoke)
     if not smoke:
-        report.part("check: few-row products", lambda: products.check(device))
-    for dtype in dict.fromkeys((half, torch.float32)):
-        for name, make in checks.libraries(device, dtype):
-            for shape in heads:
-                report.part(
-                    f"check: attention by {name}, {str(dtype)[6:]}, {shape.num_heads} heads "
+        yield "check: few-row products", partial(products.check, device)
+    dtypes = list(dict.fromkeys((dtype, torch.float32)))
+    for kind in dtypes:
+        for name, make in checks.libraries(device, kind):
+            for shape in [LayerShape(4, 2, 16)] if smoke else _HEADS:
+                yield (
+                    f"check: attention by {name}, {str(kind)[6:]}, {shape.num_heads} heads "
                     f"({shape.num_kv_heads} of keys) of {shape.head_dim}",
-                    lambda make=make, shape=shape, dtype=dtype: checks.attention_library(
-                        make, shape, device, dtype
-                    ),
+                    partial(checks.attention_library, make, shape, device, kind),
                 )
     model = "tiny" if smoke else "1b"
-    for dtype in dict.fromkeys((half, torch.float32)):
-        report.part(
-            f"check: graphed decode, {str(dtype)[6:]}",
-            lambda dtype=dtype: checks.graphed_decode(model, device, dtype),
+    for kind in dtypes:
+        yield (
+            f"check: graphed decode, {str(kind)[6:]}",
+            partial(checks.graphed_decode, model, device, kind),
         )
-        report.part(
-            f"check: tokens, {str(dtype)[6:]}",
-            lambda dtype=dtype: checks.tokens(model, device, dtype),
+        yield f"check: tokens, {str(kind)[6:]}", partial(checks.tokens, model, device, kind)
+
+
+def parts_of_timings(
+    shapes: Sequence[str], device: torch.device, dtype: torch.dtype, smoke: bool, copied: Any
+) -> Parts:
+    if not smoke:
+        for name, make in checks.libraries(device, dtype):
+            call = partial(timings.attention, make, _HEADS[1], device, dtype)
+            yield f"time: attention by {name}", call
+        for shape in shapes:
+            yield f"time: products, {shape}", partial(products.speeds, shape, device, dtype)
+    for shape in shapes if copied else ():
+        bytes_per_s = 1e9 * copied[0][timings.COPIED]
+        yield (
+            f"time: decode, {shape}",
+            partial(timings.decode_steps, shape, device, dtype, smoke, bytes_per_s),
         )
 
 
-def run_timings(report: Report, device: torch.device, shapes: Sequence[str], smoke: bool) -> None:
-    dtype = torch.float32 if smoke else torch.bfloat16
-    size = 1 << (20 if smoke else 31)
-    bytes_per_s: float | None = None
-
-    def measure() -> list[Row]:
-        nonlocal bytes_per_s
-        bytes_per_s = timings.bandwidth(device, size)
-        return [{"copy GB/s, read + write": round(bytes_per_s / 1e9, 1)}]
-
-    report.part("time: bandwidth", measure)
-    for name, make in [] if smoke else checks.libraries(device, dtype):
-        report.part(
-            f"time: attention by {name}",
-            lambda make=make: timings.attention(make, _HEADS[1], device, dtype),
-        )
-    for shape in [] if smoke else shapes:
-        report.part(
-            f"time: products, {shape}", lambda shape=shape: products.speeds(shape, device, dtype)
-        )
+def parts_of_peers(
+    shapes: Sequence[str], device: torch.device, dtype: torch.dtype, smoke: bool
+) -> Parts:
     for shape in shapes:
-        if bytes_per_s is not None:
-            report.part(
-                f"time: decode, {shape}",
-                lambda shape=shape: timings.decode_steps(
-                    shape, device, dtype, smoke=smoke, bytes_per_s=bytes_per_s
-                ),
-            )
-
-
-def run_peers(report: Report, device: torch.device, shapes: Sequence[str], smoke: bool) -> None:
-    dtype = torch.float32 if smoke else torch.bfloat16
-    for shape in shapes:
-        report.part(
-            f"time: PEFT, {shape}",
-            lambda shape=shape: beside.peft_lora(shape, device, dtype, smoke=smoke),
-        )
+        yield f"time: PEFT, {shape}", partial(beside.peft_lora, shape, device, dtype, smoke=smoke)
     for shape in [] if smoke else shapes:
-        report.part(
-            f"time: vLLM, {shape}",
-            lambda shape=shape: beside.vllm_base(shape, device, dtype),
-        )
-
-
-def run_served(report: Report, device: torch.device, shape: str, smoke: bool) -> None:
-    dtype = torch.float32 if smoke else torch.bfloat16
-    report.part(
-        f"time: served, {shape}", lambda: served.front_end(shape, device, dtype, smoke=smoke)
-    )
+        yield f"time: vLLM, {shape}", partial(beside.vllm_base, shape, device, dtype)
 
 
 if __name__ == "__main__":

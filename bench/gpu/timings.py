@@ -3,13 +3,15 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from rig import Engine, random_model
 
+from redmux_adapters import Adapter
+from redmux_bench.rounds import in_turn, median_ratio
 from redmux_server.engine.request import Request
 from redmux_server.models.cuda.graphed_decode import CudaCapture
 from redmux_server.models.cuda.paged_cache import AttentionRule, PagedAttention, PagedKVCache
@@ -18,14 +20,15 @@ from redmux_server.models.cuda.runner import DeviceRunner
 from redmux_server.models.kvcache import LayerShape, Segment
 
 Row = dict[str, Any]
+COPIED = "copy GB/s, read + write"
 
 
-def bandwidth(device: torch.device, num_bytes: int) -> float:
-    """Returns bytes per second of a large copy on the device, reads and writes counted."""
+def bandwidth(device: torch.device, num_bytes: int) -> list[Row]:
+    """Times a large copy on the device, reads and writes counted."""
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = [_timed(lambda: target.copy_(source), device) for _ in range(8)]
-    return 2 * num_bytes / statistics.median(times[2:])
+    (times,) = in_turn(6, lambda: _timed(lambda: target.copy_(source), device), warm_ups=2)
+    return [{COPIED: round(2 * num_bytes / statistics.median(times) / 1e9, 1)}]
 
 
 @torch.inference_mode()
@@ -66,7 +69,7 @@ def _repeat(call: Callable[[], None], count: int) -> None:
 
 
 def decode_steps(
-    shape: str, device: torch.device, dtype: torch.dtype, *, smoke: bool, bytes_per_s: float
+    shape: str, device: torch.device, dtype: torch.dtype, smoke: bool, bytes_per_s: float
 ) -> tuple[Any, ...]:
     """Returns (adapters sweep, batch sweep, prefills, profiles, what ran) of one model shape.
 
@@ -112,21 +115,17 @@ def _profile(engine: Engine, requests: Sequence[Request], num_kernels: int = 9) 
 def prefill(engine: Engine, length: int) -> list[Row]:
     """Times the prefill of prompts together, as a share of the products' own arithmetic."""
     rows = []
-    vocab = engine.model.config.vocab_size
     weights = sum(p.numel() for p in engine.model.model.layers.parameters())
     for count in (1, 4) if length < 256 else (1, 8):
-        requests = [
-            engine.request([(7 * i + 13 * j) % vocab for j in range(length)], 2, engine.adapter(i))
-            for i in range(count)
-        ]
+        requests = _requests(engine, length, [engine.adapter(i) for i in range(count)])
 
         def step() -> None:
             engine.step([(r, length) for r in requests]).argmax(-1).tolist()  # noqa: B023
             for request in requests:  # noqa: B023
                 request.num_computed = 0
 
-        step()
-        seconds = statistics.median(_timed(step, engine.model.device) for _ in range(7))
+        (times,) = in_turn(7, functools.partial(_timed, step, engine.model.device))
+        seconds = statistics.median(times)
         engine.release(requests)
         tokens = count * length
         rate = 2 * weights * tokens / seconds / 1e12
@@ -135,11 +134,16 @@ def prefill(engine: Engine, length: int) -> list[Row]:
     return rows
 
 
-def _prefilled(engine: Engine, count: int, context: int) -> list[Request]:
+def _requests(engine: Engine, length: int, adapters: Sequence[Adapter | None]) -> list[Request]:
     vocab = engine.model.config.vocab_size
-    requests = [
-        engine.request([(7 * i + 13 * j) % vocab for j in range(context)], 2) for i in range(count)
+    return [
+        engine.request([(7 * i + 13 * j) % vocab for j in range(length)], 2, adapter)
+        for i, adapter in enumerate(adapters)
     ]
+
+
+def _prefilled(engine: Engine, count: int, context: int) -> list[Request]:
+    requests = _requests(engine, context, [None] * count)
     for i in range(0, count, 8):
         engine.step([(r, context) for r in requests[i : i + 8]])
     for request in requests:
@@ -164,32 +168,25 @@ def _adapter_sweep(
     slots = [engine.bank.acquire(a.digest, a.edits) for a in adapters]
     offset = 0
 
-    def steps(num_adapters: int) -> None:
+    def step(num_adapters: int) -> None:
         nonlocal offset
-        for _ in range(repeats):
-            for i, request in enumerate(requests):
-                request.slot = slots[(offset + i) % num_adapters] if num_adapters else None
-            offset += len(requests)
-            _decode(engine, requests)
+        for i, request in enumerate(requests):
+            request.slot = slots[(offset + i) % num_adapters] if num_adapters else None
+        offset += len(requests)
+        _decode(engine, requests)
 
-    times: dict[int, list[float]] = {n: [] for n in counts}
-    for n in counts:
-        steps(n)
-    for _ in range(rounds):
-        for n in counts:
-            times[n].append(_timed(lambda n=n: steps(n), engine.model.device) / repeats)
+    steps = (functools.partial(step, n) for n in counts)
+    times = _interleaved(steps, repeats, rounds, engine.model.device)
     for request in requests:
         request.slot = None
-    rows = []
-    for n in counts:
-        ratios = [base / own for base, own in zip(times[counts[0]], times[n], strict=True)]
-        step_s = statistics.median(times[n])
-        rows.append({
-            "adapters": n, "step ms": round(1e3 * step_s, 3),
-            "tokens/s": round(len(requests) / step_s),
-            "speed of no adapter": round(statistics.median(ratios), 4),
-        })  # fmt: skip
-    return rows
+    return [
+        {
+            "adapters": n, "step ms": round(1e3 * statistics.median(own), 3),
+            "tokens/s": round(len(requests) / statistics.median(own)),
+            "speed of no adapter": round(median_ratio(times[0], own), 4),
+        }
+        for n, own in zip(counts, times, strict=True)
+    ]  # fmt: skip
 
 
 def _batch_rows(
@@ -197,21 +194,11 @@ def _batch_rows(
     context: int, bytes_per_s: float, repeats: int, rounds: int,
 ) -> list[Row]:  # fmt: skip
     """Times a step in every way, interleaved."""
-
-    def steps(runner: DeviceRunner) -> None:
-        for _ in range(repeats):
-            _decode(engine, requests, runner)
-
-    times: dict[str, list[float]] = {way: [] for way in runners}
-    for runner in runners.values():
-        steps(runner)
-    for _ in range(rounds):
-        for way, runner in runners.items():
-            took = _timed(functools.partial(steps, runner), engine.model.device)
-            times[way].append(took / repeats)
+    steps = (functools.partial(_decode, engine, requests, runner) for runner in runners.values())
+    times = _interleaved(steps, repeats, rounds, engine.model.device)
     floor_s = step_bytes(engine.model, len(requests), context) / bytes_per_s
     rows = []
-    for way, own in times.items():
+    for way, own in zip(runners, times, strict=True):
         step_s = statistics.median(own)
         rows.append({
             "batch": len(requests), "step ms": round(1e3 * step_s, 3),
@@ -232,6 +219,17 @@ def step_bytes(model: Any, batch: int, context: int) -> int:
         weights -= model.get_input_embeddings().weight.nbytes
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return weights + batch * (context + 1) * per_token * model.dtype.itemsize
+
+
+def _interleaved(
+    steps: Iterable[Callable[[], None]], repeats: int, rounds: int, device: torch.device
+) -> list[list[float]]:
+    """Returns the seconds of each step, in every round over so many of the same."""
+    calls = (
+        functools.partial(_timed, functools.partial(_repeat, s, repeats), device) for s in steps
+    )
+    times = in_turn(rounds, *calls)
+    return [[seconds / repeats for seconds in own] for own in times]
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

@@ -8,49 +8,37 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glue_data import TASKS, Record, Split, load
 from glue_metrics import score
+from recipe import RECIPES, about, num_values, parser_of, server, train_all, write_results
 
 from redmux import Client
-from redmux_adapters import read_adapter
-from redmux_adapters.train.cli import main as train
-from redmux_adapters.train.job import read_job
-from redmux_bench import report
-from redmux_bench.server_process import ServerProcess
+from redmux_bench.tables import print_table
 
 _INPUTS_PER_CALL = 64
 
 
 def main() -> int:
     """Runs the recipe; an interrupted run goes on where it was."""
-    options = _arguments()
-    tasks, methods = options.tasks.split(","), options.methods.split(",")
-    splits = {name: load(name, options.data, options.seed) for name in tasks}
-    work = Path(options.work)
-    work.mkdir(parents=True, exist_ok=True)
-    job = work / "job.json"
-    description = json.dumps(_job(options, splits, methods), indent=1)
-    if job.exists() and job.read_text() != description:
-        sys.exit(f"{work} holds a run of other options; give another --work")
-    for name, split in splits.items():
-        for part in ("train", "valid"):
-            lines = map(json.dumps, getattr(split, part))
-            (work / f"{name}.{part}.jsonl").write_text("\n".join(lines) + "\n")
-    job.write_text(description)
-    folders = _folders(job)
-    if not all((folder / "adapter_config.json").exists() for folder in folders.values()):
-        threads = ["--threads", str(options.threads)] if options.threads else []
-        if train(["--job", str(job), "--resume", *threads]):
-            return 1
+    parser = parser_of(__doc__, "glue", model=None, recipe="minilm", methods="red,redpp,head")
+    parser.add_argument("--data", required=True, help='folder of the data sets, or "hub"')
+    parser.add_argument("--tasks", default="sst2,cola,mrpc,rte", help=f"of {', '.join(TASKS)}")
+    options = parser.parse_args()
+    methods = options.methods.split(",")
+    splits = {name: load(name, options.data, options.seed) for name in options.tasks.split(",")}
+    records = {
+        f"{name}.{part}.jsonl": getattr(split, part)
+        for name, split in splits.items()
+        for part in ("train", "valid")
+    }
+    folders = train_all(options, _tasks(options, splits, methods), records)
     rows = [*_majority(splits), *_serve(options, splits, methods, folders)]
-    report.print_table(
+    print_table(
         ("task", "method", "values", "metric", "validation", "test", "n", "as trained"),
         [
             (
@@ -62,40 +50,19 @@ def main() -> int:
             for metric in r["test"]
         ],
     )  # fmt: skip
-    run = {key: getattr(options, key) for key in ("recipe", "seed", "steps", "command_line")}
-    result = {"model": Path(options.model).name, **run, "machine": report.machine(), "rows": rows}
-    Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    write_results(options.out, rows, **about(options))
     return 0
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="an encoder: a folder, or a name on the hub")
-    parser.add_argument("--data", required=True, help='folder of the data sets, or "hub"')
-    parser.add_argument("--tasks", default="sst2,cola,mrpc,rte", help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--methods", default="red,redpp,head", help="of recipes.toml")
-    parser.add_argument("--recipe", default="minilm", help="a model under [glue] in recipes.toml")
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's epochs")
-    parser.add_argument("--seed", type=int, default=42, help="of the split, the order, the head")
-    parser.add_argument("--work", default="glue", help="folder for the run and its adapters")
-    parser.add_argument("--out", default="glue.json", help="file for the results")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=0, help="of training; 0: torch's choice")
-    options = parser.parse_args()
-    options.command_line = " ".join(["glue.py", *sys.argv[1:]])
-    return options
-
-
-def _job(
+def _tasks(
     options: argparse.Namespace, splits: Mapping[str, Split], methods: Sequence[str]
-) -> dict[str, Any]:
-    """Returns the job file of `redmux train`: every task with every method."""
-    recipes = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text())
-    recipe = recipes["glue"][options.recipe]
+) -> list[dict[str, Any]]:
+    """Returns the tasks of the job: every GLUE task with every method."""
+    recipe = RECIPES["glue"][options.recipe]
     tasks = []
     for name, split in splits.items():
         for method in methods:
-            values = {**recipe["options"], **recipe.get(name, {}), **recipes["methods"][method]}
+            values = {**recipe["options"], **recipe.get(name, {}), **RECIPES["methods"][method]}
             values |= recipe.get(method, {}).get(name, {})
             per_epoch = -(-len(split.train) // values["batch_size"])
             values["eval_every"] = per_epoch
@@ -109,8 +76,7 @@ def _job(
                    else {"metric": "loss"}),
                 **values,
             })  # fmt: skip
-    run = {"base": options.model, "device": options.device, "checkpoint_every": 10}
-    return {**run, "output": "adapters", "tasks": tasks}
+    return tasks
 
 
 def _majority(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
@@ -125,12 +91,6 @@ def _majority(splits: Mapping[str, Split]) -> list[dict[str, Any]]:
     return rows
 
 
-def _folders(job: Path) -> dict[str, Path]:
-    """Returns where the adapter of each task of a job file is, or will be."""
-    described = read_job(job, {})
-    return {task.name: described.folder(task.name) for task in described.tasks}
-
-
 def _serve(
     options: argparse.Namespace,
     splits: Mapping[str, Split],
@@ -138,11 +98,8 @@ def _serve(
     folders: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
     """Returns the scores of every adapter's answers, as a server gives them to a client."""
-    flags = ["--model", options.model, "--max-running", str(_INPUTS_PER_CALL)]
-    if options.threads:
-        flags += ["--threads", str(options.threads)]
     rows = []
-    with ServerProcess(*flags) as server, Client(server.address) as client:
+    with server(options, _INPUTS_PER_CALL) as process, Client(process.address) as client:
         for name, split in splits.items():
             for method in methods:
                 adapter = f"{name}-{method}"
@@ -151,8 +108,7 @@ def _serve(
                 answers = (_classify(client, adapter, half) for half in halves)
                 row = _row(name, method, split, *answers)
                 if method != "head":
-                    edits = read_adapter(folders[adapter]).edits.values()
-                    row["values"] = sum(2 * edit.scale.numel() for edit in edits)
+                    row["values"] = num_values(folders[adapter])
                 metrics = Path(options.work) / "adapters" / "metrics.csv"
                 row["as_trained"] = _is_as_trained(metrics, adapter, row)
                 rows.append(row)

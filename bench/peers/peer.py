@@ -1,11 +1,7 @@
-"""What the driver needs of an engine, and the engine's processes: start, pause, measure, stop.
-
-Standard library only, because the workers run it under the peers' own interpreters, too.
-"""
+"""What the driver needs of an engine, and the engine's processes: start, pause, measure, stop."""
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +13,8 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 READY_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 20.0
@@ -58,7 +56,7 @@ class Peer:
     log_folder: Path
     command: list[str] = field(default_factory=list, init=False)
     environment: dict[str, str] = field(default_factory=dict, init=False)
-    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _process: psutil.Popen | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Sets `command` and, where needed, `environment`."""
@@ -77,7 +75,7 @@ class Peer:
     def start(self) -> None:
         """Returns once the engine answers and its adapters are loaded."""
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self._process = psutil.Popen(
                 self.command,
                 env=os.environ | self.environment,
                 stdin=subprocess.PIPE,
@@ -116,31 +114,33 @@ class Peer:
             tail = self.log.read_text(errors="replace")[-1500:]
             raise PeerError(f"{self.name} ended with {self._process.returncode}:\n{tail}")
 
-    def pids(self) -> list[int]:
-        """Returns the engine's process and all its descendants."""
-        return process_tree(self._process.pid) if self._process else []
+    def processes(self) -> list[psutil.Process]:
+        """Returns the engine's process and all its descendants; none once it has ended."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        return [self._process, *self._process.children(recursive=True)]
 
     def pause(self) -> None:
         """Stops all its processes, so that no thread of an idle engine spins on a core."""
-        for pid in self.pids():
-            os.kill(pid, signal.SIGSTOP)
+        for process in self.processes():
+            process.suspend()
 
     def resume(self) -> None:
         """Undoes `pause`."""
-        for pid in self.pids():
-            os.kill(pid, signal.SIGCONT)
+        for process in self.processes():
+            process.resume()
 
     def stop(self) -> None:
         """Ends all its processes."""
-        if self._process is None:
-            return
-        pids = self.pids()
-        for number in (signal.SIGCONT, signal.SIGTERM):
-            signal_all(pids, number)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_TIMEOUT_S)
-        signal_all(pids, signal.SIGKILL)
-        self._process.wait()
+        processes = self.processes()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+                process.terminate()
+        _, alive = psutil.wait_procs(processes, STOP_TIMEOUT_S)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process = None
 
     def memory_mb(self) -> int:
@@ -148,20 +148,51 @@ class Peer:
 
         Libraries that several processes of one engine share count once for each of them.
         """
-        return round(sum(rss_bytes(pid) for pid in self.pids()) / 1e6)
-
-    def cpu_seconds(self) -> float:
-        """Returns the processor time that its living processes have used."""
-        return sum(map(cpu_seconds, self.pids()))
+        return round(sum(process.memory_info().rss for process in self.processes()) / 1e6)
 
 
-class HttpPeer(Peer):
-    """An engine behind an HTTP server of its own on loopback."""
+def cpu_seconds(processes: Iterable[psutil.Process], *, with_ended_children: bool) -> float:
+    """Returns the processor time that these processes have used.
 
-    path = ""
+    With their ended children, and summed over every process, this is the machine's. Unlike the
+    counters of /proc/stat it is no sample per clock tick, which misses threads that sleep and wake
+    often.
+    """
+    seconds = 0.0
+    for process in processes:
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+            if with_ended_children:
+                seconds += times.children_user + times.children_system
+    return seconds
+
+
+class ServerPeer(Peer):
+    """An engine behind a server of its own on a port of loopback."""
 
     def __post_init__(self) -> None:
-        self.port = free_port()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+
+    def is_ready(self) -> bool:
+        """Tells whether the server answers."""
+        raise NotImplementedError
+
+    def wait_ready(self) -> None:  # noqa: D102
+        end = time.monotonic() + READY_TIMEOUT_S
+        while not self.is_ready():
+            self.check_alive()
+            if time.monotonic() > end:
+                raise PeerError(f"{self.name} was not ready in time, see {self.log}")
+            time.sleep(0.3)
+
+
+class HttpPeer(ServerPeer):
+    """An engine that takes its requests as JSON at `path`."""
+
+    path = ""
 
     def body(self, prompt: Sequence[int], output_tokens: int, adapter: int | None) -> Any:
         """Returns the JSON of one request."""
@@ -171,19 +202,11 @@ class HttpPeer(Peer):
         """Returns the generated tokens of one answer."""
         raise NotImplementedError
 
-    def wait_ready(self) -> None:  # noqa: D102
-        end = time.monotonic() + READY_TIMEOUT_S
-        while time.monotonic() < end:
-            self.check_alive()
-            try:
-                connection = HTTPConnection("127.0.0.1", self.port, timeout=5)
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-            except (OSError, HTTPException):
-                pass
-            time.sleep(0.3)
-        raise PeerError(f"{self.name} was not ready within {READY_TIMEOUT_S:g} s, see {self.log}")
+    def is_ready(self) -> bool:  # noqa: D102
+        try:
+            return self._send("GET", "/health", timeout_s=5)[0] == 200
+        except (OSError, HTTPException):
+            return False
 
     def wave(  # noqa: D102
         self, prompts: Sequence[Sequence[int]], output_tokens: int, adapters: Sequence[int | None]
@@ -194,72 +217,58 @@ class HttpPeer(Peer):
         ]
         with ThreadPoolExecutor(len(bodies)) as pool:
             started = time.perf_counter()
-            answers = list(pool.map(self._post, bodies))
+            answers = list(pool.map(lambda body: self._send("POST", self.path, body), bodies))
             seconds = time.perf_counter() - started
-        return Wave(seconds, [self.token_ids(json.loads(answer)) for answer in answers])
+        for status, answer in answers:
+            if status != 200:
+                raise PeerError(f"{self.name} answered {status}: {answer[:500]!r}")
+        return Wave(seconds, [self.token_ids(json.loads(answer)) for _, answer in answers])
 
-    def _post(self, body: str) -> bytes:
+    def _send(
+        self, method: str, path: str, body: str | None = None, timeout_s: float = READY_TIMEOUT_S
+    ) -> tuple[int, bytes]:
         # A connection per request: servers drop idle ones, and these were paused in between.
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=READY_TIMEOUT_S)
-        connection.request("POST", self.path, body, {"Content-Type": "application/json"})
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        connection.request(method, path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
-        answer = response.read()
-        if response.status != 200:
-            raise PeerError(f"{self.name} answered {response.status}: {answer[:500]!r}")
-        return answer
+        return response.status, response.read()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class WorkerPeer(Peer):
+    """An engine without a server: a child process that answers one wave at a time.
 
-
-def process_tree(pid: int) -> list[int]:
-    pids = [pid]
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = task.read_text().split()
-        except OSError:  # the thread ended meanwhile
-            continue
-        for child in children:
-            pids += process_tree(int(child))
-    return pids
-
-
-def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue
-
-
-def rss_bytes(pid: int) -> int:
-    try:
-        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
-    except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def cpu_seconds(pid: int, *, with_ended_children: bool = False) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    ticks = sum(map(int, fields[11 : 15 if with_ended_children else 13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def all_cpu_seconds(pids: Iterable[int]) -> float:
-    """Returns what these processes and their ended children have used.
-
-    Summed over every process this is the machine's, and unlike the counters of /proc/stat it is
-    no sample per clock tick, which misses threads that sleep and wake often.
+    `script` runs `worker.serve` under the interpreter `options["python"]`: one JSON line for each
+    wave on its standard input, one back. It times the wave itself, so the pipe costs the engine
+    nothing.
     """
-    return sum(cpu_seconds(pid, with_ended_children=True) for pid in pids)
 
+    script = ""
+    speaks_on_stdout = True
 
-def every_pid() -> list[int]:
-    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    def settings(self) -> dict[str, Any]:
+        """Returns what the worker is told at its start."""
+        raise NotImplementedError
+
+    def __post_init__(self) -> None:
+        script = Path(__file__).with_name(self.script)
+        self.command = [self.options["python"], str(script), json.dumps(self.settings())]
+
+    def wait_ready(self) -> None:  # noqa: D102
+        self._read()
+
+    def wave(  # noqa: D102
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, adapters: Sequence[int | None]
+    ) -> Wave:
+        order = {"prompts": prompts, "output_tokens": output_tokens, "adapters": adapters}
+        assert self._process is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+        return Wave(**self._read())
+
+    def _read(self) -> Any:
+        assert self._process is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self.check_alive()
+        return json.loads(line)

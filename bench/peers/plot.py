@@ -5,17 +5,18 @@ Writes OUT/adapters.png and OUT/engines.png. Needs matplotlib, which redmux does
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from table import Key, rates
 
+from redmux_bench.plot import label, panels, save
+
+RATES = "output tokens per second, median and range"
 Found = Mapping[Key, Mapping[int, float]]
 
 
@@ -29,10 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = json.loads(args.report.read_text())
     found = rates(report)
     args.out.mkdir(parents=True, exist_ok=True)
-    figure = draw_adapters(report, found)
-    figure.savefig(args.out / "adapters.png", dpi=150)
-    figure = draw_engines(report, found)
-    figure.savefig(args.out / "engines.png", dpi=150)
+    save(draw_adapters(report, found), args.out / "adapters.png")
+    save(draw_engines(report, found), args.out / "engines.png")
 
 
 def draw_adapters(report: Mapping[str, Any], found: Found) -> Any:
@@ -43,7 +42,7 @@ def draw_adapters(report: Mapping[str, Any], found: Found) -> Any:
     fixed = [key for key in keys if key[2] == most]
     is_fixed = len({key[3] for key in fixed}) > 1
     keys = fixed if is_fixed else keys
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, (axes,) = panels(1, 1, (7, 4.5), title(report))
     for name in report["peers"]:
         points = sorted((key[3], found[key]) for key in keys if key[0] == name)
         if points:
@@ -52,10 +51,9 @@ def draw_adapters(report: Mapping[str, Any], found: Found) -> Any:
             axes.errorbar(counts, middle, spread, marker="o", capsize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_ylim(bottom=0)
     requests = f"{most} requests at once" if is_fixed else "as many requests at once"
-    axes.set_xlabel(f"distinct adapters ({requests})")
-    decorate(axes, report)
+    label(axes, f"distinct adapters ({requests})", RATES)
+    axes.legend(fontsize="small", ncols=2)
     return figure
 
 
@@ -68,7 +66,7 @@ def draw_engines(report: Mapping[str, Any], found: Found) -> Any:
         for name, facts in report["peers"].items()
         if workload in facts["workloads"]
     ]
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, (axes,) = panels(1, 1, (9, 4.5), title(report))
     width = 0.8 / len(rows)
     for i, (name, workload) in enumerate(rows):
         values = [
@@ -81,8 +79,8 @@ def draw_engines(report: Mapping[str, Any], found: Found) -> Any:
             hatch="//" if workload == "adapters" else None, edgecolor="white", color=f"C{i % 10}",
         )  # fmt: skip
     axes.set_xticks(range(len(concurrencies)), [str(c) for c in concurrencies])
-    axes.set_xlabel("requests at once (adapters: each request its own)")
-    decorate(axes, report)
+    label(axes, "requests at once (adapters: each request its own)", RATES)
+    axes.legend(fontsize="small", ncols=2)
     return figure
 
 
@@ -94,16 +92,12 @@ def summaries(rows: Sequence[Mapping[int, float]]) -> tuple[list[float], list[li
     return middle, [below, above]
 
 
-def decorate(axes: Any, report: Mapping[str, Any]) -> None:
+def title(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
-    axes.set_ylabel("output tokens per second, median and range")
-    axes.set_title(
+    return (
         f"SmolLM2-135M, {report['prompt_tokens']} + {report['output_tokens']} tokens, "
-        f"{machine['cores']} cores {machine['cpu'].split(' (')[0]}",
-        fontsize="medium",
+        f"{machine['cores']} cores {machine['cpu'].split(' (')[0]}"
     )
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from redmux_adapters import Adapter, Edit, to_bytes
+from redmux_adapters import to_bytes
 from redmux_adapters.bases.fingerprint import fingerprint
 from redmux_adapters.bases.load import _packaged_gguf, load_base
 from redmux_adapters.bases.sites import ffn_sites
+from redmux_bench.adapters import random_adapter
 
 RANK, ALPHA = 8, 16
 
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--adapters", type=int, default=32)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    for folder in ("red", "lora-gguf"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base("smollm2")
     model.save_pretrained(args.out / "hf")
     tokenizer.save_pretrained(args.out / "hf")
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_model(source, args.out / "smollm2-f16.gguf", np.float16, gguf.LlamaFileType.MOSTLY_F16)
     sites, base = ffn_sites(model), fingerprint(model)
     for i in range(args.adapters):
-        write_red(args.out / "red" / f"{i:03}.safetensors", base, sites, seed=i)
+        red = to_bytes(random_adapter(base, sites, seed=i))
+        (args.out / "red" / f"{i:03}.safetensors").write_bytes(red)
         layers = list(random_lora(model.config, seed=i))
         write_peft(args.out / "lora" / f"{i:03}", layers)
         write_lora_gguf(args.out / "lora-gguf" / f"{i:03}.gguf", layers, model.config)
@@ -112,7 +114,6 @@ def write_peft(folder: Path, layers: Sequence[Lora]) -> None:
 
 
 def write_lora_gguf(path: Path, layers: Sequence[Lora], config: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -129,19 +130,6 @@ def interleave_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Puts the rows [out, rank] into GGUF's order for Llama: the two rotary halves interleaved."""
     out, rank = rows.shape
     return rows.reshape(heads, 2, out // heads // 2, rank).swapaxes(1, 2).reshape(out, rank)
-
-
-def write_red(path: Path, base: str, sites: dict[str, int], seed: int) -> None:
-    path.parent.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    edits = {
-        site: Edit(
-            1 + 0.1 * torch.randn(dim, generator=generator),
-            0.05 * torch.randn(dim, generator=generator),
-        )
-        for site, dim in sites.items()
-    }
-    path.write_bytes(to_bytes(Adapter(base, edits)))
 
 
 if __name__ == "__main__":

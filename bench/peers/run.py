@@ -20,22 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from check import Answers, agreement, fixed_answers
-from peer import Limits, Peer, PeerError, all_cpu_seconds, every_pid
-from peer_llama import LlamaPeer
-from peer_openvino import OpenVinoPeer
-from peer_peft import PeftPeer
-from peer_redmux import RedmuxPeer
-from peer_vllm import VllmPeer
-from table import markdown
+import psutil
 
-KINDS: Mapping[str, type[Peer]] = {
-    "redmux": RedmuxPeer,
-    "vllm": VllmPeer,
-    "peft": PeftPeer,
-    "llama.cpp": LlamaPeer,
-    "openvino": OpenVinoPeer,
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from check import Answers, agreement, fixed_answers
+from engines import KINDS, RedmuxPeer
+from peer import Limits, Peer, PeerError, cpu_seconds
+from table import summary
+
 IDLE_S = 2.0
 
 
@@ -74,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for peer in peers:
             peer.stop()
     if report["waves"]:
-        print(markdown(report))
+        print(summary(report))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -127,9 +119,10 @@ def start(peer: Peer, args: argparse.Namespace) -> tuple[dict[str, Any], Answers
     for workload in peer.workloads:
         for concurrency in args.concurrency:
             wave(peer, workload, concurrency, concurrency, args, args.output_tokens, label="warm")
-    before = peer.cpu_seconds()
+    before = cpu_seconds(peer.processes(), with_ended_children=False)
     time.sleep(IDLE_S)
-    idle_cores = (peer.cpu_seconds() - before) / IDLE_S
+    idle_s = cpu_seconds(peer.processes(), with_ended_children=False) - before
+    idle_cores = idle_s / IDLE_S
     facts = {
         "kind": peer.options["kind"],
         "workloads": peer.workloads,
@@ -184,10 +177,9 @@ def wave(
     prompts = [[draw.randrange(1000, 48000) for _ in range(args.prompt_tokens)]
                for _ in range(concurrency)]  # fmt: skip
     adapters = [i % distinct if workload == "adapters" else None for i in range(concurrency)]
-    own = [os.getpid(), *peer.pids()]
-    foreign_before = all_cpu_seconds(every_pid()) - all_cpu_seconds(own)
+    foreign_before = foreign_cpu_seconds(peer)
     answer = peer.wave(prompts, output_tokens, adapters)
-    foreign_s = all_cpu_seconds(every_pid()) - all_cpu_seconds(own) - foreign_before
+    foreign_s = foreign_cpu_seconds(peer) - foreign_before
     lengths = [len(ids) for ids in answer.token_ids]
     if lengths != [output_tokens] * concurrency:
         raise PeerError(f"{peer.name} gave {lengths} tokens, {output_tokens} each were asked for")
@@ -201,6 +193,14 @@ def wave(
         # Taken by other processes meanwhile: near 0 where the figure can be trusted.
         "foreign_cores": round(foreign_s / answer.seconds, 3),
     }
+
+
+def foreign_cpu_seconds(peer: Peer) -> float:
+    """Returns what all processes but this one and the engine's have used."""
+    own = [psutil.Process(), *peer.processes()]
+    return cpu_seconds(psutil.process_iter(), with_ended_children=True) - cpu_seconds(
+        own, with_ended_children=True
+    )
 
 
 def machine() -> dict[str, Any]:

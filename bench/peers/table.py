@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from redmux_bench.rounds import median_ratio
+from redmux_bench.tables import markdown
+
 Key = tuple[str, str, int, int]
 """Engine, workload, concurrency, distinct adapters."""
 
@@ -18,13 +21,8 @@ def rates(report: Mapping[str, Any]) -> dict[Key, dict[int, float]]:
     return found
 
 
-def ratio(own: Mapping[int, float], reference: Mapping[int, float]) -> float:
-    """Returns the median over rounds of own / reference within the round."""
-    return median(own[number] / reference[number] for number in own)
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """Returns one row per engine and workload, one column per concurrency and adapter count."""
+def summary(report: Mapping[str, Any]) -> str:
+    """Returns a table for each workload: a row per engine, a column per load."""
     found = rates(report)
     reference = report["reference"]
     lines: list[str] = []
@@ -32,16 +30,11 @@ def markdown(report: Mapping[str, Any]) -> str:
         columns = sorted({key[2:] for key in found if key[1] == workload})
         if not columns:
             continue
-        heads = [
+        headings = [
             f"{concurrency} at once" + (f", {distinct} adapters" if distinct else "")
             for concurrency, distinct in columns
         ]
-        lines += [
-            f"\n{workload}: output tokens per second, median (lowest to highest), "
-            f"ratio to {reference} within the round\n",
-            "| engine | " + " | ".join(heads) + " | memory, MB |",
-            "|---|" + "---:|" * (len(heads) + 1),
-        ]
+        rows = []
         for name, facts in report["peers"].items():
             if workload not in facts["workloads"]:
                 continue
@@ -50,7 +43,12 @@ def markdown(report: Mapping[str, Any]) -> str:
                 for column in columns
             ]
             memory = max(w["memory_mb"] for w in report["waves"] if w["peer"] == name)
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {memory} |")
+            rows.append([name, *cells, str(memory)])
+        lines += [
+            f"\n{workload}: output tokens per second, median (lowest to highest), "
+            f"ratio to {reference} within the round\n",
+            markdown(["engine", *headings, "memory, MB"], rows),
+        ]
     foreign = [wave["foreign_cores"] for wave in report["waves"]]
     lines.append(
         f"\nCores taken by other processes during the waves: median {median(foreign):.2f}, "
@@ -63,4 +61,7 @@ def cell(own: Mapping[int, float], reference: Mapping[int, float] | None) -> str
     """Returns "median (lowest to highest), ratio", the last where the reference ran, too."""
     values = own.values()
     text = f"{median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-    return f"{text}, {ratio(own, reference):.2f}" if reference else text
+    if not reference:
+        return text
+    within = median_ratio(list(values), [reference[number] for number in own])
+    return f"{text}, {within:.2f}"

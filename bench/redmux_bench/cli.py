@@ -19,7 +19,7 @@ from redmux_bench.option_values import (
     sweep_counts,
 )
 
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_Parser: TypeAlias = argparse.ArgumentParser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,30 +31,38 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     parser = argparse.ArgumentParser(
         prog="redmux bench",
         description="Measure a redmux server. What each command measures, and what it does not: "
         "docs/benchmarks.md.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    load = [_server(), _load(), _common()]
-    _add_serve(commands, [_target(), *load])
-    _add_sweep(commands, [_target(), *load])
-    _add_load(commands, load)
-    _add_floor(commands, [_server(), _common()])
-    _add_engine(commands, load)
-    _add_nlg(commands, [_common()])
-    _add_train(commands, [_common()])
-    _add_jobs(commands, [_target(), *load])
+    common, server = _common(), _server()
+    load = [server, _load(), common]
+    elsewhere = [_target(), *load]
+
+    for name, module, add_options, parents, text in (
+        ("serve", "serve", _serve, elsewhere,
+         "send a load to a server and report rates and latencies"),
+        ("sweep", "sweep", _sweep, elsewhere, "throughput with K distinct adapters against none"),
+        ("load", "loading", _loading, load, "what putting, holding and loading adapters takes"),
+        ("floor", "floor", _floor, [server, common],
+         "the engine's steps against what this machine allows"),
+        ("engine", "engine", _engine, load, "the engine alone against the same load over gRPC"),
+        ("nlg", "nlg", _nlg, [common], "score generated texts as the E2E NLG challenge does"),
+        ("train", "training", _train, [common],
+         "adapters trained together against one after the other"),
+        ("jobs", "jobs", _jobs, elsewhere,
+         "latencies while the server trains, against those alone"),
+    ):  # fmt: skip
+        command = commands.add_parser(name, parents=parents, help=text)
+        command.set_defaults(module=module)
+        add_options(command)
     return parser
 
 
-def _add_serve(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "serve", parents=parents, help="send a load to a server and report rates and latencies"
-    )
-    parser.set_defaults(module="serve")
+def _serve(parser: _Parser) -> None:
     _add(
         parser, "--concurrency", positive_list, "32",
         "requests that are open at a time; several are measured one after the other", "N,N,...",
@@ -79,11 +87,7 @@ def _add_serve(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
     parser.add_argument("--plot", type=file, metavar="FILE", help="draw latencies against the load")
 
 
-def _add_sweep(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "sweep", parents=parents, help="throughput with K distinct adapters against none"
-    )
-    parser.set_defaults(module="sweep")
+def _sweep(parser: _Parser) -> None:
     _add(
         parser, "--adapters", sweep_counts, "0,1,8,32,64,128,256",
         "numbers of adapters, 0 among them", "K,K,...",
@@ -95,11 +99,7 @@ def _add_sweep(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
     )
 
 
-def _add_load(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "load", parents=parents, help="what putting, holding and loading adapters takes"
-    )
-    parser.set_defaults(module="loading")
+def _loading(parser: _Parser) -> None:
     _add(parser, "--samples", positive, 20, "puts, and resident requests, in each state")
     _add(parser, "--streams", positive, 16, "background streams of the loaded state")
     _add(parser, "--registered", count, 0, "measure with this many adapters registered, too")
@@ -110,11 +110,7 @@ def _add_load(commands: _Commands, parents: list[argparse.ArgumentParser]) -> No
     _add_rounds(parser, 3)
 
 
-def _add_floor(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "floor", parents=parents, help="the engine's steps against what this machine allows"
-    )
-    parser.set_defaults(module="floor")
+def _floor(parser: _Parser) -> None:
     _add(
         parser, "--points", points, "1:128,8:128,32:128,32:1024",
         "decode steps to time", "BATCH:CONTEXT,...",
@@ -125,20 +121,12 @@ def _add_floor(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
     _add_rounds(parser, 15)
 
 
-def _add_engine(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "engine", parents=parents, help="the engine alone against the same load over gRPC"
-    )
-    parser.set_defaults(module="engine")
+def _engine(parser: _Parser) -> None:
     _add(parser, "--concurrency", positive, 32, "requests per wave, all at once")
     _add_rounds(parser, 5)
 
 
-def _add_nlg(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "nlg", parents=parents, help="score generated texts as the E2E NLG challenge does"
-    )
-    parser.set_defaults(module="nlg")
+def _nlg(parser: _Parser) -> None:
     parser.add_argument(
         "--hypotheses", required=True, metavar="FILE", help="the generated texts, one a line"
     )
@@ -148,11 +136,7 @@ def _add_nlg(commands: _Commands, parents: list[argparse.ArgumentParser]) -> Non
     )  # fmt: skip
 
 
-def _add_train(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "train", parents=parents, help="adapters trained together against one after the other"
-    )
-    parser.set_defaults(module="training")
+def _train(parser: _Parser) -> None:
     parser.add_argument("--model", help="as for redmux train --base; default: smollm2")
     _add(parser, "--tasks", positive, 8, "adapters")
     _add(
@@ -170,11 +154,7 @@ def _add_train(commands: _Commands, parents: list[argparse.ArgumentParser]) -> N
     _add_rounds(parser, 3)
 
 
-def _add_jobs(commands: _Commands, parents: list[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "jobs", parents=parents, help="latencies while the server trains, against those alone"
-    )
-    parser.set_defaults(module="jobs")
+def _jobs(parser: _Parser) -> None:
     _add(parser, "--concurrency", positive, 8, "requests that are open at a time")
     _add(parser, "--num-requests", positive, 32, "requests of a turn")
     _add(parser, "--tasks", positive, 4, "adapters that are trained together")
@@ -182,7 +162,7 @@ def _add_jobs(commands: _Commands, parents: list[argparse.ArgumentParser]) -> No
     _add_rounds(parser, 5)
 
 
-def _common() -> argparse.ArgumentParser:
+def _common() -> _Parser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--json", type=file, metavar="FILE", help="write the results into a file, too"
@@ -190,7 +170,7 @@ def _common() -> argparse.ArgumentParser:
     return parser
 
 
-def _target() -> argparse.ArgumentParser:
+def _target() -> _Parser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("server that runs already")
     group.add_argument("--target", metavar="HOST:PORT", help="default: start one")
@@ -202,7 +182,7 @@ def _target() -> argparse.ArgumentParser:
     return parser
 
 
-def _server() -> argparse.ArgumentParser:
+def _server() -> _Parser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("server that is started, or its engine in this process")
     group.add_argument(
@@ -215,7 +195,7 @@ def _server() -> argparse.ArgumentParser:
     return parser
 
 
-def _load() -> argparse.ArgumentParser:
+def _load() -> _Parser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("load")
     _add(group, "--prompt-tokens", lengths, "64", "length, or a range to draw it from", "N|A:B")
@@ -225,12 +205,12 @@ def _load() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_rounds(parser: argparse.ArgumentParser, default: int) -> None:
+def _add_rounds(parser: _Parser, default: int) -> None:
     _add(parser, "--rounds", positive, default, "rounds to take medians over")
 
 
 def _add(
-    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    parser: _Parser | argparse._ArgumentGroup,
     flag: str,
     kind: Callable[[str], object],
     default: object,

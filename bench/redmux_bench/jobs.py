@@ -8,34 +8,21 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from redmux import AsyncClient, FailedPreconditionError, TrainingStep, TrainingTask
 from redmux_bench import report
 from redmux_bench.load import LoadGenerator
-from redmux_bench.serve import warm_up_requests
+from redmux_bench.rounds import median_ratio
 from redmux_bench.server_process import Target, reach
-from redmux_bench.summary import Summary, median_ratio, summarize
+from redmux_bench.summary import Summary, summarize
+from redmux_bench.tables import print_table
 from redmux_bench.workload import Workload
 
 _WORDS = ("the", "of", "to", "and", "in", "that", "it", "with", "as", "for", "was", "on", "are")
 _RECORDS = 64
 _RECORD_WORDS = 24  # of a prompt; the completion has a quarter
 _STEPS = 10_000  # more than are taken: the job is cancelled
-
-
-@dataclass(frozen=True, slots=True)
-class JobsRow:
-    """One side, medians over the rounds: milliseconds between tokens, and the load's rate.
-
-    `training_tokens_per_s` counts the tokens of examples in steps that ended beside the load.
-    """
-
-    is_training: bool
-    inter_token_p50_ms: float
-    inter_token_p99_ms: float
-    output_tokens_per_s: float
-    training_tokens_per_s: float
-    p99_rounds_ms: Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +37,11 @@ def run(options: argparse.Namespace) -> int:
         model, turns = asyncio.run(_measure(options, target))
     rows = [_row(is_training, turns[is_training]) for is_training in (False, True)]
     alone, beside = rows
-    ratio = median_ratio(beside.p99_rounds_ms, alone.p99_rounds_ms)
-    report.print_table(
+    ratio = median_ratio(beside["p99_rounds_ms"], alone["p99_rounds_ms"])
+    print_table(
         ("training", "between tokens p50 ms", "p99 ms", "output tokens/s", "trained tokens/s"),
-        [
-            ("yes" if r.is_training else "no", r.inter_token_p50_ms, r.inter_token_p99_ms,
-             r.output_tokens_per_s, r.training_tokens_per_s)
-            for r in rows
-        ],
-    )  # fmt: skip
+        [("no", *list(alone.values())[1:-1]), ("yes", *list(beside.values())[1:-1])],
+    )
     print(f"p99 between tokens while training over that alone: {ratio:.3g}")
     failures: dict[str, int] = {}
     for turn in (*turns[False], *turns[True]):
@@ -76,7 +59,7 @@ async def _measure(
         info = await client.info()
         workload = Workload(options.prompt_tokens, options.output_tokens, info.vocab_size)
         generator = LoadGenerator(client, timeout_s=options.timeout)
-        warm_up = warm_up_requests(workload, options.concurrency, (), options.seed)
+        warm_up = workload.warm_up(options.concurrency, (), options.seed)
         await generator.run(warm_up, options.concurrency)
         with report.progress(2 * options.rounds, "turn") as bar:
             for number in range(options.rounds):
@@ -161,15 +144,19 @@ def _tasks(options: argparse.Namespace, number: int) -> list[TrainingTask]:
     ]  # fmt: skip
 
 
-def _row(is_training: bool, turns: Sequence[_Turn]) -> JobsRow:
+def _row(is_training: bool, turns: Sequence[_Turn]) -> dict[str, Any]:
+    """Returns one side, medians over the rounds: milliseconds between tokens, and the load's rate.
+
+    `training_tokens_per_s` counts the tokens of examples in steps that ended beside the load.
+    """
     latencies = [t.summary.inter_token_ms for t in turns if t.summary.inter_token_ms is not None]
     if len(latencies) < len(turns):
         raise FailedPreconditionError("a wave brought no two tokens of a request; see the server")
-    return JobsRow(
-        is_training,
-        statistics.median(latency.p50 for latency in latencies),
-        statistics.median(latency.p99 for latency in latencies),
-        statistics.median(turn.summary.output_tokens_per_s for turn in turns),
-        statistics.median(turn.training_tokens_per_s for turn in turns),
-        [latency.p99 for latency in latencies],
-    )
+    return {
+        "is_training": is_training,
+        "inter_token_p50_ms": statistics.median(latency.p50 for latency in latencies),
+        "inter_token_p99_ms": statistics.median(latency.p99 for latency in latencies),
+        "output_tokens_per_s": statistics.median(t.summary.output_tokens_per_s for t in turns),
+        "training_tokens_per_s": statistics.median(turn.training_tokens_per_s for turn in turns),
+        "p99_rounds_ms": [latency.p99 for latency in latencies],
+    }

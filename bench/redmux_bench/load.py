@@ -30,25 +30,21 @@ class Wave:
     client_cpu_s: float
 
 
+@dataclass(frozen=True, slots=True)
 class LoadGenerator:
     """Sends loads through one client. A request that fails is counted and stops no other."""
 
-    def __init__(
-        self,
-        client: AsyncClient,
-        *,
-        ignore_eos: bool = True,
-        timeout_s: float = 600.0,
-        progress: Callable[[], object] = lambda: None,
-    ) -> None:
-        """`timeout_s` limits each request; `progress` is called whenever one has ended."""
-        self._client = client
-        self._ignore_eos = ignore_eos
-        self._timeout_s = timeout_s
-        self._progress = progress
+    client: AsyncClient
+    ignore_eos: bool = True
+    timeout_s: float = 600.0  # of each request
 
-    async def run(self, requests: Sequence[Planned], concurrency: int) -> Wave:
-        """Sends all requests and returns when each of them has ended.
+    async def run(
+        self,
+        requests: Sequence[Planned],
+        concurrency: int,
+        progress: Callable[[], object] = lambda: None,
+    ) -> Wave:
+        """Sends all requests and returns when each of them has ended, which `progress` is told.
 
         Requests with a due time are sent at that time, however many are open. The others form a
         closed loop: `concurrency` are open at any time, and the next is sent when one ends.
@@ -56,23 +52,17 @@ class LoadGenerator:
         cpu_s = time.process_time()
         start_s = time.perf_counter()
         if any(request.due_s is not None for request in requests):
-            calls = await asyncio.gather(*(self._send(r, start_s) for r in requests))
-        else:
-            calls = await self._closed_loop(requests, concurrency, start_s)
-        return Wave(calls, time.perf_counter() - start_s, time.process_time() - cpu_s)
-
-    async def _closed_loop(
-        self, requests: Sequence[Planned], concurrency: int, start_s: float
-    ) -> list[Call]:
+            concurrency = len(requests)
         calls: list[Call] = []
         left = iter(requests)
 
         async def work() -> None:
             for request in left:
                 calls.append(await self._send(request, start_s))
+                progress()
 
         await asyncio.gather(*(work() for _ in range(concurrency)))
-        return calls
+        return Wave(calls, time.perf_counter() - start_s, time.process_time() - cpu_s)
 
     async def _send(self, request: Planned, start_s: float) -> Call:
         if request.due_s is not None:
@@ -81,15 +71,14 @@ class LoadGenerator:
         times_s: list[float] = []
         error: RedmuxError | None = None
         try:
-            stream = self._client.stream(
+            stream = self.client.stream(
                 request.prompt_ids, adapter=request.adapter, max_tokens=request.output_tokens,
-                ignore_eos=self._ignore_eos, timeout_s=self._timeout_s,
+                ignore_eos=self.ignore_eos, timeout_s=self.timeout_s,
             )  # fmt: skip
             async with aclosing(stream):
                 async for chunk in stream:
                     times_s += [time.perf_counter() - start_s] * len(chunk.token_ids)
         except RedmuxError as err:
             error = err
-        self._progress()
         ended_s = time.perf_counter() - start_s
         return Call(len(request.prompt_ids), started_s, tuple(times_s), ended_s, error)

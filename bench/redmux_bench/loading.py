@@ -2,12 +2,10 @@
 
 import argparse
 import asyncio
-from collections.abc import Sequence
 
 from redmux import InvalidArgumentError
 from redmux_bench import put_latency, registered, report, startup
-from redmux_bench.adapters import RandomAdapters
-from redmux_bench.put_latency import PutLatency
+from redmux_bench.published import RandomAdapters
 from redmux_bench.server_process import ServerProcess, start
 from redmux_bench.workload import Workload
 
@@ -19,8 +17,7 @@ def run(options: argparse.Namespace) -> int:
     with start(options, max(options.concurrency, options.streams + 1)) as process:
         model, results = asyncio.run(_measure(options, process))
     if options.startup:
-        results["startup"] = started = startup.measure(options)
-        startup.print_startup(started)
+        results["startup"] = startup.measure(options)
     report.write_json(options, model, results)
     return 0
 
@@ -33,23 +30,9 @@ async def _measure(
         info = await client.info()
         workload = Workload(options.prompt_tokens, options.output_tokens, info.vocab_size)
         adapters = await RandomAdapters.of(client, options.model, options.seed)
-        results["rows"] = rows = await put_latency.measure(options, client, adapters, workload)
-        _print_latencies(rows)
+        results["rows"] = await put_latency.measure(options, client, adapters, workload)
         if options.registered:
-            held = await registered.measure(options, client, process, adapters, workload)
-            results["registered"] = held
-            registered.print_registered(held)
+            results["registered"] = await registered.measure(
+                options, client, process, adapters, workload
+            )
     return info.model, results
-
-
-def _print_latencies(rows: Sequence[PutLatency]) -> None:
-    report.print_table(
-        ("background streams", "put ms", "put to first token ms", "resident ms", "extra ms",
-         "extra p90"),
-        [
-            (row.background_streams, row.put_ms.p50, row.put_to_first_token_ms.p50,
-             row.resident_ms.p50, row.extra_ms.p50, row.extra_ms.p90)
-            for row in rows
-        ],
-    )  # fmt: skip
-    print()

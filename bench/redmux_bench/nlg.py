@@ -1,12 +1,13 @@
 """`redmux bench nlg`: scores of generated texts against references, as the E2E NLG challenge."""
 
 import argparse
-import importlib.metadata
 from dataclasses import asdict
 
 from redmux_bench import report
+from redmux_bench.machine import versions
 from redmux_bench.nlg_files import read_hypotheses, read_references
 from redmux_bench.nlg_scores import score
+from redmux_bench.tables import print_table
 
 
 def run(options: argparse.Namespace) -> int:
@@ -16,7 +17,7 @@ def run(options: argparse.Namespace) -> int:
     scores = score(hypotheses, references)
     num_references = sum(map(len, references))
     print(f"{len(hypotheses)} texts, {num_references} references")
-    report.print_table(
+    print_table(
         ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr"),
         [[f"{value:.2f}" for value in (
             scores.bleu, scores.nist, scores.meteor, scores.rouge_l, scores.cider,
@@ -26,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         "num_texts": len(hypotheses),
         "num_references": num_references,
         "scores": asdict(scores),
-        "scorers": {name: importlib.metadata.version(name) for name in ("sacrebleu", "nltk")},
+        "scorers": versions("sacrebleu", "nltk"),
     }
     report.write_json(options, None, results)
     return 0

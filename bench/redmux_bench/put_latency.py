@@ -6,43 +6,28 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 from redmux import AsyncClient
 from redmux_bench import report
-from redmux_bench.adapters import RandomAdapters
+from redmux_bench.load import LoadGenerator
+from redmux_bench.published import RandomAdapters, cancel
 from redmux_bench.summary import Percentiles
+from redmux_bench.tables import print_table
 from redmux_bench.workload import Planned, Workload
 
 
-@dataclass(frozen=True, slots=True)
-class PutLatency:
-    """Times beside `background_streams` streams, in milliseconds.
+async def measure(
+    options: argparse.Namespace, client: AsyncClient, adapters: RandomAdapters, workload: Workload
+) -> list[dict[str, Any]]:
+    """Prints and returns times on the idle server and beside --streams streams of the base model.
 
     `put_to_first_token_ms` is `put_ms` and the first token after it; `resident_ms` is the first
     token of an adapter that was used before; `extra_ms` is the difference between the two that
     were measured one after the other.
     """
-
-    background_streams: int
-    put_ms: Percentiles
-    put_to_first_token_ms: Percentiles
-    resident_ms: Percentiles
-    extra_ms: Percentiles
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    put_s: float
-    fresh_s: float  # put and first token
-    resident_s: float
-
-
-async def measure(
-    options: argparse.Namespace, client: AsyncClient, adapters: RandomAdapters, workload: Workload
-) -> list[PutLatency]:
-    """Returns the latencies on the idle server and beside --streams streams of the base model."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     async with adapters.published(1) as (resident,):
         await _first_token_s(client, *workload.plan(1, [resident], options.seed))
         with report.progress(2 * options.samples, "put") as bar:
@@ -50,40 +35,49 @@ async def measure(
                 samples = []
                 async with _background(client, workload, streams, options.seed):
                     for index in range(options.samples):
+                        name, content = adapters.new()
                         seed = (options.seed, 3, streams, index)
-                        samples.append(await _sample(client, adapters, resident, workload, seed))
+                        old, new = workload.plan(2, [resident, name], seed)
+                        samples.append(await _sample(client, content, old, new))
                         bar.update()
-                rows.append(_row(streams, samples))
+                put, fresh, warm = zip(*samples, strict=True)
+                extra = [f - w for f, w in zip(fresh, warm, strict=True)]
+                rows.append({
+                    "background_streams": streams, "put_ms": Percentiles.of(put),
+                    "put_to_first_token_ms": Percentiles.of(fresh),
+                    "resident_ms": Percentiles.of(warm), "extra_ms": Percentiles.of(extra),
+                })  # fmt: skip
+    print_table(
+        ("background streams", "put ms", "put to first token ms", "resident ms", "extra ms",
+         "extra p90"),
+        [
+            (row["background_streams"], row["put_ms"].p50, row["put_to_first_token_ms"].p50,
+             row["resident_ms"].p50, row["extra_ms"].p50, row["extra_ms"].p90)
+            for row in rows
+        ],
+    )  # fmt: skip
+    print()
     return rows
 
 
 async def _sample(
-    client: AsyncClient,
-    adapters: RandomAdapters,
-    resident: str,
-    workload: Workload,
-    seed: Sequence[int],
-) -> _Sample:
-    name, content = adapters.new()
-    old, new = workload.plan(2, [resident, name], seed)
+    client: AsyncClient, content: bytes, old: Planned, new: Planned
+) -> tuple[float, float, float]:
+    """Returns the seconds of a put, of it and the first token behind it, and of `old`'s."""
+    assert new.adapter is not None
     resident_s = await _first_token_s(client, old)
     started_s = time.perf_counter()
-    await client.adapters.put(name, content)
+    await client.adapters.put(new.adapter, content)
     put_s = time.perf_counter() - started_s
-    return _Sample(put_s, put_s + await _first_token_s(client, new), resident_s)
+    return put_s, put_s + await _first_token_s(client, new), resident_s
 
 
 async def _first_token_s(client: AsyncClient, request: Planned) -> float:
-    started_s = time.perf_counter()
-    stream = client.stream(
-        request.prompt_ids, adapter=request.adapter, max_tokens=1, ignore_eos=True
-    )
-    elapsed_s = 0.0
-    async with aclosing(stream):
-        async for chunk in stream:
-            if chunk.token_ids:
-                elapsed_s = time.perf_counter() - started_s
-    return elapsed_s
+    wave = await LoadGenerator(client).run([replace(request, output_tokens=1)], 1)
+    (call,) = wave.calls
+    if call.error is not None:
+        raise call.error
+    return call.token_times_s[0] - call.started_s
 
 
 @asynccontextmanager
@@ -113,9 +107,7 @@ async def _background(
         yield
         _raise_failures(tasks)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(tasks)
 
 
 def _raise_failures(tasks: Sequence[asyncio.Task[None]]) -> None:
@@ -123,13 +115,3 @@ def _raise_failures(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         if task.done():
             task.result()
-
-
-def _row(streams: int, samples: Sequence[_Sample]) -> PutLatency:
-    return PutLatency(
-        background_streams=streams,
-        put_ms=Percentiles.of([s.put_s for s in samples]),
-        put_to_first_token_ms=Percentiles.of([s.fresh_s for s in samples]),
-        resident_ms=Percentiles.of([s.resident_s for s in samples]),
-        extra_ms=Percentiles.of([s.fresh_s - s.resident_s for s in samples]),
-    )

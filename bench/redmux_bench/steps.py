@@ -1,21 +1,75 @@
 """Steps of the engine, driven by hand: decodes at a context of choice, and a chunked prefill."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from redmux import InvalidArgumentError
 from redmux_adapters import Adapter
+from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
-from redmux_server.engine.request import Request, SamplingParams, Work
+from redmux_server.engine.engine import Runner
+from redmux_server.engine.request import Event, Request, SamplingParams, Work
 from redmux_server.engine.sampling import sample
 from redmux_server.models.base_model import BaseModel
-from redmux_server.models.kvcache import BLOCK
 
 
-class Steps:
-    """Runs steps of a loaded model on the thread that made this.
+def greedy_request(
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    adapter: Adapter | None = None,
+    sink: Callable[[Event], None] = lambda event: None,
+) -> Request:
+    """Returns a request that draws the likeliest tokens, as many as it may."""
+    return Request(
+        prompt_ids=list(prompt_ids), max_tokens=max_tokens, sampling=SamplingParams(),
+        stop_token_ids=frozenset(), tenant="", adapter=adapter, logprobs=False, sink=sink,
+    )  # fmt: skip
+
+
+class Stepper:
+    """A runner with its cache and bank in the place of the scheduler, on the thread of the caller.
+
+    A request holds its blocks and its slot from `request` to `release`.
+    """
+
+    def __init__(self, runner: Runner, bank: AdapterBank, num_blocks: int, block_size: int) -> None:
+        self.runner = runner
+        self.bank = bank
+        self._pool = BlockPool(num_blocks, block_size)
+
+    def request(
+        self, prompt_ids: Sequence[int], max_tokens: int, adapter: Adapter | None = None
+    ) -> Request:
+        """Returns a request that can run; InvalidArgumentError where the cache has no room."""
+        request = greedy_request(prompt_ids, max_tokens, adapter)
+        blocks = self._pool.allocate(request.max_length)
+        if blocks is None:
+            raise InvalidArgumentError(f"the cache has no room for {request.max_length} tokens")
+        request.blocks = blocks
+        if adapter is not None:
+            request.slot = self.bank.acquire(adapter.digest, adapter.edits)
+        return request
+
+    def release(self, requests: Sequence[Request]) -> None:
+        """Gives blocks and slots back."""
+        for request in requests:
+            self._pool.release(request.blocks)
+            if request.adapter is not None and request.slot is not None:
+                self.bank.release(request.slot)
+
+    def step(self, work: Sequence[tuple[Request, int]], runner: Runner | None = None) -> Tensor:
+        """Computes a step, by another runner if given, and counts its tokens as done."""
+        logits = (runner or self.runner).forward([Work(r, count) for r, count in work])
+        for request, count in work:
+            request.num_computed += count
+        return logits
+
+
+class TimedSteps(Stepper):
+    """Times steps of a loaded model.
 
     Row i of every batch has the same cache blocks; its context is filled as far as it was asked
     for, so that a decode reads keys and values that were really written.
@@ -23,84 +77,60 @@ class Steps:
 
     def __init__(self, model: BaseModel, chunk: int, seed: int) -> None:
         """`chunk` is the most tokens of one prefill step."""
-        self._model = model
+        super().__init__(model.runner, model.bank, model.num_blocks, model.block_size)
         self._chunk = chunk
+        self._vocab_size = model.vocab_size
         self._rng = np.random.default_rng(seed)
-        self._pool = BlockPool(model.num_blocks, BLOCK)
-        self._prompts: list[list[int]] = []  # of each row
-        self._blocks: list[list[int]] = []
+        self._rows: list[Request] = []
         model.runner.enter_thread()
 
     def fill(self, context: int) -> None:
-        """Adds a row and computes its keys and values for positions 0 to context - 1.
-
-        Raises InvalidArgumentError where the cache has no room left.
-        """
-        blocks = self._pool.allocate(context + 1)
-        if blocks is None:
-            raise InvalidArgumentError(f"the cache is too small for a context of {context} more")
-        self._prompts.append(self._prompt(context))
-        self._blocks.append(blocks)
-        self._prefill(self._prompts[-1], blocks, None)
+        """Adds a row and computes its keys and values for positions 0 to context - 1."""
+        self._rows.append(self.request(self._prompt(context), 1))
+        self._prefill(self._rows[-1])
 
     def decode_s(self, batch: int, context: int, adapters: Sequence[Adapter]) -> float:
         """Returns the seconds of one greedy step of the first `batch` rows at this context.
 
-        Row i uses adapter i, the base model where there are none. Nothing is committed: every
-        call computes the same position.
+        Row i uses adapter i, the base model where there are none. Every call computes the same
+        position.
         """
-        num_blocks = self._pool.blocks_for(context + 1)
+        slots = [self.bank.acquire(adapter.digest, adapter.edits) for adapter in adapters]
         work = []
-        for row in range(batch):
-            request = self._request(self._prompts[row][:context], self._blocks[row][:num_blocks])
-            request.token_ids.append(request.prompt_ids[0])
+        for i, row in enumerate(self._rows[:batch]):
+            request = greedy_request(row.prompt_ids[:context], 1, adapters[i] if slots else None)
+            request.token_ids.append(row.prompt_ids[0])
             request.num_computed = context
-            work.append(Work(request, 1))
-        return self._timed(work, adapters)
+            request.blocks = row.blocks[: self._pool.blocks_for(request.max_length)]
+            request.slot = slots[i] if slots else None
+            work.append((request, 1))
+        try:
+            return self._timed(work)
+        finally:
+            for slot in slots:
+                self.bank.release(slot)
 
     def prefill_s(self, num_tokens: int, adapter: Adapter | None) -> float:
         """Returns the seconds from nothing to the first token of a prompt, chunk by chunk."""
-        blocks = self._pool.allocate(num_tokens + 1)
-        assert blocks is not None, "the cache has no room for the prompt"
+        request = self.request(self._prompt(num_tokens), 1, adapter)
         try:
-            return self._prefill(self._prompt(num_tokens), blocks, adapter)
+            return self._prefill(request)
         finally:
-            self._pool.release(blocks)
+            self.release([request])
 
-    def _prefill(self, prompt: list[int], blocks: list[int], adapter: Adapter | None) -> float:
-        request = self._request(prompt, blocks)
-        adapters = [] if adapter is None else [adapter]
+    def _prefill(self, request: Request) -> float:
         elapsed_s = 0.0
-        while request.num_computed < len(prompt):
-            count = min(self._chunk, len(prompt) - request.num_computed)
-            elapsed_s += self._timed([Work(request, count)], adapters)
-            request.num_computed += count
+        while left := len(request.prompt_ids) - request.num_computed:
+            elapsed_s += self._timed([(request, min(self._chunk, left))])
         return elapsed_s
 
-    def _timed(self, work: Sequence[Work], adapters: Sequence[Adapter]) -> float:
-        """Returns the seconds of a step with greedy sampling; row i uses adapter i, if any."""
-        bank = self._model.bank
-        for item, adapter in zip(work, adapters, strict=False):
-            item.request.adapter = adapter
-            item.request.slot = bank.acquire(adapter.digest, adapter.edits)
-        try:
-            started_s = time.perf_counter()
-            logits = self._model.runner.forward(work)
-            sample(logits, [item.request for item in work if item.samples])
-            return time.perf_counter() - started_s
-        finally:
-            for item in work:
-                if item.request.slot is not None:
-                    bank.release(item.request.slot)
-                    item.request.slot = None
+    def _timed(self, work: Sequence[tuple[Request, int]]) -> float:
+        """Returns the seconds of a step with the drawing of its tokens."""
+        sampled = [request for request, count in work if Work(request, count).samples]
+        started_s = time.perf_counter()
+        sample(self.step(work), sampled)
+        return time.perf_counter() - started_s
 
     def _prompt(self, num_tokens: int) -> list[int]:
-        ids: list[int] = self._rng.integers(self._model.vocab_size, size=num_tokens).tolist()
+        ids: list[int] = self._rng.integers(self._vocab_size, size=num_tokens).tolist()
         return ids
-
-    def _request(self, prompt: list[int], blocks: list[int]) -> Request:
-        return Request(
-            prompt_ids=prompt, max_tokens=1, sampling=SamplingParams(),
-            stop_token_ids=frozenset(), tenant="", adapter=None, logprobs=False,
-            sink=lambda event: None, blocks=blocks,
-        )  # fmt: skip

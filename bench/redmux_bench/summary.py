@@ -1,6 +1,5 @@
-"""What a wave comes to: rates, percentiles of latencies, failures, ratios between waves."""
+"""What a wave comes to: rates, percentiles of latencies, failures."""
 
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,21 +75,3 @@ def failures(waves: Sequence[Wave]) -> dict[str, int]:
     """Returns how many requests failed with each class of error."""
     errors = (type(call.error) for wave in waves for call in wave.calls if call.error is not None)
     return dict(Counter(kind.__name__ for kind in errors).most_common())
-
-
-def median_ratio(values: Sequence[float], references: Sequence[float]) -> float:
-    """Returns the median over the rounds of the ratio within each round.
-
-    Both members of a ratio were measured one after the other, so that a machine which is slower
-    in one round than in another does not distort it.
-    """
-    return statistics.median(v / r for v, r in zip(values, references, strict=True))
-
-
-def rotated(items: Sequence[int], round_index: int) -> list[int]:
-    """Returns the items in the order of a round: A B C, then B C A, then C A B.
-
-    Over as many rounds as there are items, each is measured once in every place.
-    """
-    first = round_index % len(items)
-    return [*items[first:], *items[:first]]

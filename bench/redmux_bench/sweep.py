@@ -4,33 +4,16 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from redmux_bench import report
-from redmux_bench.adapters import RandomAdapters
 from redmux_bench.load import LoadGenerator, Wave
-from redmux_bench.serve import warm_up_requests
+from redmux_bench.published import RandomAdapters
+from redmux_bench.rounds import median_ratio, rotated
 from redmux_bench.server_process import Target, reach
-from redmux_bench.summary import failures, median_ratio, rotated, summarize
+from redmux_bench.summary import failures, summarize
+from redmux_bench.tables import print_table
 from redmux_bench.workload import Workload
-
-
-@dataclass(frozen=True, slots=True)
-class SweepRow:
-    """The waves with one number of adapters; medians over the rounds.
-
-    `ratio` is the median of `ratios`, each round's throughput over that of no adapters in the
-    same round.
-    """
-
-    adapters: int
-    output_tokens_per_s: float
-    ratio: float
-    time_to_first_token_ms: float | None
-    inter_token_ms: float | None
-    rounds: Sequence[float]  # output tokens per second
-    ratios: Sequence[float]
-    failures: Mapping[str, int]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,11 +26,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"no request without an adapter completed: {failures(waves[0])}")
         return 1
     rows = [_row(k, waves[k], waves[0]) for k in options.adapters]
-    report.print_table(
+    print_table(
         ("adapters", "tokens/s", "ratio", "first token ms", "between tokens ms", "failed"),
         [
-            (r.adapters, r.output_tokens_per_s, r.ratio, r.time_to_first_token_ms,
-             r.inter_token_ms, sum(r.failures.values()))
+            (r["adapters"], r["output_tokens_per_s"], r["ratio"], r["time_to_first_token_ms"],
+             r["inter_token_ms"], sum(r["failures"].values()))
             for r in rows
         ],
     )  # fmt: skip
@@ -70,33 +53,38 @@ async def _measure(
         adapters = await RandomAdapters.of(client, options.model, options.seed)
         async with adapters.published(max(options.adapters)) as names:
             generator = LoadGenerator(client, timeout_s=options.timeout)
-            warm_up = warm_up_requests(workload, options.concurrency, names, options.seed)
+            warm_up = workload.warm_up(options.concurrency, names, options.seed)
             await generator.run(warm_up, options.concurrency)
-            total = options.rounds * len(waves) * num_requests
-            with report.progress(total, "request") as bar:
-                generator = LoadGenerator(client, timeout_s=options.timeout, progress=bar.update)
+            with report.progress(options.rounds * len(waves) * num_requests, "request") as bar:
                 for index in range(options.rounds):
                     for k in rotated(options.adapters, index):
                         # Prompts of its own, so that no wave profits from one before it.
                         seed = (options.seed, 1, index, k)
                         requests = workload.plan(num_requests, names[:k], seed)
-                        waves[k].append(await generator.run(requests, options.concurrency))
+                        waves[k].append(
+                            await generator.run(requests, options.concurrency, bar.update)
+                        )
     return info.model, waves
 
 
-def _row(adapters: int, waves: Sequence[Wave], references: Sequence[Wave]) -> SweepRow:
+def _row(adapters: int, waves: Sequence[Wave], references: Sequence[Wave]) -> dict[str, Any]:
+    """Returns medians over the rounds with one number of adapters.
+
+    `ratio` is the median of `ratios`, each round's throughput over that of no adapters in the
+    same round.
+    """
     summaries = [summarize(wave) for wave in waves]
     rates = [s.output_tokens_per_s for s in summaries]
     base = [summarize(wave).output_tokens_per_s for wave in references]
     first = [s.time_to_first_token_ms.p50 for s in summaries if s.time_to_first_token_ms]
     gaps = [s.inter_token_ms.p50 for s in summaries if s.inter_token_ms]
-    return SweepRow(
-        adapters=adapters,
-        output_tokens_per_s=statistics.median(rates),
-        ratio=median_ratio(rates, base),
-        time_to_first_token_ms=statistics.median(first) if first else None,
-        inter_token_ms=statistics.median(gaps) if gaps else None,
-        rounds=rates,
-        ratios=[rate / b for rate, b in zip(rates, base, strict=True)],
-        failures=failures(waves),
-    )
+    return {
+        "adapters": adapters,
+        "output_tokens_per_s": statistics.median(rates),
+        "ratio": median_ratio(rates, base),
+        "time_to_first_token_ms": statistics.median(first) if first else None,
+        "inter_token_ms": statistics.median(gaps) if gaps else None,
+        "rounds": rates,
+        "ratios": [rate / b for rate, b in zip(rates, base, strict=True)],
+        "failures": failures(waves),
+    }

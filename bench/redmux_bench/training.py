@@ -5,7 +5,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,24 +21,9 @@ from redmux_adapters.train import (
     load_training_base,
 )
 from redmux_bench import report
-from redmux_bench.summary import median_ratio
+from redmux_bench.rounds import in_turn, median_ratio
+from redmux_bench.tables import print_table
 from redmux_bench.workload import Lengths
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRow:
-    """Both ways with one number of examples per adapter and step; medians over the rounds.
-
-    Rates are of tokens that belong to examples, of all adapters, per second of training steps:
-    loading and setting up is in neither. `ratio` is the median of the rounds' ratios.
-    """
-
-    batch_size: int
-    together_tokens_per_s: float
-    apart_tokens_per_s: float
-    ratio: float
-    together_rounds: Sequence[float]
-    apart_rounds: Sequence[float]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,32 +34,43 @@ def run(options: argparse.Namespace) -> int:
     is_encoder = model_kind(read_config(model)) == "encoder"
     base = load_training_base(model, "classifier" if is_encoder else "causal", torch.float32)
     rows = [_measure(options, base, batch_size) for batch_size in options.batch_sizes]
-    report.print_table(
+    print_table(
         ("examples a step", f"{options.tasks} together tokens/s", "one by one", "ratio"),
-        [(r.batch_size, r.together_tokens_per_s, r.apart_tokens_per_s, r.ratio) for r in rows],
+        [list(row.values())[:4] for row in rows],
     )
     threads = torch.get_num_threads()
     report.write_json(options, model, {"tasks": options.tasks, "threads": threads, "rows": rows})
     return 0
 
 
-def _measure(options: argparse.Namespace, base: TrainingBase, batch_size: int) -> TrainingRow:
+def _measure(options: argparse.Namespace, base: TrainingBase, batch_size: int) -> dict[str, Any]:
+    """Returns both ways with one number of examples per adapter and step.
+
+    Rates are of tokens that belong to examples, of all adapters, per second of training steps:
+    loading and setting up is in neither. Medians over the rounds; `ratio` is that of the rounds'
+    ratios.
+    """
     tasks = [_task(options, base, number, batch_size) for number in range(options.tasks)]
-    together, apart = [], []
     # The first steps, in which libraries set themselves up, are measured in no round.
     _rate(base, [tasks], 1, options.max_pass_tokens)
     _rate(base, [[tasks[0]]], 1, options.max_pass_tokens)
     with report.progress(2 * options.rounds, "turn") as bar:
-        for _ in range(options.rounds):
-            together.append(_rate(base, [tasks], options.steps, options.max_pass_tokens))
+
+        def rate(runs: Sequence[Sequence[Task]]) -> float:
             bar.update()
-            each = [[task] for task in tasks]
-            apart.append(_rate(base, each, options.steps, options.max_pass_tokens))
-            bar.update()
-    return TrainingRow(
-        batch_size, statistics.median(together), statistics.median(apart),
-        median_ratio(together, apart), together, apart,
-    )  # fmt: skip
+            return _rate(base, runs, options.steps, options.max_pass_tokens)
+
+        together, apart = in_turn(
+            options.rounds, lambda: rate([tasks]), lambda: rate([[t] for t in tasks]), warm_ups=0
+        )
+    return {
+        "batch_size": batch_size,
+        "together_tokens_per_s": statistics.median(together),
+        "apart_tokens_per_s": statistics.median(apart),
+        "ratio": median_ratio(together, apart),
+        "together_rounds": together,
+        "apart_rounds": apart,
+    }
 
 
 def _rate(

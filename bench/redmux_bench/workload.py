@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 Assignment = Literal["distinct", "uniform", "zipf"]
+_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,12 @@ class Workload:
             Planned(tuple(rng.integers(self.vocab_size, size=size).tolist()), output, name, due)
             for size, output, name, due in zip(prompts, outputs, names, dues, strict=True)
         ]
+
+    def warm_up(self, concurrency: int, adapters: Sequence[str], seed: int) -> list[Planned]:
+        """Returns short requests that fill a batch and use every adapter once."""
+        short = Lengths(_WARM_UP_TOKENS, _WARM_UP_TOKENS)
+        closed = Workload(self.prompt, short, self.vocab_size)
+        return closed.plan(max(concurrency, len(adapters)), adapters, (seed, 0))
 
 
 def assign(

@@ -4,12 +4,12 @@ import contextlib
 import csv
 import io
 import json
-import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
-from part_red import choose
+from plan import replace_file
+from trainings import choose
 
 CURVE_COLUMNS = ("task", "method", "rate", "step", "split", "loss", "accuracy")
 
@@ -33,22 +33,16 @@ def collect(work: Path, out: Path, head: dict[str, Any]) -> None:
         run["chosen"] = False
     choose(runs)
     results = head | {"notes": notes, "base": base, "runs": runs}
-    _replace(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
-    _replace(out / "outputs.json", json.dumps(outputs, indent=0, ensure_ascii=False).encode())
+    replace_file(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
+    replace_file(out / "outputs.json", json.dumps(outputs, indent=0, ensure_ascii=False).encode())
     text = io.StringIO()
     writer = csv.DictWriter(text, CURVE_COLUMNS)
     writer.writeheader()
     for point in curves:
         writer.writerow(point | {"loss": f"{point['loss']:.5g}"})
-    _replace(out / "curves.csv", text.getvalue().encode())
+    replace_file(out / "curves.csv", text.getvalue().encode())
     if (work / "adapters").is_dir():
         data = io.BytesIO()
         with tarfile.open(fileobj=data, mode="w") as archive, contextlib.suppress(OSError):
             archive.add(work / "adapters", arcname="adapters")
-        _replace(out / "adapters.tar", data.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+        replace_file(out / "adapters.tar", data.getvalue())

@@ -1,6 +1,5 @@
-"""What a run left in its folder, as the cards and tables need it."""
+"""What a run left in its folder, as the tables need it."""
 
-import argparse
 import csv
 import json
 from collections.abc import Mapping, Sequence
@@ -54,22 +53,17 @@ def written(score: str, value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """The results, losses and answers of a run."""
+    """The results and losses of a run."""
 
     results: Mapping[str, Any]
     points: Sequence[Mapping[str, str]]
-    outputs: Mapping[str, Mapping[str, list[str]]]
 
     @classmethod
     def read(cls, folder: Path) -> "Found":
         """Reads what `collect` wrote."""
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         with (folder / "curves.csv").open(encoding="utf-8") as lines:
-            points = list(csv.DictReader(lines))
-        values = [
-            json.loads((folder / name).read_text(encoding="utf-8"))
-            for name in ("results.json", "outputs.json")
-        ]
-        return cls(values[0], points, values[1])
+            return cls(results, list(csv.DictReader(lines)))
 
     def with_later(self, later: "Found") -> "Found":
         """Returns this with the trainings of a later run in place of the same ones here.
@@ -80,11 +74,7 @@ class Found:
         ours = [r for r in self.results["runs"] if _key(r) not in {_key(run) for run in runs}]
         keys = {(task, method, f"{rate:g}") for task, method, rate in map(_key, runs)}
         points = [p for p in self.points if (p["task"], p["method"], p["rate"]) not in keys]
-        outputs = {
-            task: {**answers, **later.outputs.get(task, {})}
-            for task, answers in self.outputs.items()
-        }
-        return Found({**self.results, "runs": [*ours, *runs]}, [*points, *later.points], outputs)
+        return Found({**self.results, "runs": [*ours, *runs]}, [*points, *later.points])
 
     def run(self, task: str, method: str) -> dict[str, Any]:
         """Returns the training whose rate was chosen; KeyError if there is none."""
@@ -102,50 +92,15 @@ class Found:
             and run["chosen"] and run["ending"] == "completed"
         ]  # fmt: skip
 
-    def rates(self, task: str, method: str) -> list[float]:
-        """Returns the rates that were tried."""
-        rows = (r for r in self.results["runs"] if (r["task"], r["method"]) == (task, method))
-        return sorted(row["rate"] for row in rows)
-
-    def curve(self, task: str, method: str, rate: float, split: str = "valid") -> Curve:
-        """Returns the losses of a training by step; empty if there was none."""
+    def curve(self, task: str, method: str, rate: float) -> Curve:
+        """Returns the held-out losses of a training by step; empty if there was none."""
         return {
             int(point["step"]): float(point["loss"])
             for point in self.points
-            if (point["task"], point["method"], point["split"]) == (task, method, split)
+            if (point["task"], point["method"], point["split"]) == (task, method, "valid")
             and float(point["rate"]) == rate
         }
 
 
 def _key(run: Mapping[str, Any]) -> tuple[str, str, float]:
     return run["task"], run["method"], run["rate"]
-
-
-def add_inputs(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `read_inputs` takes."""
-    parser.add_argument(
-        "--results", type=Path, nargs="+", required=True,
-        help="folders that run.py filled; later ones replace trainings of the first",
-    )  # fmt: skip
-    parser.add_argument("--served", type=Path, help="the JSON file of served.py")
-
-
-def read_inputs(args: argparse.Namespace) -> tuple[Found, Mapping[str, Any]]:
-    """Returns what a run found, with the trainings of later ones in place of the same of it.
-
-    Beside it what a server's answers scored, by task.
-    """
-    found, *others = map(Found.read, args.results)
-    for later in others:
-        found = found.with_later(later)
-    if args.served is None:
-        return found, {}
-    return found, json.loads(args.served.read_text(encoding="utf-8"))["tasks"]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Returns a Markdown table whose columns but the first `left` are numbers."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    lines = [" | ".join(header), "|".join(rule), *(" | ".join(row) for row in rows)]
-    lines[1:2] = [f"|{lines[1]}|"]
-    return "\n".join(line if line.startswith("|--") else f"| {line} |" for line in lines)

@@ -1,70 +1,65 @@
 """The part without training: what the base model does when it is told, and when it is shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import model as models
 from examples import Example, few_shot_prompt
 from plan import Part, Plan
-from tasks import TASKS, Task
+from tasks import TASKS
 
 NUM_SHOTS = 3
 _VALID = 48  # held-out examples by which the form of the prompt is chosen
-_Form = tuple[str, str]  # style of the prompt, choice of the shots
-LIKELIHOOD = "likeliest label, "
+_STYLES = ("turns", "text")  # of the prompt
 
 
 def base(plan: Plan, part: Part) -> None:
     """Scores the base model with an instruction, and with 3 shots in the best of several forms."""
-    model, tokenizer = models.load(plan.base, plan.device)
-
-    def answer(task: Task, prompts: list[str]) -> list[str]:
-        max_new_tokens = min(task.max_new_tokens, plan.max_new_tokens)
-        return models.generate(model, tokenizer, prompts, max_new_tokens)
-
-    def label(task: Task, prompts: list[str]) -> list[str]:
-        return models.likeliest(model, tokenizer, prompts, task.labels)
-
+    loaded = models.load(plan.base, plan.device)
     for name in plan.tasks:
-        task = TASKS[name]
-        test, valid = plan.examples(name, "test"), plan.examples(name, "valid")[:_VALID]
-        shots = choose_shots(plan.examples(name, "train"))
-        part.base[name] = row = {"n": len(test), "forms": {}}
-        prompts = [few_shot_prompt(task.instruction, (), e.user, "turns") for e in test]
-        outputs = answer(task, prompts)
-        row["zero_shot"] = task.score(test, outputs)
-        part.keep_outputs(name, "base, zero-shot", outputs)
-        if task.labels:
-            row["zero_shot_likelihood"] = task.score(test, label(task, prompts))
-        part.save()
-
-        def run(call: _Call, form: _Form, examples: Sequence[Example]) -> list[str]:
-            style, chosen = form
-            return call(task, [  # noqa: B023 - called before the next task
-                few_shot_prompt(task.instruction, shots[chosen], e.user, style)  # noqa: B023
-                for e in examples
-            ])  # fmt: skip
-
-        calls: dict[str, tuple[_Call, _Form]] = {}
-        for style in ("turns", "text"):
-            for chosen in shots:
-                calls[f"{style}, {chosen} shots"] = answer, (style, chosen)
-                if task.labels:
-                    calls[f"{LIKELIHOOD}{style}, {chosen} shots"] = label, (style, chosen)
-        for form, (call, how) in calls.items():
-            row["forms"][form] = task.score(valid, run(call, how, valid))[task.metric]
-        best = max(row["forms"], key=row["forms"].__getitem__)
-        call, how = calls[best]
-        outputs = run(call, how, test)
-        row["few_shot"], row["form"] = task.score(test, outputs), best
-        part.keep_outputs(name, "base, 3 shots", outputs)
-        part.save()
-        print(name, row, flush=True)
+        part.base[name] = {"forms": {}}
+        _score(plan, part, name, loaded, part.base[name])
+        print(name, part.base[name], flush=True)
 
 
-_Call = Callable[[Task, list[str]], list[str]]
+def _score(plan: Plan, part: Part, name: str, loaded: tuple[Any, Any], row: dict[str, Any]) -> None:
+    task = TASKS[name]
+    test, valid = plan.examples(name, "test"), plan.examples(name, "valid")[:_VALID]
+    row["n"] = len(test)
+    choices = choose_shots(plan.examples(name, "train"))
+
+    def answers(
+        examples: Sequence[Example], style: str, shots: Sequence[Example], by_likelihood: bool
+    ) -> list[str]:
+        prompts = [few_shot_prompt(task.instruction, shots, e.user, style) for e in examples]
+        if by_likelihood:
+            return models.likeliest(*loaded, prompts, task.labels)
+        return models.generate(*loaded, prompts, plan.answer_tokens(name))
+
+    outputs = answers(test, "turns", (), False)
+    row["zero_shot"] = task.score(test, outputs)
+    part.keep_outputs(name, "base, zero-shot", outputs)
+    if task.labels:
+        row["zero_shot_likelihood"] = task.score(test, answers(test, "turns", (), True))
+    part.save()
+    forms = {
+        ("likeliest label, " if by_likelihood else "") + f"{style}, {chosen} shots": (
+            style, shots, by_likelihood,
+        )
+        for style in _STYLES
+        for chosen, shots in choices.items()
+        for by_likelihood in ((False, True) if task.labels else (False,))
+    }  # fmt: skip
+    for form, how in forms.items():
+        row["forms"][form] = task.score(valid, answers(valid, *how))[task.metric]
+    row["form"] = max(row["forms"], key=row["forms"].__getitem__)
+    outputs = answers(test, *forms[row["form"]])
+    row["few_shot"] = task.score(test, outputs)
+    part.keep_outputs(name, "base, 3 shots", outputs)
+    part.save()
 
 
-def choose_shots(train: Sequence[Example]) -> dict[str, list[Example]]:
+def choose_shots(train: Sequence[Example]) -> Mapping[str, list[Example]]:
     """Returns two choices of shots: examples with rich answers, and a mixture.
 
     The mixture has different answers, of which one is the shortest, such as {}.

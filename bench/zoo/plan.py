@@ -129,6 +129,11 @@ class Part:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    replace_file(path, json.dumps(value, ensure_ascii=False).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file that is read at any time: its readers find the old content or the new."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_bytes(content)
     os.replace(partial, path)

@@ -4,17 +4,16 @@ python bench/zoo/prepare.py --data ../shared/data --out .gpu/zoo-data
 """
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("redmux") is None:  # run from a checkout that is not installed
-    sys.path[:0] = [str(_ROOT / folder) for folder in ("client", "adapters", "server")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import redmux_bench.checkout  # noqa: F401
 
-from examples import SPLITS, Example, write_examples  # noqa: E402
-from tasks import TASKS, Task  # noqa: E402
+# isort: split
+from examples import SPLITS, Example, write_examples
+from tasks import TASKS, Task
 
 _LIMITS = {"train": 6500, "valid": 200, "test": 250}
 

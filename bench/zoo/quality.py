@@ -6,17 +6,18 @@ Needs matplotlib.
 """
 
 import argparse
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from found import LORA, Found, add_inputs, label, read_inputs, table, written
+from found import LORA, Found, label, written
 from part_red import ABLATED, ABLATIONS, RATES
 from tasks import TASKS
+
+from redmux_bench.plot import panels, save
+from redmux_bench.tables import markdown
 
 LORA_RATE = 1e-3
 _SECOND = {  # shown beside a task's own metric
@@ -31,10 +32,15 @@ _DASHES = {"LoRA r=8": "--", "LoRA r=16": ":"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add_inputs(parser)
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True,
+        help="folders that run.py filled; later ones replace trainings of the first",
+    )  # fmt: skip
+    parser.add_argument("--served", type=Path, help="the JSON file of served.py")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     args = parser.parse_args(argv)
-    found, served = read_inputs(args)
+    found = functools.reduce(Found.with_later, map(Found.read, args.results))
+    served = json.loads(args.served.read_text(encoding="utf-8"))["tasks"] if args.served else {}
     for title, text in (
         ("Scores", scores(found, served)),
         ("Trainings", trainings(found)),
@@ -45,8 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"## {title}\n\n{text}\n")
     if args.pictures:
         args.pictures.mkdir(parents=True, exist_ok=True)
-        draw_curves(found).savefig(args.pictures / "zoo-curves.png", dpi=75)
-        draw_ablations(found).savefig(args.pictures / "zoo-ablations.png", dpi=75)
+        methods = ("RED", "RED++", *LORA)
+        draw(found, tasks_of(found), methods, 5, args.pictures / "zoo-curves.png")
+        ablated = [task for task in ABLATED if task in tasks_of(found)]
+        draw(found, ablated, ("RED", *ABLATIONS), 3, args.pictures / "zoo-ablations.png")
 
 
 def tasks_of(found: Found) -> list[str]:
@@ -73,7 +81,7 @@ def scores(found: Found, served: Mapping[str, Any]) -> str:
             rows.append([task, label(score), str(base["n"]), *cells])
     header = ["task", "score", "n", "base", "base, 3 shots", "base, likeliest label", "RED"]
     header += ["RED++", *lora, *(["bundled, served"] if served else [])]
-    return table(header, rows, left=2)
+    return markdown(header, rows, left=2)
 
 
 def trainings(found: Found) -> str:
@@ -95,7 +103,7 @@ def trainings(found: Found) -> str:
             f"{sum({run['together_s'] for run in runs}):.0f}",  # once for each pass
         ])  # fmt: skip
     header = ["method", "parameters", "trainings", "rates", "steps", "tokens of all"]
-    return table([*header, "seconds of all"], rows)
+    return markdown([*header, "seconds of all"], rows)
 
 
 def final_losses(found: Found) -> str:
@@ -105,7 +113,7 @@ def final_losses(found: Found) -> str:
         [task, *(f"{found.run(task, method)['valid_loss']:.3f}" for method in methods)]
         for task in tasks_of(found) if len(found.completed(task, LORA)) == len(LORA)
     ]  # fmt: skip
-    return table(["task", *methods], rows)
+    return markdown(["task", *methods], rows)
 
 
 def same_step(found: Found) -> str:
@@ -124,7 +132,7 @@ def same_step(found: Found) -> str:
     used = [i for i in range(len(methods)) if any(row[2 + i] != "-" for row in rows)]
     header = [f"{methods[i][0]}, {methods[i][1]:g}" for i in used]
     kept = [[*row[:2], *(row[2 + i] for i in used)] for row in rows]
-    return table(["task", "step", *header], kept)
+    return markdown(["task", "step", *header], kept)
 
 
 def ablations(found: Found) -> str:
@@ -142,43 +150,29 @@ def ablations(found: Found) -> str:
                 task, name, f"{run['parameters']:,}", f"{curve[step]:.3f} (step {step})",
                 f"{label(score)} {written(score, run['scores'][score])} (step {run['best_step']})",
             ])  # fmt: skip
-    return table(["task", "what is trained", "parameters", "held-out loss", "score"], rows, left=2)
-
-
-def draw_curves(found: Found) -> Any:
-    """Draws the held-out losses of RED, RED++ and LoRA, one small picture per task."""
-    return _draw_tasks(found, tasks_of(found), ("RED", "RED++", *LORA), num_columns=5)
-
-
-def draw_ablations(found: Found) -> Any:
-    """Draws the held-out losses of RED and its parts."""
-    tasks = [task for task in ABLATED if task in found.results["base"]]
-    return _draw_tasks(found, tasks, ("RED", *ABLATIONS), num_columns=3)
-
-
-def _draw_tasks(
-    found: Found, tasks: Sequence[str], methods: Sequence[str], num_columns: int
-) -> Any:
-    num_rows = -(-len(tasks) // num_columns)
-    figure, grid = plt.subplots(
-        num_rows, num_columns, figsize=(11, 2.6 * num_rows), layout="constrained", squeeze=False
+    return markdown(
+        ["task", "what is trained", "parameters", "held-out loss", "score"], rows, left=2
     )
-    for task, axes in zip(tasks, grid.flat, strict=False):
+
+
+def draw(
+    found: Found, tasks: Sequence[str], methods: Sequence[str], num_columns: int, file: Path
+) -> None:
+    """Draws the held-out losses of methods, one small picture per task."""
+    num_rows = -(-len(tasks) // num_columns)
+    figure, grid = panels(num_rows, num_columns, (11, 2.6 * num_rows))
+    for task, axes in zip(tasks, grid, strict=False):
         for method in methods:
-            _draw(axes, found.curve(task, method, found.run(task, method)["rate"]), method)
+            curve = found.curve(task, method, found.run(task, method)["rate"])
+            steps = sorted(set(curve) - {0})  # step 0 would flatten all that comes behind it
+            axes.plot(steps, [curve[step] for step in steps], _DASHES.get(method, "-"),
+                      marker=".", label=method)  # fmt: skip
+        axes.tick_params(labelsize=8)
         axes.set_title(task, fontsize=9)
-    grid.flat[0].legend(fontsize=7)
+    grid[0].legend(fontsize=7)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("held-out loss", fontsize=9)
-    return figure
-
-
-def _draw(axes: Any, curve: Mapping[int, float], method: str) -> None:
-    """Draws one curve without step 0, which would flatten all others."""
-    steps = [step for step in sorted(curve) if step > 0]
-    style = {"linestyle": _DASHES.get(method, "-"), "marker": ".", "label": method}
-    axes.plot(steps, [curve[step] for step in steps], **style)
-    axes.tick_params(labelsize=8)
+    save(figure, file, dpi=75)
 
 
 if __name__ == "__main__":

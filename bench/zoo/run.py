@@ -9,25 +9,23 @@ is in the output folder at any time.
 import argparse
 import contextlib
 import faulthandler
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 _STARTED = time.time()
 _HERE = Path(__file__).resolve()
-if importlib.util.find_spec("redmux") is None:  # run from a checkout that is not installed
-    sys.path[:0] = [str(_HERE.parents[2] / folder) for folder in ("client", "adapters", "server")]
+sys.path.insert(0, str(_HERE.parents[1]))
+import redmux_bench.checkout  # noqa: E402, F401
 
+# isort: split
 import torch  # noqa: E402
 from collect import collect  # noqa: E402
 from part_base import base  # noqa: E402
@@ -38,6 +36,7 @@ from restyle import plain_answers, style_questions  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
 from redmux_adapters.bases.load import resolve  # noqa: E402
+from redmux_bench.machine import device_and_versions  # noqa: E402
 
 # In the order of their importance. All but the first two wait until RED is trained.
 PARTS: dict[str, Callable[[Plan, Part], None]] = {
@@ -51,6 +50,9 @@ PARTS: dict[str, Callable[[Plan, Part], None]] = {
     "lora16-high": lambda plan, part: lora(plan, part, 16, 3e-3),
     "more-low": lambda plan, part: more(plan, part, 0.5),
 }
+_SIZES = (
+    "batch_size", "num_train", "num_valid", "num_test", "max_new_tokens", "max_pass_tokens"
+)  # fmt: skip
 FIRST = ("red", "base")
 _LEAST_S = 60.0  # before the deadline a part has to start
 _WRITE_S = 4.0  # for the last files
@@ -68,24 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="zoo-") as work:
         folder = tiny_model(resolve(args.base), work) if args.smoke else resolve(args.base)
-        print(f"{time.time() - _STARTED:6.1f} s  model in {folder}", flush=True)
-        plan = Plan(
-            base=folder,
-            data=str(args.data),
-            work=work,
-            device=device,
-            dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
-            tasks=tuple(args.tasks),
-            steps=max(4, round(args.steps * args.steps_scale)),
-            batch_size=args.batch_size,
-            num_train=args.num_train,
-            num_valid=args.num_valid,
-            num_test=args.num_test,
-            max_new_tokens=args.max_new_tokens,
-            max_pass_tokens=args.max_pass_tokens,
-            red_s=args.red_share * args.deadline,
-            deadline=_STARTED + args.deadline - _WRITE_S,
-        )
+        say(f"model in {folder}")
+        own = {
+            "base": folder, "data": str(args.data), "work": work, "device": device,
+            "dtype": args.dtype or ("bfloat16" if device == "cuda" else "float32"),
+            "tasks": tuple(args.tasks), "steps": max(4, round(args.steps * args.steps_scale)),
+            "red_s": args.red_share * args.deadline,
+            "deadline": _STARTED + args.deadline - _WRITE_S,
+        }  # fmt: skip
+        plan = Plan(**own, **{name: getattr(args, name) for name in _SIZES})
         plan.save()
         plain = style_questions(args.data, plan.tasks)
         if not args.smoke:
@@ -93,13 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         (Path(work) / PLAIN_NAME).write_text(json.dumps(plain), encoding="utf-8")
         if device == "cuda":
             torch.cuda.empty_cache()
-        print(f"{time.time() - _STARTED:6.1f} s  plain answers written", flush=True)
-        states = run_here(plan, args) if args.in_process else drive(plan, args)
+        say("plain answers written")
+        states = drive(plan, args)
         for name, state in states.items():
             print(f"{name:12} {state}")
     failed = [name for name, state in states.items() if state["status"] != "ok"]
     print(f"{time.time() - _STARTED:.1f} s, not ok: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
+
+
+def say(text: str) -> None:
+    print(f"{time.time() - _STARTED:6.1f} s  {text}", flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -123,7 +120,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--dtype", help="of the base in training; bfloat16 on a GPU, else float32")
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, few examples")
-    parser.add_argument("--in-process", action="store_true", help="one part after another, here")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -156,57 +152,58 @@ def tiny_model(folder: str, work: str) -> str:
 
 def drive(plan: Plan, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Runs the parts as processes and collects their results; returns how each ended."""
-    work, queue = Path(plan.work), list(args.parts)
-    running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
     states: dict[str, dict[str, Any]] = {}
-    head = {"plan": plan.__dict__, "machine": machine(plan.device), "command": sys.argv}
-    last_collected = 0.0
-    while (queue or running) and plan.remaining_s() > 0:
-        for name, (process, started) in list(running.items()):
-            if process.poll() is not None:
-                states[name] = ended(work, name, process.returncode, time.time() - started)
-                print(f"{time.time() - _STARTED:6.1f} s  {name}: {states[name]}", flush=True)
-                del running[name]
-        red_is_trained = (work / "part-red.trained").exists() or "red" in states
-        while queue and len(running) < args.parallel:
-            if queue[0] not in FIRST and "red" in args.parts and not red_is_trained:
-                break
-            name = queue.pop(0)
-            if plan.remaining_s() < _LEAST_S and not args.smoke:
-                states[name] = {"status": "not started", "error": "too little time was left"}
-                continue
-            print(f"{time.time() - _STARTED:6.1f} s  {name} starts", flush=True)
-            running[name] = start(work, name), time.time()
-        if time.time() - last_collected > _COLLECT_S:
+    cores = {"cores": str(os.cpu_count())}
+    machine = device_and_versions(plan.device, "torch", "transformers", "peft", "sacrebleu") | cores
+    head = {"plan": plan.__dict__, "machine": machine, "command": sys.argv}
+    red_is_trained = Path(plan.work) / "part-red.trained"
+
+    def may_start(name: str) -> bool:
+        waits = name not in FIRST and "red" in args.parts
+        return not waits or red_is_trained.exists() or "red" in states
+
+    def run(name: str) -> None:
+        while not may_start(name) and plan.remaining_s() > 0:
+            time.sleep(_POLL_S)
+        if plan.remaining_s() < (0 if args.smoke else _LEAST_S):
+            states[name] = {"status": "not started", "error": "too little time was left"}
+            return
+        say(f"{name} starts")
+        states[name] = run_process(plan, name)
+        say(f"{name}: {states[name]}")
+
+    with ThreadPoolExecutor(args.parallel) as pool:
+        running = {pool.submit(run, name) for name in args.parts}
+        while running:
+            ended, running = wait(running, _COLLECT_S)
+            for future in ended:
+                future.result()  # raises what was wrong here, and not in the part
             gather(plan, args.out, head, states)
-            last_collected = time.time()
-        time.sleep(_POLL_S)
-    for name, (process, started) in running.items():
-        process.kill()
-        process.wait()
-        states[name] = ended(work, name, None, time.time() - started)
-    for name in queue:
-        states[name] = {"status": "not started", "error": "the time was over"}
-    gather(plan, args.out, head, states)
     return states
 
 
-def run_here(plan: Plan, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Runs the parts in this process, one after another, for trials."""
-    states: dict[str, dict[str, Any]] = {}
-    head = {"plan": plan.__dict__, "machine": machine(plan.device), "command": sys.argv}
-    for name in args.parts:
-        began = time.time()
-        try:
-            run_part(name, plan.work)
-            states[name] = {"status": "ok"}
-        except Exception:
-            states[name] = {"status": "failed", "error": traceback.format_exc()}
-            print(states[name]["error"])
-        states[name]["seconds"] = round(time.time() - began, 1)
-        print(f"{time.time() - _STARTED:6.1f} s  {name}: {states[name]['status']}", flush=True)
-        gather(plan, args.out, head, states)
-    return states
+def run_process(plan: Plan, name: str) -> dict[str, Any]:
+    """Runs a part to its end, or to the deadline, and returns how it ended."""
+    environment = os.environ | {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TQDM_DISABLE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    command = [sys.executable, str(_HERE), "--part", name, "--work", plan.work]
+    path, began = Path(plan.work, f"{name}.log"), time.time()
+    path.write_text(f"== {name}\n")
+    state: dict[str, Any] = {"status": "ok"}
+    try:
+        with path.open("ab") as log:
+            subprocess.run(
+                command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment,
+                timeout=plan.remaining_s(),
+            )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        state = {"status": "stopped", "error": "the time was over"}
+    except subprocess.CalledProcessError:
+        lines = path.read_text(errors="replace").splitlines()
+        state = {"status": "failed", "error": "\n".join(lines[-25:])}
+    return state | {"seconds": round(time.time() - began, 1)}
 
 
 def gather(plan: Plan, out: Path, head: dict[str, Any], states: dict[str, dict[str, Any]]) -> None:
@@ -219,32 +216,6 @@ def gather(plan: Plan, out: Path, head: dict[str, Any], states: dict[str, dict[s
     logs = [path.read_text(errors="replace") for path in sorted(Path(plan.work).glob("*.log"))]
     with contextlib.suppress(OSError):
         (out / "log.txt").write_text("\n".join(logs)[-4_000_000:])
-
-
-def start(work: Path, name: str) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TQDM_DISABLE": "1",
-        "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
-    with (work / f"{name}.log").open("wb") as log:
-        log.write(f"== {name}\n".encode())
-        log.flush()
-        return subprocess.Popen(
-            [sys.executable, str(_HERE), "--part", name, "--work", str(work)],
-            stdout=log, stderr=subprocess.STDOUT, env=environment,
-        )  # fmt: skip
-
-
-def ended(work: Path, name: str, code: int | None, seconds: float) -> dict[str, Any]:
-    """Returns the status of a part; `code` None says that it was stopped at the deadline."""
-    status = "ok" if code == 0 else "failed"
-    state: dict[str, Any] = {"status": status, "seconds": round(seconds, 1)}
-    if code is None:
-        state |= {"status": "stopped", "error": "the time was over"}
-    elif code != 0:
-        lines = (work / f"{name}.log").read_text(errors="replace").splitlines()
-        state["error"] = "\n".join(lines[-25:])
-    return state
 
 
 def run_part(name: str, work: str) -> int:
@@ -260,15 +231,6 @@ def run_part(name: str, work: str) -> int:
     part.notes["peak_bytes"] = torch.cuda.max_memory_reserved() if plan.device == "cuda" else None
     part.save()
     return 0
-
-
-def machine(device: str) -> dict[str, str]:
-    name = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or "cpu"
-    row = {"device": name, "python": platform.python_version(), "cores": str(os.cpu_count())}
-    for package in ("torch", "transformers", "peft", "sacrebleu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            row[package] = importlib.metadata.version(package)
-    return row
 
 
 if __name__ == "__main__":

@@ -15,19 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(_ROOT / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from redmux_bench.checkout import ROOT
 
-from examples import Example, read_examples  # noqa: E402
-from found import label, score_names, table, written  # noqa: E402
-from restyle import restyled  # noqa: E402
-from tasks import TASKS  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+# isort: split
+from examples import Example, read_examples
+from found import label, score_names, written
+from restyle import restyled
+from tasks import TASKS
+from tqdm import tqdm
 
-from redmux import AsyncClient  # noqa: E402
-from redmux_bench.server_process import ServerProcess  # noqa: E402
+from redmux import AsyncClient
+from redmux_bench.server_process import ServerProcess
+from redmux_bench.tables import markdown
 
-_ZOO = _ROOT / "adapters" / "redmux_adapters" / "zoo"
+ZOO = ROOT / "adapters" / "redmux_adapters" / "zoo"
 _MIXING_SEED = 0
 _TIMEOUT_S = 900.0  # for an answer on a machine that others use
 Question = tuple[str, int]  # task, number of its test text
@@ -36,7 +38,7 @@ Question = tuple[str, int]  # task, number of its test text
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="folder that prepare.py filled")
-    parser.add_argument("--zoo", type=Path, default=_ZOO, help="folder of adapters named as tasks")
+    parser.add_argument("--zoo", type=Path, default=ZOO, help="folder of adapters named as tasks")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="all of the folder")
     parser.add_argument("--limit", type=int, default=250, help="test texts of each task")
@@ -105,7 +107,7 @@ def summary(report: dict[str, Any]) -> str:
         for task, row in report["tasks"].items()
         for score in score_names(row["scores"])
     ]
-    return table(["adapter", "score", "n", "served"], rows, left=2)
+    return markdown(["adapter", "score", "n", "served"], rows, left=2)
 
 
 if __name__ == "__main__":

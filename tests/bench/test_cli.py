@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from redmux.cli import main
-from redmux_bench import report
+from redmux_bench import report, tables
 
 COMMANDS = ("serve", "sweep", "load", "floor", "engine", "jobs")
 
@@ -62,7 +62,7 @@ def test_a_server_that_does_not_start_is_one_line(capsys, tmp_path):
 
 
 def test_a_table_lines_its_columns_up(capsys):
-    report.print_table(("name", "x"), [("a", 1234.5), ("bcdefg", 0.98765), ("h", None)])
+    tables.print_table(("name", "x"), [("a", 1234.5), ("bcdefg", 0.98765), ("h", None)])
     assert capsys.readouterr().out.splitlines() == [
         "name        x", "a        1234", "bcdefg  0.988", "h           -",
     ]  # fmt: skip

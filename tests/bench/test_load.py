@@ -79,6 +79,5 @@ async def test_what_was_planned_is_what_is_asked_for():
 async def test_progress_is_told_whenever_a_request_ends():
     told = []
     client = FakeClient(fail=lambda prompt: True)
-    generator = LoadGenerator(client, progress=lambda: told.append(client.num_open))
-    await generator.run(planned(5), concurrency=1)
+    await LoadGenerator(client).run(planned(5), 1, lambda: told.append(client.num_open))
     assert told == [0] * 5

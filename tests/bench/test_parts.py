@@ -9,7 +9,7 @@ from torch import nn
 from redmux_adapters import ffn_sites
 from redmux_bench.adapters import model_sites, random_adapter
 from redmux_bench.limits import LinearFloor
-from redmux_bench.steps import Steps
+from redmux_bench.steps import TimedSteps
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.models.load_causal import load_causal
@@ -52,7 +52,7 @@ def test_a_decode_step_attends_to_the_context_that_was_filled_and_commits_nothin
     monkeypatch.setattr(
         model.runner, "forward", lambda work: got.append((work, forward(work))) or got[-1][1]
     )
-    steps = Steps(model, chunk=16, seed=0)
+    steps = TimedSteps(model, chunk=16, seed=0)
     for context in (40, 24):
         steps.fill(context)
     got.clear()

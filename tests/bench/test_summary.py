@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from redmux import NotFoundError, ResourceExhaustedError
 from redmux_bench.load import Call, Wave
-from redmux_bench.summary import Percentiles, median_ratio, rotated, summarize
+from redmux_bench.rounds import in_turn, median_ratio, rotated
+from redmux_bench.summary import Percentiles, summarize
 
 SECONDS = st.floats(0.001, 1000)
 
@@ -83,3 +84,15 @@ def test_every_item_has_every_place_once_in_as_many_rounds_as_there_are_items(it
         assert sorted(order) == sorted(items)
     for place in zip(*rounds, strict=True):
         assert sorted(place) == sorted(items)
+
+
+def test_measurements_take_turns_and_rounds_of_warming_up_do_not_count():
+    order = []
+
+    def measure(name):
+        order.append(name)
+        return float(len(order))
+
+    got = in_turn(2, lambda: measure("a"), lambda: measure("b"))
+    assert order == ["a", "b"] * 3
+    assert got == [[3.0, 5.0], [4.0, 6.0]]

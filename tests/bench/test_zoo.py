@@ -1,5 +1,6 @@
-"""The zoo's scores against cases counted by hand, its choices, tables and cards."""
+"""The zoo's scores against cases counted by hand, its choices and tables."""
 
+import copy
 import csv
 import json
 import sys
@@ -9,29 +10,30 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from redmux_adapters import Adapter, Edit, read_adapter
+from redmux_adapters import Edit, read_adapter
 from redmux_adapters.train import Example as TokenExample
-from redmux_adapters.train import TrainingBase
+from redmux_adapters.train import Task, TrainingBase, TrainingOptions
 from redmux_adapters.train.objectives import GenerationObjective, Row
+from redmux_bench.lora import LoraBank, LoraTrainer
+from redmux_bench.plain_model import edited, greedy
+from redmux_bench.tables import markdown
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "zoo"))
 
-import cards
 import model as models
 import quality
 import scores
 import served
 from examples import Example, few_shot_prompt, prompt, read_examples, write_examples
-from found import Found, table, written
+from found import Found, written
 from part_base import choose_shots
-from part_lora import MixedLora
-from part_red import choose, filled_bank
 from plan import Plan
 from restyle import restyled
 from styles import PIRATE
 from tasks import TASKS
+from trainings import choose
 
-BUNDLED = sorted(path.parent.name for path in cards.ZOO.glob("*/adapter_config.json"))
+BUNDLED = sorted(path.parent.name for path in served.ZOO.glob("*/adapter_config.json"))
 
 
 def of_targets(*targets, user="text"):
@@ -193,29 +195,27 @@ def tiny():
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def test_adapters_in_a_filled_bank_edit_their_own_rows(tiny):
-    torch.manual_seed(2)
-    sites = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    adapters = [
-        Adapter("llama-32x2-0000000000000000", {
-            site: Edit(1 + 0.1 * torch.randn(32), 0.1 * torch.randn(32)) for site in sites
-        }) for _ in range(2)
-    ]  # fmt: skip
-    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-    bank = filled_bank(tiny, adapters)
-    with bank.editing(torch.tensor([1, 0])):
-        got = tiny(ids).logits
-    bank.close()
-    for row, adapter in enumerate(reversed(adapters)):
-        hooks = [
-            tiny.get_submodule(site).register_forward_hook(
-                lambda _m, _i, out, e=edit: out * e.scale + e.bias
-            )
-            for site, edit in adapter.edits.items()
-        ]
-        torch.testing.assert_close(tiny(ids[row : row + 1]).logits[0], got[row])
-        for hook in hooks:
-            hook.remove()
+def test_greedy_answers_of_a_batch_are_those_of_each_prompt_alone(tiny):
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    alone = [greedy(tiny, [prompt], 6, end=99)[0] for prompt in prompts]
+    assert greedy(tiny, prompts, 6, end=99) == alone
+    assert [len(row) for row in alone] == [6, 6, 6]
+    end = alone[1][2]
+    assert greedy(tiny, prompts[1:2], 6, end)[0] == alone[1][: alone[1].index(end) + 1]
+
+
+def test_a_plain_model_is_edited_inside_the_block_alone(tiny):
+    site = "model.layers.1.mlp.down_proj"
+    edit = Edit(1 + 0.1 * torch.randn(32), 0.1 * torch.randn(32))
+    ids, module, seen = torch.tensor([[1, 2, 3]]), tiny.get_submodule(site), []
+    plain = tiny(ids).logits
+    with edited(tiny, {site: edit}):
+        handle = module.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+        assert not torch.allclose(tiny(ids).logits, plain, atol=1e-3)
+    handle.remove()
+    ((x, out),) = seen
+    torch.testing.assert_close(out, module(x) * edit.scale + edit.bias)
+    assert torch.equal(tiny(ids).logits, plain)
 
 
 def test_the_likeliest_label_is_that_of_one_text_at_a_time(tiny):
@@ -234,43 +234,60 @@ def test_the_likeliest_label_is_that_of_one_text_at_a_time(tiny):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
-def test_mixed_lora_has_the_losses_and_gradients_of_plain_peft(tiny):
-    mixed = MixedLora(tiny, 4, ["one", "two"])
-    objective = GenerationObjective(TrainingBase("", "causal", mixed, None, ""), mixed, False)
+def test_lora_in_a_bank_has_the_losses_and_gradients_of_plain_peft(tiny):
+    bank = LoraBank(tiny, [0, 1], 4, ("q_proj", "v_proj"))
+    objective = GenerationObjective(TrainingBase("", "causal", bank, None, ""), bank, False)
     drawn = torch.Generator().manual_seed(5)
-    for name, parameter in mixed.peft.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=drawn)
+    bank.values.add_(0.1 * torch.randn(bank.values.shape, generator=drawn))
     examples = [
         (0, TokenExample((1, 2, 3), (4, 5))), (1, TokenExample((6, 7), (8, 9, 10))),
         (0, TokenExample((3,), (11,))),
     ]  # fmt: skip
     rows = [Row(owner, example, weight=0.3) for owner, example in examples]
     objective.run(rows, True)
-    grads = {
-        owner: {n: p.grad.clone() for n, p in mixed.parameters_of(name).items()}
-        for owner, name in enumerate(("one", "two"))
-    }
-    for owner, name in enumerate(("one", "two")):
-        mixed.peft.set_adapter(name)
-        own = mixed.parameters_of(name)
-        for parameter in own.values():
+    for owner in range(2):
+        bank.activate(owner)
+        parameters = bank.weights(owner).values()
+        for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
         for (number, example), row in zip(examples, rows, strict=True):
             if number == owner:
                 ids = torch.tensor([example.inputs + example.targets])
-                logits = mixed.peft(input_ids=ids).logits[0, len(example.inputs) - 1 : -1]
+                logits = bank.peft(input_ids=ids).logits[0, len(example.inputs) - 1 : -1]
                 loss = torch.nn.functional.cross_entropy(
                     logits, torch.tensor(example.targets), reduction="sum"
                 )
                 assert row.loss == pytest.approx(loss.item(), abs=1e-4)
                 (0.3 * loss).backward()
-        for path, parameter in own.items():
-            torch.testing.assert_close(parameter.grad, grads[owner][path], rtol=1e-4, atol=1e-6)
+        grads = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        torch.testing.assert_close(bank.grads[owner], grads, rtol=1e-4, atol=1e-6)
 
 
-# --- tables and cards -----------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
+def test_lora_trained_beside_others_is_that_of_a_training_alone(tiny):
+    def trained(seeds):
+        torch.manual_seed(9)
+        base = TrainingBase.of(copy.deepcopy(tiny), None)
+        tasks = [
+            Task(
+                str(seed), [TokenExample((i, seed), (i + seed, 7)) for i in range(6)],
+                TrainingOptions(learning_rate=0.01, steps=3, batch_size=2, seed=seed, eval_every=3),
+                [TokenExample((3, seed), (4,))],
+            )
+            for seed in seeds
+        ]  # fmt: skip
+        trainer = LoraTrainer(base, tasks, 2, ("q_proj",), max_pass_tokens=64)
+        while trainer.active:
+            trainer.step()
+        return [learner.result()["values"] for learner in trainer.learners]
+
+    together, alone = trained([1, 2]), trained([2])
+    torch.testing.assert_close(together[1], alone[0])
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+# --- tables and adapters --------------------------------------------------------------------------
 
 
 def run_of(task, method, **changes):
@@ -296,9 +313,7 @@ def results(tmp_path):
         "machine": {"device": "a GPU"}, "base": {"sentiment": base},
         "runs": [run_of("sentiment", m, rate=rate) for m, rate in methods.items()],
     }  # fmt: skip
-    outputs = {m: ["positive"] * 4 for m in ("RED", "RED++", "base, 3 shots")}
     (tmp_path / "results.json").write_text(json.dumps(found))
-    (tmp_path / "outputs.json").write_text(json.dumps({"sentiment": outputs}))
     with (tmp_path / "curves.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["task", "method", "rate", "step", "split", "loss", "accuracy"])
@@ -325,20 +340,13 @@ def test_a_later_run_completes_a_training_that_was_stopped(results):
                          scores={"accuracy": 1.0, "most_frequent": 0.5})]},
         [{"task": "sentiment", "method": "LoRA r=8", "rate": "0.001", "step": "8",
           "split": "valid", "loss": "1.5", "accuracy": "0.5"}],
-        {"sentiment": {"LoRA r=8|0.001": ["negative"] * 4}},
     )  # fmt: skip
     found = Found.read(results).with_later(later)
     assert found.curve("sentiment", "LoRA r=8", 0.001) == {8: 1.5}
     assert found.curve("sentiment", "LoRA r=16", 0.001) == {0: 8.0, 4: 6.0}
-    assert set(found.outputs["sentiment"]) == {
-        "RED", "RED++", "base, 3 shots", "LoRA r=8|0.001"
-    }  # fmt: skip
     line = quality.scores(found, {}).splitlines()[2]
     assert line == "| sentiment | accuracy | 4 | 0 % | 25 % | 50 % | 75 % | 75 % | 100 % |"
     assert "| LoRA r=8 | 10 | 1 | 0.001 | 8 | 100 | 9 |" in quality.trainings(found)
-    assert "| held-out loss | - | - | - | 0.500 | 0.500 | 0.500 |" in cards.scores(
-        "sentiment", found, None
-    )
     (stopped,) = quality.same_step(found).splitlines()[2:]
     assert stopped.startswith("| sentiment | 4 | 6.000 | 6.000 | ")
     assert quality.final_losses(found).splitlines()[2:] == []  # r=16 is not at its end
@@ -350,7 +358,7 @@ def test_losses_and_trainings_of_completed_loras_are_told_apart_from_stopped_one
         for m, s, loss in (("LoRA r=8", 9.0, 0.4), ("LoRA r=16", 11.0, 0.3))
     ]
     other = run_of("pirate", "LoRA r=8", rate=0.001, ending="completed", together_s=5.0)
-    found = Found.read(results).with_later(Found({"runs": [*runs, other]}, [], {}))
+    found = Found.read(results).with_later(Found({"runs": [*runs, other]}, []))
     assert quality.final_losses(found).splitlines()[2:] == [
         "| sentiment | 0.500 | 0.500 | 0.400 | 0.300 |"
     ]
@@ -362,50 +370,27 @@ def test_a_missing_training_is_named(results):
         Found.read(results).run("pirate", "RED")
 
 
-def test_a_card_has_the_scores_the_samples_and_the_first_wrong_answer(results, tmp_path):
-    examples = of_targets("positive", "positive", "positive", "negative", user="a film")
-    adapter = cards.with_evaluation(
-        read_adapter(cards.ZOO / "sentiment"), "sentiment", Found.read(results)
-    )
-    assert adapter.metadata.evaluation.endswith("accuracy 25 % -> 75 %")
-    text = cards.card("sentiment", adapter, Found.read(results), examples, {})
-    assert "| accuracy | 0 % | 25 % | 50 % | 75 % | 75 % |" in text
-    assert adapter.digest in text
-    assert text.count("    reference ") == 4
-    assert text.index("reference negative") > text.index("reference positive")
-    assert "states no licence" in text
-
-
-def test_a_kept_card_gets_its_comparison_once(results, monkeypatch):
-    monkeypatch.setitem(cards._KEPT, "sentiment", "Kept.")
-    found, text = Found.read(results), "# sentiment\n\n## Samples\n\nsome\n"
-    once = cards.with_comparison(text, "sentiment", found, {})
-    assert once == cards.with_comparison(once, "sentiment", found, {})
-    assert once.startswith("# sentiment\n\n## Beside")
-    assert once.endswith("## Samples\n\nsome\n")
-
-
 def test_scores_are_written_as_shares_or_numbers():
     assert written("accuracy", 0.126) == "13 %"
     assert written("slot_f1", 0.126) == "0.13"
     assert written("bleu", 36.92) == "36.9"
     assert written("bleu", None) == "-"
-    assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |"
+    assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n|---|---:|\n| x | 1 |"
 
 
 @pytest.mark.parametrize("task", BUNDLED)
 def test_every_bundled_adapter_has_a_card_of_itself_and_a_task_with_its_licence(task):
-    adapter, text = read_adapter(cards.ZOO / task), (cards.ZOO / task / "README.md").read_text()
+    adapter, text = read_adapter(served.ZOO / task), (served.ZOO / task / "README.md").read_text()
     assert adapter.digest in text
     assert adapter.num_parameters == 34_560
     assert adapter.metadata.license == TASKS[task].license
     assert f"License of the vectors: {adapter.metadata.license}" in text
     assert "## Limits" in text
-    assert f"[{task}]({task}/README.md)" in (cards.ZOO / "README.md").read_text()
+    assert f"[{task}]({task}/README.md)" in (served.ZOO / "README.md").read_text()
 
 
 def test_the_demo_asks_every_bundled_adapter_twice():
-    demo = json.loads((cards.ZOO / "demo.json").read_text(encoding="utf-8"))
+    demo = json.loads((served.ZOO / "demo.json").read_text(encoding="utf-8"))
     assert sorted(item["adapter"] for item in demo) == sorted(BUNDLED * 2)
 
 

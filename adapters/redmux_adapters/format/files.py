@@ -328,14 +328,6 @@ def _container(adapter: Adapter, metadata: Mapping[str, str]) -> bytes:
     return data
 
 
-def _refused(what: str, path: Path, err: OSError) -> RedmuxError:
-    if err.errno in _SHORTAGES:
-        return ResourceExhaustedError(
-            f"cannot {what} {path.name}: {err.strerror}; try again", retry_after_s=1.0
-        )
-    return InvalidAdapterError(f"cannot {what} {path}: {err.strerror}")
-
-
 def _config_text(adapter: Adapter) -> str:
     return format_config(_config(adapter))
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from rig import SHAPES, random_model
 
-_ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = [str(_ROOT / folder) for folder in ("client", "adapters", "server", "bench")]
+from redmux_bench.checkout import SOURCES
 
 
-def front_end(
+def measure(
     shape: str, device: torch.device, dtype: torch.dtype, *, smoke: bool
 ) -> list[dict[str, Any]]:
     """Runs `redmux bench engine` on a random model of this shape; needs the extra `bench`."""
@@ -36,7 +35,7 @@ def front_end(
             "--rounds", str(rounds), "--json", str(out),
             *(f"--serve-arg={argument}" for argument in serve),
         ]  # fmt: skip
-        path = os.pathsep.join([*_SOURCES, os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
         ended = subprocess.run(
             command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
         )

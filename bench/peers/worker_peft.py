@@ -4,21 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from worker import Answer, WorkerPeer, serve
-
-
-class PeftPeer(WorkerPeer):
-    """`options`: python, threads."""
-
-    script = "peer_peft.py"
-
-    def settings(self) -> dict[str, Any]:  # noqa: D102
-        count = self.limits.adapters if "adapters" in self.workloads else 0
-        return {
-            "model": str(self.models / "hf"),
-            "adapters": [str(self.models / "lora" / f"{i:03}") for i in range(count)],
-            "threads": self.options["threads"],
-        }
+from worker import Answer, serve
 
 
 def load(settings: dict[str, Any]) -> Answer:

@@ -6,21 +6,7 @@ Its scheduler has no adapter per request, so there is nothing to measure with ma
 import time
 from typing import Any
 
-from worker import Answer, WorkerPeer, serve
-
-
-class OpenVinoPeer(WorkerPeer):
-    """`options`: python, model (a name in the models folder), properties of the CPU plugin."""
-
-    script = "peer_openvino.py"
-
-    def settings(self) -> dict[str, Any]:  # noqa: D102
-        return {
-            "model": str(self.models / self.options["model"]),
-            "properties": dict(self.options["properties"]),
-            "max_num_seqs": self.limits.concurrency,
-            "max_num_batched_tokens": self.options.get("max_num_batched_tokens", 2048),
-        }
+from worker import Answer, serve
 
 
 def load(settings: dict[str, Any]) -> Answer:
