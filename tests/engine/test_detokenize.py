@@ -101,6 +101,84 @@ def test_tokens_without_text_lose_nothing_around_them():
     assert "".join(parts) == "\u4e2da"
 
 
+def fallback_tokenizer():
+    """Characters that are no tokens are written as bytes, as in Llama 2's tokenizer."""
+    vocab = {"<unk>": 0, "a": 1, "b": 2} | {f"<0x{i:02X}>": i + 3 for i in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+HALF = TOKENIZER.encode("\u4e2d").ids[:1]
+# Tokens that each end one character and begin the next.
+STRADDLING = Tokenizer(models.BPE(vocab={"\u00e4": 0, "\u00b8\u0143\u00e4": 1}, merges=[]))
+STRADDLING.decoder = decoders.ByteLevel()
+broken = st.lists(st.sampled_from(TOKENIZER.encode("\u4e2d\U0001f600a\u00e9").ids), max_size=90)
+
+
+@given(broken, sizes)
+@quick
+def test_long_runs_of_broken_characters_stream_to_what_they_decode_to_at_once(ids, sizes):
+    assert "".join(stream(ids, sizes)) == decode(ids)
+
+
+@pytest.mark.parametrize("length", [1, 7, 60])
+def test_characters_that_share_every_token_stream_to_what_they_decode_to_at_once(length):
+    ids = [0] + [1] * length
+    assert "".join(stream(ids, decode=STRADDLING.decode)) == STRADDLING.decode(ids)
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_no_text_is_lost_behind_bytes_that_make_no_character(number):
+    tokenizer = fallback_tokenizer()
+    character = tokenizer.encode("\u4e2d").ids
+    ids = character[:1] * number + tokenizer.encode("\u4e2dab\u4e2db").ids
+    assert "".join(stream(ids, decode=tokenizer.decode)).endswith("ab\u4e2db")
+
+
+def silent(ids):
+    return decode([i for i in ids if i < 9999])
+
+
+@pytest.mark.parametrize(
+    ("decode", "ids"),
+    [
+        (decode, HALF),
+        (decode, TOKENIZER.encode("\U0001f600").ids[:1]),
+        (STRADDLING.decode, [1]),
+        (fallback_tokenizer().decode, fallback_tokenizer().encode("\u4e2d").ids[:1]),
+        (silent, [9999]),
+        (silent, [*HALF, 9999, 9999, 9999, 9999, 9999, 9999, 9999]),
+        (decode, TOKENIZER.encode("the \u4e2d").ids),
+    ],
+)
+def test_what_is_decoded_grows_with_the_tokens_and_not_faster(decode, ids):
+    decoded = 0
+
+    def counting(window):
+        nonlocal decoded
+        decoded += len(window)
+        return decode(window)
+
+    ids = ids * (2000 // len(ids))
+    stream(ids, decode=counting)
+    assert decoded <= 40 * len(ids)
+
+
+@given(st.lists(st.sampled_from([1, 2, *range(195, 259)]), max_size=60))
+@quick
+def test_no_token_is_decoded_more_than_a_bounded_number_of_times(ids):
+    longest, tokenizer = 0, fallback_tokenizer()
+
+    def watching(window):
+        nonlocal longest
+        longest = max(longest, len(window))
+        return tokenizer.decode(window)
+
+    stream(ids, decode=watching)
+    assert longest <= 2 * 16 + 2
+
+
 # -- stop texts -------------------------------------------------------------------------------
 
 letters = st.text(st.sampled_from("ab\u00e9"), max_size=12)

@@ -2,37 +2,63 @@
 
 from collections.abc import Callable, Sequence
 
+_BROKEN = "\ufffd"
+_MOST_HELD = 16  # tokens that are held back; a character has at most four
+_CHARACTER = 3  # most tokens that a character is held back for: what a fourth would complete
+
 
 class Detokenizer:
     """Decodes tokens as they come and gives out text once it cannot change any more.
 
     A token may be part of a character, or change the space before it; so a window of tokens is
-    decoded twice, without and with the newest ones, and the difference is given out unless it
-    ends inside a character (the method of TGI and vLLM).
+    decoded with the newest ones, and what that adds is given out unless it ends inside a character
+    (the method of TGI and vLLM). A character that many tokens have not completed will not be: then
+    all but the last few bytes are given out as U+FFFD. So the window is short, whatever comes.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []
-        self._start = 0  # first token of the window
-        self._given = 0  # tokens whose text was given out
+        self._ids: list[int] = []  # the window
+        self._num_before = 0  # its first tokens, whose text was given out
+        self._before = ""  # that text
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Returns the text that these tokens complete."""
         self._ids += token_ids
-        before = self._decode(self._ids[self._start : self._given])
-        after = self._decode(self._ids[self._start :])
-        if len(after) <= len(before) or after.endswith("\ufffd"):
-            return ""
-        self._start, self._given = self._given, len(self._ids)
-        return after[len(before) :]
+        text = self._decode(self._ids)
+        if len(text) > len(self._before) and not text.endswith(_BROKEN):
+            return self._give(text)
+        if len(self._ids) - self._num_before > _MOST_HELD:
+            return self._give_up(text)
+        return ""
 
     def flush(self) -> str:
         """Returns what is left at the end, an incomplete character as U+FFFD."""
-        before = self._decode(self._ids[self._start : self._given])
-        after = self._decode(self._ids[self._start :])
-        self._start = self._given = len(self._ids)
-        return after[len(before) :]
+        return self._give(self._decode(self._ids))
+
+    def _give(self, text: str) -> str:
+        """Gives out the rest of the window's text; the tokens that brought it are the next one."""
+        given = text[len(self._before) :]
+        del self._ids[: self._num_before]
+        self._num_before = len(self._ids)
+        self._before = self._decode(self._ids)
+        return given
+
+    def _give_up(self, text: str) -> str:
+        """Makes the window short again where its tokens complete nothing."""
+        if not text.endswith(_BROKEN):  # they have no text
+            del self._ids[self._num_before :]
+            return ""
+        # What may still become a character decodes to one U+FFFD, if it does not share its first
+        # token with the character before it.
+        lengths = range(_CHARACTER, 0, -1)
+        length = next((n for n in lengths if self._decode(self._ids[-n:]) == _BROKEN), _CHARACTER)
+        tail = self._decode(self._ids[-length:])
+        num_open = int(tail.endswith(_BROKEN))
+        given = text[len(self._before) : len(text) - num_open]
+        self._ids = self._ids[-length:]
+        self._num_before, self._before = 0, tail[: len(tail) - num_open]
+        return given
 
 
 class StopMatcher:
