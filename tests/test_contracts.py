@@ -23,9 +23,9 @@ PACKAGES = {
 # The floors of a package, from the ground up: its modules and the wings of its modules. Each uses
 # what lies below it; those of the ground floor use each other.
 FLOORS = {
-    "adapters/redmux_adapters": ["bases", "format", "convert fold show train", "cli"],
+    "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
     "server/redmux_server": [
-        "config device engine metrics",
+        "config device engine fair_thread metrics",
         "models",
         "registry",
         "training",

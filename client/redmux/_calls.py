@@ -69,6 +69,7 @@ def generation(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     logprobs: bool = False,
+    parse_special_tokens: bool = False,
 ) -> inference_pb2.Generation:
     """Returns the message for a request; ranges are the server's to check.
 
@@ -92,7 +93,7 @@ def generation(
             ),
             logprobs=logprobs,
         )
-        _set_prompt(message, prompt)
+        _set_prompt(message, prompt, parse_special_tokens)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"an argument has a wrong type or range: {error}") from None
     return message
@@ -104,6 +105,7 @@ def score_request(
     *,
     adapter: str | None,
     prompt_logprobs: bool,
+    parse_special_tokens: bool,
 ) -> inference_pb2.ScoreRequest:
     """Returns the message that asks for scores.
 
@@ -117,7 +119,7 @@ def score_request(
         )
     try:
         message = inference_pb2.ScoreRequest(adapter=adapter, prompt_logprobs=prompt_logprobs)
-        _set_prompt(message, prompt)
+        _set_prompt(message, prompt, parse_special_tokens)
         for given in continuations:
             added = message.continuations.add()
             if isinstance(given, str):
@@ -130,7 +132,9 @@ def score_request(
 
 
 def _set_prompt(
-    message: inference_pb2.Generation | inference_pb2.ScoreRequest, prompt: Prompt
+    message: inference_pb2.Generation | inference_pb2.ScoreRequest,
+    prompt: Prompt,
+    parse_special_tokens: bool,
 ) -> None:
     if isinstance(prompt, str):
         message.text = prompt
@@ -142,7 +146,9 @@ def _set_prompt(
         )
     if prompt and all(isinstance(item, Mapping) for item in prompt):
         messages = [chat_message(item) for item in cast(Sequence[Mapping[str, str]], prompt)]
-        message.chat.CopyFrom(inference_pb2.Chat(messages=messages))
+        message.chat.CopyFrom(
+            inference_pb2.Chat(messages=messages, parse_special_tokens=parse_special_tokens)
+        )
         return
     if not _are_token_ids(prompt):
         raise InvalidArgumentError("prompt mixes token ids or chat messages with something else")
@@ -328,7 +334,10 @@ def _finish_reason(finish: inference_pb2.Finish) -> FinishReason:
 
 
 def _usage(usage: inference_pb2.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens)
+    return Usage(
+        usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens,
+        usage.added_special_tokens,
+    )  # fmt: skip
 
 
 def unfinished() -> RedmuxError:

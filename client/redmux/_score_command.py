@@ -23,6 +23,10 @@ def add_score(
     parser.add_argument("continuations", metavar="CONTINUATION", nargs="*")
     parser.add_argument("--adapter", metavar="NAME", help="default: the base model")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+    parser.add_argument(
+        "--parse-special-tokens", action="store_true",
+        help="with --chat: take what is written like a special token for one",
+    )  # fmt: skip
     parser.add_argument("--prompt-logprobs", action="store_true", help="score the prompt, too")
 
 
@@ -34,6 +38,7 @@ def _score(options: argparse.Namespace, connect: Callable[[argparse.Namespace], 
         scores = client.score(
             prompt, options.continuations, adapter=options.adapter,
             prompt_logprobs=options.prompt_logprobs,
+            parse_special_tokens=options.parse_special_tokens,
         )  # fmt: skip
     if options.json:
         print(json.dumps(asdict(scores)))

@@ -149,13 +149,21 @@ def _add_generate(
         "generate", parents=[server], help="complete a prompt with one or more adapters"
     )
     parser.set_defaults(run=_generate)
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to complete; - reads stdin")
+    parser.add_argument(
+        "prompt", metavar="PROMPT",
+        help="the text to complete, sent as it is and begun with the model's BOS token if its "
+        "tokenizer has one; - reads stdin",
+    )  # fmt: skip
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME",
         help="name or digest; give it again to run several at once; default: the base model",
     )  # fmt: skip
     parser.add_argument("--base", action="store_true", help="run the base model beside --adapter")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
+    parser.add_argument(
+        "--parse-special-tokens", action="store_true",
+        help="with --chat: take what is written like a special token for one",
+    )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, metavar="N")
     parser.add_argument("--temperature", type=float, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, metavar="P")
@@ -240,6 +248,7 @@ def _generate(options: argparse.Namespace) -> int:
         stop_token_ids=options.stop_token_id,
         ignore_eos=options.ignore_eos,
         logprobs=options.logprobs,
+        parse_special_tokens=options.parse_special_tokens,
     )
     client = AsyncClient(**_connection(options))
     sides = SideBySide(client, prompt, adapters, wanted, options.timeout)

@@ -141,6 +141,7 @@ class Client:
         *,
         adapter: str | None = None,
         prompt_logprobs: bool = False,
+        parse_special_tokens: bool = False,
         timeout_s: float | None = None,
     ) -> Scores:
         """Returns how likely each continuation of the prompt is, and with `prompt_logprobs` it too.
@@ -149,7 +150,11 @@ class Client:
         prompts; raises InvalidArgumentError before anything is sent for arguments of a wrong kind.
         """
         request = _calls.score_request(
-            prompt, continuations, adapter=adapter, prompt_logprobs=prompt_logprobs
+            prompt,
+            continuations,
+            adapter=adapter,
+            prompt_logprobs=prompt_logprobs,
+            parse_special_tokens=parse_special_tokens,
         )
         method = self._connection.inference.Score
         return _calls.scores(self._connection.unary(method, request, timeout_s))

@@ -45,6 +45,8 @@ class GenerationOptions(TypedDict, total=False):
     """Generates past the model's end-of-text tokens."""
     logprobs: bool
     """Returns the log-probability of each generated token."""
+    parse_special_tokens: bool
+    """Takes what is written like a special token in a chat message for that token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,13 @@ class Usage:
 
     `cached_prompt_tokens` of the prompt were computed by an earlier request already. What was
     found says nothing about the completion, so it does not count when two usages are compared.
+    `added_special_tokens` of the prompt are those that the tokenizer puts before or around a text.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int = field(default=0, compare=False)
+    added_special_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

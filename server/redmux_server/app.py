@@ -15,6 +15,7 @@ from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
 from redmux_server.descriptors import raise_limit
 from redmux_server.device import choose
+from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.door import GrpcDoor
 from redmux_server.metrics import Metrics
 from redmux_server.metrics_port import MetricsPort, State
@@ -46,7 +47,7 @@ class Server:
         self.metrics = Metrics()
         self.engine = make_engine(config, model, self.metrics)
         # One thread: tokenizing a long prompt must not hold up the event loop.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._tokenizing = FairThread("tokenizer")
         self.services = make_services(model, self.engine, registry, self.metrics, self._tokenizing)
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
@@ -87,10 +88,10 @@ class Server:
         await self.door.health.enter_graceful_shutdown()
         self._watch.cancel()
         await self.training.stop()
+        self._tokenizing.close()  # what is not in the engine yet would be refused there
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop()
         await self.door.close()
-        self._tokenizing.shutdown(wait=False)
         await asyncio.to_thread(self.registry.save_index)
         if self._lock is not None:
             self._lock.close()

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from redmux_server.engine.engine import Engine
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import Pooling
 from redmux_server.engine.scheduler import Scheduler
+from redmux_server.fair_thread import FairThread
 from redmux_server.metrics import Metrics
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
@@ -36,9 +36,9 @@ class Services:
 
 def make_services(
     model: BaseModel | EncoderModel, engine: Engine, registry: AdapterRegistry, metrics: Metrics,
-    tokenizing: ThreadPoolExecutor,
+    tokenizing: FairThread,
 ) -> Services:  # fmt: skip
-    """Returns the services of this model; they tokenize in the thread of `tokenizing`."""
+    """Returns the services of this model; they tokenize in the thread `tokenizing`."""
     validator = Validator(model.vocab_size, model.max_context)
     parts = engine, registry, model.codec, validator, metrics, tokenizing
     reading = ReadingService(readable(model), *parts)
@@ -72,6 +72,7 @@ def open_registry(
         model.fingerprint, model.sites, folder, config.host_cache_bytes,
         head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
         head_kinds=model.heads.kinds if isinstance(model, EncoderModel) else (),
+        check_format=model.codec.check_format,
     )  # fmt: skip
     for adapter in given:
         registry.load(adapter)

@@ -86,7 +86,10 @@ class FakeServer(
                 reason=inference_pb.FINISH_REASON_STOP,
                 stop="\n",
                 usage=inference_pb.Usage(
-                    prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=2
+                    prompt_tokens=4,
+                    completion_tokens=3,
+                    cached_prompt_tokens=2,
+                    added_special_tokens=1,
                 ),
             ),
         )

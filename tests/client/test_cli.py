@@ -110,7 +110,12 @@ def test_generate_json_is_the_whole_completion(run):
         "logprobs": [-0.5, -0.25, -2.0],
         "finish_reason": "stop",
         "stop": "\n",
-        "usage": {"prompt_tokens": 4, "completion_tokens": 3, "cached_prompt_tokens": 2},
+        "usage": {
+            "prompt_tokens": 4,
+            "completion_tokens": 3,
+            "cached_prompt_tokens": 2,
+            "added_special_tokens": 1,
+        },
         "adapter": "acme/a",
         "digest": DIGEST,
     }

@@ -13,7 +13,7 @@ def test_generate_returns_the_whole_completion(client):
         logprobs=None,
         finish_reason="stop",
         stop="\n",
-        usage=redmux.Usage(prompt_tokens=4, completion_tokens=3),
+        usage=redmux.Usage(4, 3, cached_prompt_tokens=2, added_special_tokens=1),
         adapter="acme/tales",
         digest=DIGEST,
     )
@@ -23,7 +23,7 @@ def test_stream_yields_a_chunk_per_message(client):
     assert list(client.stream("Say hello", adapter="acme/tales")) == [
         redmux.Chunk("Hello", (7,), None, "acme/tales", DIGEST, None, None, None),
         redmux.Chunk(
-            " world", (8, 9), None, "acme/tales", DIGEST, "stop", "\n", redmux.Usage(4, 3)
+            " world", (8, 9), None, "acme/tales", DIGEST, "stop", "\n", redmux.Usage(4, 3, 2, 1)
         ),
     ]
 
@@ -32,7 +32,7 @@ def test_usage_tells_what_was_cached_and_equals_the_usage_of_a_cold_request(clie
     usage = client.generate("Say hello").usage
     assert usage.cached_prompt_tokens == 2
     assert list(client.stream("Say hello"))[-1].usage.cached_prompt_tokens == 2
-    assert usage == redmux.Usage(prompt_tokens=4, completion_tokens=3)
+    assert usage == redmux.Usage(4, 3, cached_prompt_tokens=0, added_special_tokens=1)
 
 
 def test_the_base_model_has_neither_name_nor_digest(client, server):

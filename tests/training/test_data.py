@@ -151,8 +151,8 @@ def test_prompts_are_those_that_the_server_makes(tokenizer, style):
     writer, codec = PromptWriter(tokenizer, style), TextCodec(tokenizer, None)
     inputs, targets = writer.completion("Hi", "Yes")
     if style == "raw":
-        assert list(inputs) == codec.encode("Hi")
-    assert list(inputs) == codec.encode_chat(CHAT, writer.prompt_format)
+        assert list(inputs) == codec.encode("Hi").ids
+    assert list(inputs) == codec.encode_chat(CHAT, writer.prompt_format).ids
     assert codec.decode(targets) == "Yes"
     assert targets[-1] in codec.eos_token_ids
     assert not codec.eos_token_ids & set(targets[:-1])

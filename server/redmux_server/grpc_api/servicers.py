@@ -17,7 +17,7 @@ from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import Delta, Finish, GenerationService
-from redmux_server.services.reading import ReadingService
+from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
 from redmux_server.services.validation import (
     Chat,
@@ -27,6 +27,7 @@ from redmux_server.services.validation import (
     ReadInput,
     ScoreSpec,
     TextPair,
+    check_num_messages,
 )
 
 _DEFAULT_PAGE = 100
@@ -125,6 +126,7 @@ class InferenceServicer(InferenceServiceServicer):
                 prompt_tokens=scores.num_prompt_tokens,
                 completion_tokens=sum(len(s.token_ids) for s in scores.continuations),
                 cached_prompt_tokens=scores.num_cached_tokens,
+                added_special_tokens=scores.num_added_tokens,
             ),
         )
 
@@ -142,7 +144,7 @@ class InferenceServicer(InferenceServiceServicer):
             labels=done.head.labels,
             problem_type=_PROBLEM_TYPES[done.head.problem_type],
             adapter=_applied(done.published),
-            usage=inference_pb.Usage(prompt_tokens=done.num_tokens),
+            usage=_usage_of_inputs(done),
         )
 
     async def Embed(
@@ -161,7 +163,7 @@ class InferenceServicer(InferenceServiceServicer):
         return inference_pb.EmbedResponse(
             embeddings=[inference_pb.Embedding(values=vector) for vector in done.vectors],
             adapter=_applied(done.published),
-            usage=inference_pb.Usage(prompt_tokens=done.num_tokens),
+            usage=_usage_of_inputs(done),
         )
 
     def _generates(self) -> GenerationService:
@@ -275,9 +277,11 @@ def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Pro
     if form == "token_ids":
         return message.token_ids.ids
     if form == "chat":
+        check_num_messages(len(message.chat.messages))
         if not message.chat.messages:
             raise InvalidArgumentError("chat has no messages; give at least one user message")
-        return Chat(Converted(message.chat.messages, _turn))
+        messages = Converted(message.chat.messages, _turn)
+        return Chat(messages, message.chat.parse_special_tokens)
     raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
 
 
@@ -323,7 +327,14 @@ def _finish(finish: Finish) -> inference_pb.Finish:
             prompt_tokens=finish.num_prompt_tokens,
             completion_tokens=finish.num_completion_tokens,
             cached_prompt_tokens=finish.num_cached_tokens,
+            added_special_tokens=finish.num_added_tokens,
         ),
+    )
+
+
+def _usage_of_inputs(done: Embeddings | Classifications) -> inference_pb.Usage:
+    return inference_pb.Usage(
+        prompt_tokens=done.num_tokens, added_special_tokens=done.num_added_tokens
     )
 
 

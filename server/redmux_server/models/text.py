@@ -1,101 +1,106 @@
 """TextCodec: between text and the token ids of the base model."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
+from redmux_adapters.text.encoder import Encoded, TextEncoder
+from redmux_adapters.text.template import Message
+
+MAX_BYTES_PER_TOKEN = 16  # more than any tokenizer packs into one on average
+_CHARS_PER_TOKEN = 4
+_UNSURE = 64  # tokens at the end of a piece of text that its other part may make fewer
 
 
 class TextCodec:
     """Encodes prompts and decodes completions with the base model's tokenizer.
 
-    Encoding mutates the tokenizer's settings, so it belongs to one thread; decoding to any.
+    Whatever encodes takes the most tokens that may come of it, None for any number, and raises
+    InvalidArgumentError for more, most of the time without tokenizing all of them.
+
+    Encoding mutates the tokenizer's settings, so it belongs to one thread; the rest to any.
     """
 
     def __init__(
-        self, tokenizer: Any, generation_config: Any, *, closes_chats: bool = False
+        self, tokenizer: Any, generation_config: Any, *, reads_prompts: bool = False
     ) -> None:
-        """`closes_chats` is for models whose prompt is a whole text of its own, with its end."""
-        self._tokenizer = tokenizer
-        self._closes_chats = closes_chats
+        """`reads_prompts` is for models that read prompts as a whole: encoder-decoders."""
+        self._encoder = TextEncoder(tokenizer, reads_prompts=reads_prompts)
         self._decode = _decoder(tokenizer)
         eos = generation_config.eos_token_id if generation_config is not None else None
         ids = eos if isinstance(eos, list) else [eos]
         self.eos_token_ids = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a raw text, with the special tokens the model expects around it."""
-        ids: list[int] = self._tokenizer(text)["input_ids"]
-        return ids
+    def encode(self, text: str, most: int | None = None) -> Encoded:
+        """Returns the ids of a text that the model goes on from; see docs/prompts.md."""
+        self._check_length("prompt", text, most)
+        return self._encoder.prompt(text)
 
-    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int] | None]:
+    def encode_input(self, text: str, most: int | None = None) -> Encoded:
+        """Returns the ids of a text that is read as a whole; see docs/prompts.md."""
+        self._check_length("input", text, most)
+        return self._encoder.whole(text)
+
+    def encode_pair(
+        self, first: str, second: str, most: int | None = None
+    ) -> tuple[Encoded, list[int] | None]:
         """Returns the ids of two texts in one input, and of each token whose part it belongs to.
 
         The latter is None for a model that does not tell parts apart.
         """
-        encoded = self._tokenizer(first, second)
-        return encoded["input_ids"], encoded.get("token_type_ids")
+        for text in (first, second):
+            self._check_length("input", text, most)
+        return self._encoder.pair(first, second)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], prompt_format: PromptFormat | None
-    ) -> list[int]:
+        self,
+        messages: Sequence[Message],
+        prompt_format: PromptFormat | None,
+        *,
+        parse_special: bool = False,
+        most: int | None = None,
+    ) -> Encoded:
         """Returns the ids of a conversation up to where the assistant's answer begins.
 
-        Rendered in `prompt_format`, or in the model's own chat template where that is None.
+        Written in `prompt_format`, or by the model's own chat template where that is None. What is
+        written like a special token in a content is text, unless `parse_special`.
         """
-        if prompt_format is not None:
-            text = prompt_format.render(messages)
-        else:
-            text = self._apply_template(messages)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self._closes_chats:
-            closed = self.encode(text)
-            if closed[-1:] != ids[-1:]:  # else the template has written the end itself
-                return closed
-        return ids
+        chat = self._encoder.render(messages, prompt_format, parse_special=parse_special)
+        if most is not None and (num_bytes := _num_bytes(chat.text)) > MAX_BYTES_PER_TOKEN * most:
+            raise InvalidArgumentError(
+                f"the chat has {num_bytes} bytes with its turns; limit "
+                f"{MAX_BYTES_PER_TOKEN * most} for a context of {most} tokens"
+            )
+        self._check_length("prompt", chat.text, most)
+        return self._encoder.encode(chat)
 
     def encode_continuation(
-        self, prompt: str | None, prompt_ids: Sequence[int], text: str
+        self, prompt: str | None, prompt_ids: Sequence[int], text: str, most: int | None = None
     ) -> list[int]:
-        """Returns the ids of a text behind a prompt, without special tokens.
+        """Returns the ids of a text that follows a prompt; see TextEncoder.continuation."""
+        self._check_length("continuation", text, most)
+        return self._encoder.continuation(prompt, prompt_ids, text)
 
-        The two are tokenized together, as a tokenizer may treat the beginning of a text in its own
-        way, unless the prompt is no text or would get other tokens than `prompt_ids`.
-        """
-        if prompt is not None:
-            together = self._tokenizer(prompt + text)["input_ids"]
-            if together[: len(prompt_ids)] == list(prompt_ids):
-                ids: list[int] = together[len(prompt_ids) :]
-                return ids
-        alone: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return alone
+    def check_format(self, prompt_format: PromptFormat | None) -> None:
+        """Raises WrongBaseError where the format's special tokens are others in this model."""
+        self._encoder.check(prompt_format)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of these ids, without special tokens."""
         return self._decode(list(token_ids))
 
-    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        from jinja2 import TemplateError
+    def _check_length(self, what: str, text: str, most: int | None) -> None:
+        """Refuses a text whose beginning alone has too many tokens."""
+        if most is None or len(text) <= _CHARS_PER_TOKEN * most:
+            return
+        least = len(self._encoder.bare(text[: _CHARS_PER_TOKEN * most])) - _UNSURE
+        if least > most:
+            raise InvalidArgumentError(f"{what} has more than {least} tokens; limit {most}")
 
-        if not self._tokenizer.chat_template:
-            raise InvalidArgumentError(
-                "the base model has no chat template; send the prompt as text"
-            )
-        for message in messages:
-            if message["role"] not in ("system", "user", "assistant"):
-                raise InvalidArgumentError(
-                    f"unknown role {message['role'][:80]!r}; use system, user or assistant"
-                )
-        if not messages:
-            raise InvalidArgumentError("chat has no messages")
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(m) for m in messages], add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError as err:
-            raise InvalidArgumentError(f"the base model's chat template refused: {err}") from None
-        return text
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:

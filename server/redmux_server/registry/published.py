@@ -2,13 +2,21 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError
-from redmux_adapters import Adapter, Limits, Summary, check_base, parse_adapter, summarize
+from redmux_adapters import (
+    Adapter,
+    Limits,
+    PromptFormat,
+    Summary,
+    check_base,
+    parse_adapter,
+    summarize,
+)
 from redmux_adapters.format.config import AdapterConfig
 from redmux_adapters.format.files import parse_known, read_file, summary_of
 from redmux_server.registry.folder_index import Stamp
@@ -25,6 +33,8 @@ class Rules(NamedTuple):
     limits: Limits
     head_size: int  # hidden size that heads are for, 0 where none are applied
     head_kinds: Collection[str]  # that the base model can have
+    # Raises WrongBaseError where the base's tokenizer has not the format's special tokens.
+    check_format: Callable[[PromptFormat | None], None] = lambda prompt_format: None
 
     def parse(self, safetensors: bytes, config_json: str) -> Adapter:
         """Returns the adapter in a file; raises InvalidAdapterError and what `check` raises."""
@@ -47,6 +57,7 @@ class Rules(NamedTuple):
     def check(self, config: AdapterConfig) -> None:
         """Raises WrongBaseError, or FailedPreconditionError for a head that nothing would apply."""
         check_base(config, self.base_fingerprint)
+        self.check_format(config.prompt_format)
         if config.head is None:
             return
         if not self.head_size:

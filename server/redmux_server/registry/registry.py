@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from redmux.errors import (
@@ -11,7 +11,7 @@ from redmux.errors import (
     PermissionDeniedError,
     RedmuxError,
 )
-from redmux_adapters import Adapter, Limits
+from redmux_adapters import Adapter, Limits, PromptFormat
 from redmux_adapters.format.files import summary_of
 from redmux_adapters.format.head import KINDS, MAX_LABELS
 from redmux_server.registry.catalogue import Catalogue
@@ -48,11 +48,13 @@ class AdapterRegistry:
         cache_bytes: int = 256 << 20,
         head_size: int = 0,
         head_kinds: Collection[str] = KINDS,
+        check_format: Callable[[PromptFormat | None], None] = lambda prompt_format: None,
     ) -> None:
         """`cache_bytes` bounds the adapters that are kept ready beside those in use.
 
         `head_size` is the hidden size that heads of adapters are for, 0 where none are applied, and
-        `head_kinds` are those that the base model can have.
+        `head_kinds` are those that the base model can have. `check_format` raises WrongBaseError
+        for a prompt format whose special tokens the base's tokenizer has not; from any thread.
         """
         self._catalogue = Catalogue()
         self._unusable: dict[str, Unusable] = {}  # names that are not in the catalogue
@@ -66,7 +68,7 @@ class AdapterRegistry:
             file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
             num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
         )  # fmt: skip
-        self._rules = Rules(base_fingerprint, sites, limits, head_size, head_kinds)
+        self._rules = Rules(base_fingerprint, sites, limits, head_size, head_kinds, check_format)
         self._folder = None if folder is None else AdapterFolder(folder, self._rules)
 
     def __len__(self) -> int:

@@ -1,15 +1,17 @@
 """GenerationService: from what a caller asks for to text, below every protocol."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 from redmux.errors import RedmuxError, RequestCancelledError
 from redmux_adapters import Adapter, PromptFormat
+from redmux_adapters.text.encoder import Encoded
 from redmux_server.engine.detokenize import Detokenizer, StopMatcher
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Event, Failed, Finished, FinishReason, Request, Token
+from redmux_server.fair_thread import FairThread, portions
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
@@ -25,6 +27,7 @@ class Finish:
     stop: str  # the stop text that ended it, or ""
     num_prompt_tokens: int
     num_cached_tokens: int  # of the prompt, found in the cache
+    num_added_tokens: int  # of the prompt, special tokens that the server put there
     num_completion_tokens: int
 
 
@@ -73,13 +76,15 @@ class Generation:
         engine: Engine,
         codec: TextCodec,
         stops: Sequence[str],
+        num_added: int = 0,
     ) -> None:
-        """`events` is where the request's sink puts them."""
+        """`events` is where the request's sink puts them; `num_added` is told at the end."""
         self._request = request
         self._events = events
         self._engine = engine
         self._detokenizer = Detokenizer(codec.decode)
         self._matcher = StopMatcher(stops)
+        self._num_added = num_added
         self._num_tokens = 0
 
     async def deltas(self) -> AsyncGenerator[Delta]:
@@ -128,6 +133,7 @@ class Generation:
             stop=self._matcher.matched or "",
             num_prompt_tokens=len(self._request.source_ids or self._request.prompt_ids),
             num_cached_tokens=self._request.num_cached,
+            num_added_tokens=self._num_added,
             num_completion_tokens=self._num_tokens,
         )
 
@@ -137,6 +143,7 @@ class Prepared:
     """A prompt for the engine, and the adapter that it is pinned to."""
 
     ids: list[int]
+    num_added: int  # of them, special tokens that no text asked for
     published: Published | None
     adapter: Adapter | None
 
@@ -151,10 +158,10 @@ class GenerationService:
         codec: TextCodec,
         validator: Validator,
         metrics: Metrics,
-        tokenizing: Executor,
+        tokenizing: FairThread,
         decoder_start: int | None = None,
     ) -> None:
-        """`tokenizing` has one thread, the only one that encodes with `codec`.
+        """`tokenizing` is the only thread that encodes with `codec`.
 
         `decoder_start` is what an encoder-decoder's answers start with, else None.
         """
@@ -201,7 +208,10 @@ class GenerationService:
             sink=events.put,
         )
         self._engine.submit(request)
-        return Generation(request, events, self._engine, self._codec, list(spec.stop)), published
+        generation = Generation(
+            request, events, self._engine, self._codec, list(spec.stop), prepared.num_added
+        )
+        return generation, published
 
     async def prepare(self, adapter: str, prompt: Prompt, tenant: str) -> Prepared:
         """Returns the prompt as token ids, beside the adapter of this name ("" is the base model).
@@ -209,28 +219,47 @@ class GenerationService:
         Raises a RedmuxError for an adapter that is not there or a prompt that cannot be served.
         """
         published = self._registry.resolve(adapter, tenant) if adapter else None
-        self._validator.prompt(prompt)
-        config = published.summary.config if published else None
-        ids = await self._encode(prompt, config.prompt_format if config else None)
+        prompt_format = published.summary.config.prompt_format if published else None
+        self._validator.prompt(prompt, prompt_format)
+        tenant = tenant or (published.name if published else "")
+        encoded = await self._encode(prompt, prompt_format, tenant)
         vectors = await self._registry.fetch(published) if published else None
-        return Prepared(ids, published, vectors)
+        return Prepared(encoded.ids, encoded.num_added, published, vectors)
 
-    async def encode_continuation(
-        self, prompt: Prompt, prompt_ids: list[int], text: str
-    ) -> list[int]:
-        """Returns the ids of a text that follows a prompt; see TextCodec.encode_continuation."""
+    async def encode_continuations(
+        self, prompt: Prompt, prompt_ids: list[int], texts: Sequence[str], tenant: str
+    ) -> list[list[int]]:
+        """Returns the ids of texts that follow a prompt; see TextCodec.encode_continuation."""
         before = prompt if isinstance(prompt, str) and self.decoder_start is None else None
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._tokenizing, self._codec.encode_continuation, before, prompt_ids, text
-        )
+        most = self._validator.max_context
 
-    async def _encode(self, prompt: Prompt, prompt_format: PromptFormat | None) -> list[int]:
-        loop = asyncio.get_running_loop()
+        def encode(some: list[str]) -> list[list[int]]:
+            return [
+                self._codec.encode_continuation(before, prompt_ids, text, most) for text in some
+            ]
+
+        def num_chars(text: str) -> int:
+            return len(before or "") + len(text)
+
+        found: list[list[int]] = []
+        for some in portions(texts, num_chars):
+            cost = sum(map(num_chars, some))
+            found += await self._tokenizing.run(tenant, cost, functools.partial(encode, some))
+        return found
+
+    async def _encode(
+        self, prompt: Prompt, prompt_format: PromptFormat | None, tenant: str
+    ) -> Encoded:
+        codec, most = self._codec, self._validator.max_context
         if isinstance(prompt, str):
-            return await loop.run_in_executor(self._tokenizing, self._codec.encode, prompt)
-        if isinstance(prompt, Chat):
-            return await loop.run_in_executor(
-                self._tokenizing, self._codec.encode_chat, list(prompt.messages), prompt_format
-            )
-        return list(prompt)
+            cost, work = len(prompt), functools.partial(codec.encode, prompt, most)
+        elif isinstance(prompt, Chat):
+            messages = list(prompt.messages)
+            cost = sum(len(message["content"]) for message in messages)
+            work = functools.partial(
+                codec.encode_chat, messages, prompt_format,
+                parse_special=prompt.parse_special, most=most,
+            )  # fmt: skip
+        else:
+            return Encoded(list(prompt))
+        return await self._tokenizing.run(tenant, cost, work)

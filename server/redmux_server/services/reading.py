@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from redmux.errors import (
     UnimplementedError,
 )
 from redmux_adapters import HeadConfig
+from redmux_adapters.text.encoder import Encoded
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import (
     Event,
@@ -27,6 +27,7 @@ from redmux_server.engine.request import (
     Request,
     SamplingParams,
 )
+from redmux_server.fair_thread import FairThread, portions
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
@@ -36,8 +37,6 @@ from redmux_server.services.validation import ReadInput, TextPair, Validator
 MAX_INPUTS = 1024
 _ANSWER_BYTES = 3 << 20  # of values, so that a message stays below gRPC's usual limit
 
-Encoded = tuple[list[int], list[int] | None]  # token ids; which of two parts each belongs to
-
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
@@ -46,6 +45,7 @@ class Embeddings:
     vectors: Sequence[Sequence[float]]
     published: Published | None
     num_tokens: int
+    num_added_tokens: int  # of them, special tokens that the server put there
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class Classifications:
     head: HeadConfig
     published: Published
     num_tokens: int
+    num_added_tokens: int  # of them, special tokens that the server put there
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,9 @@ class ReadingService:
         codec: TextCodec,
         validator: Validator,
         metrics: Metrics,
-        tokenizing: Executor,
+        tokenizing: FairThread,
     ) -> None:
-        """`tokenizing` has one thread, the only one that encodes with `codec`."""
+        """`tokenizing` is the only thread that encodes with `codec`."""
         self._model = model
         self._engine = engine
         self._registry = registry
@@ -115,7 +116,8 @@ class ReadingService:
         except RedmuxError as err:
             self._metrics.refused(err.status.name.lower())
             raise
-        return Embeddings(await self._wait(calls), published, _num_tokens(calls))
+        vectors = await self._wait(calls)
+        return Embeddings(vectors, published, _num_tokens(calls), _num_added(calls))
 
     async def classify(
         self, inputs: Sequence[ReadInput], adapter: str, tenant: str
@@ -132,7 +134,9 @@ class ReadingService:
             raise
         logits = await self._wait(calls)
         scores = [scores_of(row, head.problem_type) for row in logits]
-        return Classifications(logits, scores, head, published, _num_tokens(calls))
+        return Classifications(
+            logits, scores, head, published, _num_tokens(calls), _num_added(calls)
+        )
 
     def _resolve_head(self, name: str, tenant: str) -> tuple[Published, HeadConfig]:
         if self._model.kind != "encoder":
@@ -163,36 +167,51 @@ class ReadingService:
         self._validator.inputs(inputs, self._max_inputs)
         if self._model.kind != "encoder" and any(isinstance(i, TextPair) for i in inputs):
             raise InvalidArgumentError("pairs of texts are for encoders; join the two yourself")
+        tenant = tenant or (published.name if published else "")
+        encoded = await self._encode(inputs, tenant)
         loop = asyncio.get_running_loop()
-        encoded = await loop.run_in_executor(self._tokenizing, self._encode, inputs)
-        for index, (ids, _) in enumerate(encoded):
-            self._validator.input_ids(index, ids)
         adapter = await self._registry.fetch(published) if published else None
         calls = []
-        for ids, type_ids in encoded:
+        for (ids, num_added), type_ids in encoded:
             future: asyncio.Future[Sequence[float]] = loop.create_future()
             request = Request(
                 prompt_ids=ids,
                 max_tokens=0,
                 sampling=SamplingParams(),
                 stop_token_ids=frozenset(),
-                tenant=tenant or (published.name if published else ""),
+                tenant=tenant,
                 adapter=adapter,
                 logprobs=False,
                 sink=functools.partial(_answer, future),
                 reading=dataclasses.replace(reading, type_ids=type_ids),
             )
-            calls.append(_Call(request, future))
+            calls.append(_Call(request, future, num_added))
         self._engine.submit(*(call.request for call in calls))
         return calls
 
-    def _encode(self, inputs: Sequence[ReadInput]) -> list[Encoded]:
+    async def _encode(
+        self, inputs: Sequence[ReadInput], tenant: str
+    ) -> list[tuple[Encoded, list[int] | None]]:
+        """Returns of each input its ids, and which of two parts each of them belongs to."""
+        found: list[tuple[Encoded, list[int] | None]] = []
+        for some in portions(inputs, _num_chars):
+            work = functools.partial(self._encode_some, some)
+            encoded = await self._tokenizing.run(tenant, sum(map(_num_chars, some)), work)
+            for index, (item, _) in enumerate(encoded, len(found)):
+                self._validator.input_ids(index, item.ids)
+            found += encoded
+        return found
+
+    def _encode_some(self, inputs: Sequence[ReadInput]) -> list[tuple[Encoded, list[int] | None]]:
         return [self._encode_one(item) for item in inputs]
 
-    def _encode_one(self, item: ReadInput) -> Encoded:
+    def _encode_one(self, item: ReadInput) -> tuple[Encoded, list[int] | None]:
+        most = self._validator.max_context
         if isinstance(item, TextPair):
-            return self._codec.encode_pair(item.first, item.second)
-        return (self._codec.encode(item) if isinstance(item, str) else list(item)), None
+            return self._codec.encode_pair(item.first, item.second, most)
+        if isinstance(item, str):
+            return self._codec.encode_input(item, most), None
+        return Encoded(list(item)), None
 
     async def _wait(self, calls: Sequence["_Call"]) -> list[Sequence[float]]:
         """Returns all values; one that fails, or the caller's going away, ends the others."""
@@ -207,6 +226,7 @@ class ReadingService:
 class _Call(NamedTuple):
     request: Request
     values: asyncio.Future[Sequence[float]]
+    num_added: int  # special tokens that no text asked for
 
 
 def _answer(values: asyncio.Future[Sequence[float]], event: Event) -> None:
@@ -222,6 +242,16 @@ def _answer(values: asyncio.Future[Sequence[float]], event: Event) -> None:
 
 def _num_tokens(calls: Sequence[_Call]) -> int:
     return sum(len(call.request.prompt_ids) for call in calls)
+
+
+def _num_added(calls: Sequence[_Call]) -> int:
+    return sum(call.num_added for call in calls)
+
+
+def _num_chars(item: ReadInput) -> int:
+    if isinstance(item, TextPair):
+        return len(item.first) + len(item.second)
+    return len(item) if isinstance(item, str) else 0
 
 
 def scores_of(logits: Sequence[float], problem_type: str) -> list[float]:

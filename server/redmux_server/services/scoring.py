@@ -37,6 +37,7 @@ class Scores:
     prompt: TokenScores | None
     num_prompt_tokens: int
     num_cached_tokens: int  # of the prompt, found in the cache by the first continuation
+    num_added_tokens: int  # of the prompt, special tokens that the server put there
     published: Published | None
 
 
@@ -66,18 +67,23 @@ class ScoringService:
                 )
             self._validator.continuations(spec)
             prepared = await self._service.prepare(spec.adapter, spec.prompt, tenant)
-            continuations = [
-                await self._service.encode_continuation(spec.prompt, prepared.ids, given)
-                if isinstance(given, str)
-                else list(given)
-                for given in spec.continuations
-            ]
+            tenant = tenant or (prepared.published.name if prepared.published else "")
+            self._validator.scored_prompt(len(prepared.ids))
+            continuations = await self._encode(spec, prepared.ids, tenant)
             self._validator.scored(len(prepared.ids), continuations)
         except RedmuxError as err:
             self._metrics.refused(err.status.name.lower())
             raise
-        tenant = tenant or (prepared.published.name if prepared.published else "")
         return await self._run(spec, prepared, continuations, tenant)
+
+    async def _encode(self, spec: ScoreSpec, prompt_ids: list[int], tenant: str) -> list[list[int]]:
+        texts = [given for given in spec.continuations if isinstance(given, str)]
+        encoded = iter(
+            await self._service.encode_continuations(spec.prompt, prompt_ids, texts, tenant)
+        )
+        return [
+            next(encoded) if isinstance(given, str) else list(given) for given in spec.continuations
+        ]
 
     async def _run(
         self, spec: ScoreSpec, prepared: Prepared, continuations: list[list[int]], tenant: str
@@ -102,7 +108,8 @@ class ScoringService:
         found += [task.result() for task in tasks]
         prompt = scores.cut(0, from_prompt) if spec.prompt_logprobs else None
         num_cached = min(request.num_cached, num_prompt)
-        return Scores(found, prompt, num_prompt, num_cached, prepared.published)
+        num_added = prepared.num_added
+        return Scores(found, prompt, num_prompt, num_cached, num_added, prepared.published)
 
     async def _one(
         self,

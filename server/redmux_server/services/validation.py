@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from redmux.errors import InvalidArgumentError
+from redmux_adapters import PromptFormat
 from redmux_server.engine.request import SamplingParams
+from redmux_server.models.text import MAX_BYTES_PER_TOKEN
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS = 16
@@ -15,18 +17,20 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 MAX_CONTINUATIONS = 128
 MAX_SCORED_TOKENS = 300_000  # of all continuations; up to ten bytes each in the answer
-# More bytes than any tokenizer packs into one token on average; checked before tokenizing, which
-# is slow for megabytes.
-_MAX_BYTES_PER_TOKEN = 16
+MAX_MESSAGES = 4096
 
 Message = Mapping[str, str]  # "role" and "content"
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A prompt of messages, not yet rendered."""
+    """A prompt of messages, not yet rendered.
+
+    With `parse_special`, special tokens that are written out in contents are these tokens.
+    """
 
     messages: Sequence[Message]
+    parse_special: bool = False
 
 
 Prompt = str | Sequence[int] | Chat
@@ -82,19 +86,23 @@ class Validator:
     max_prompt_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "max_prompt_bytes", _MAX_BYTES_PER_TOKEN * self.max_context)
+        object.__setattr__(self, "max_prompt_bytes", MAX_BYTES_PER_TOKEN * self.max_context)
 
-    def prompt(self, prompt: Prompt, name: str = "prompt") -> None:
-        """Checks a prompt, or what is called `name`, before it is tokenized."""
+    def prompt(
+        self, prompt: Prompt, prompt_format: PromptFormat | None = None, name: str = "prompt"
+    ) -> None:
+        """Checks a prompt, or what is called `name`, before it is tokenized.
+
+        A chat is counted with what its format adds to it.
+        """
         if isinstance(prompt, str):
             num_bytes = _num_bytes(prompt)
         elif isinstance(prompt, Chat):
-            if len(prompt.messages) > self.max_context:
-                raise InvalidArgumentError(
-                    f"chat has {len(prompt.messages)} messages; limit {self.max_context}, the "
-                    "tokens of the context"
-                )
+            check_num_messages(len(prompt.messages))
             num_bytes = sum(_num_bytes(m["content"]) for m in prompt.messages)
+            if prompt_format is not None:
+                added = {r: _num_bytes("".join(t)) for r, t in prompt_format.turns.items()}
+                num_bytes += sum(added.get(m["role"], 0) for m in prompt.messages)
         else:
             self._token_ids("token_ids" if name == "prompt" else f"{name}.token_ids", prompt)
             return
@@ -185,12 +193,19 @@ class Validator:
                 f"{len(spec.continuations)} continuations; limit {MAX_CONTINUATIONS}"
             )
         for i, continuation in enumerate(spec.continuations):
-            self.prompt(continuation, f"continuations[{i}]")
+            self.prompt(continuation, name=f"continuations[{i}]")
+
+    def scored_prompt(self, num_prompt_tokens: int) -> None:
+        """Checks a prompt once it is tokens, before its continuations are."""
+        if num_prompt_tokens == 0:
+            raise InvalidArgumentError("the prompt is empty; give at least one token")
+        if num_prompt_tokens > self.max_context:
+            raise InvalidArgumentError(
+                f"prompt has {num_prompt_tokens} tokens, must be at most {self.max_context}"
+            )
 
     def scored(self, num_prompt_tokens: int, continuations: Sequence[Sequence[int]]) -> None:
         """Checks prompt and continuations once they are tokens."""
-        if num_prompt_tokens == 0:
-            raise InvalidArgumentError("the prompt is empty; give at least one token")
         for i, continuation in enumerate(continuations):
             if not continuation:
                 raise InvalidArgumentError(f"continuations[{i}] is empty; give at least one token")
@@ -204,10 +219,6 @@ class Validator:
             raise InvalidArgumentError(
                 f"continuations have {num_scored} tokens; limit {MAX_SCORED_TOKENS}, so that the "
                 "scores fit a message; ask in several calls"
-            )
-        if num_prompt_tokens > self.max_context:
-            raise InvalidArgumentError(
-                f"prompt has {num_prompt_tokens} tokens, must be at most {self.max_context}"
             )
         if not continuations and num_prompt_tokens < 2:
             raise InvalidArgumentError(
@@ -224,6 +235,12 @@ class Validator:
             raise InvalidArgumentError(
                 f"{name}[{index}] = {ids[index]} is outside [0, {self.vocab_size})"
             )
+
+
+def check_num_messages(number: int) -> None:
+    """Raises InvalidArgumentError for more messages than a chat may have."""
+    if number > MAX_MESSAGES:
+        raise InvalidArgumentError(f"the chat has {number} messages; limit {MAX_MESSAGES}")
 
 
 def _num_bytes(text: str) -> int:

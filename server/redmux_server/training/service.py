@@ -1,11 +1,11 @@
 """TrainingService: jobs of tenants, trained one at a time beside serving, below every protocol."""
 
 import asyncio
+import functools
 import logging
 import secrets
 import signal
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from redmux.errors import (
@@ -20,6 +20,7 @@ from redmux.errors import (
 )
 from redmux_adapters.train import Evaluated, Stepped
 from redmux_adapters.train.inline import InlineTask
+from redmux_server.fair_thread import FairThread
 from redmux_server.metrics import Metrics
 from redmux_server.registry.names import check_name
 from redmux_server.registry.registry import AdapterRegistry
@@ -67,7 +68,7 @@ class TrainingService:
         self._on_publish = on_publish
         self._start_process = start_process
         # One thread: the checker belongs to it.
-        self._checking = ThreadPoolExecutor(1, thread_name_prefix="job checker")
+        self._checking = FairThread("job checker")
         self._checker = None if setup is None else JobChecker(setup)
         self._num_checked: dict[str, int] = {}  # tenant -> jobs that are being checked
         self._jobs: dict[str, Job] = {}  # by id, in the order of their creation
@@ -114,8 +115,8 @@ class TrainingService:
         self._check_room(tenant)
         self._num_checked[tenant] = self._num_checked.get(tenant, 0) + 1
         try:
-            tasks, payload = await asyncio.get_running_loop().run_in_executor(
-                self._checking, _check, self._checker, read
+            tasks, payload = await self._checking.run(
+                tenant, 1, functools.partial(_check, self._checker, read)
             )
         finally:
             self._num_checked[tenant] -= 1
@@ -190,7 +191,7 @@ class TrainingService:
             self._trainer.cancel()
             with suppress(asyncio.CancelledError):
                 await self._trainer
-        self._checking.shutdown(wait=False, cancel_futures=True)
+        self._checking.close()
 
     async def _cancel_all(self, job: Job) -> None:
         if job.ended.is_set():

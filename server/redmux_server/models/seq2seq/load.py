@@ -83,7 +83,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
         logger.info("%s", reason)
     return BaseModel(
         runner=runner, bank=bank,
-        codec=TextCodec(tokenizer, model.generation_config, closes_chats=True),
+        codec=TextCodec(tokenizer, model.generation_config, reads_prompts=True),
         fingerprint=identity, architecture=model.config.architectures[0], sites=sites,
         hidden_size=model.config.d_model, vocab_size=model.config.vocab_size,
         # One place is the decoder's start.
