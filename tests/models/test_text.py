@@ -133,3 +133,37 @@ def test_eos_ids_are_those_of_the_model_and_of_the_tokenizer(tokenizer, generati
 
 def test_without_a_generation_config_the_tokenizers_eos_counts(codec):
     assert codec.eos_token_ids == {0}
+
+
+LONG = {
+    "text": lambda codec, text, most: codec.encode(text, most),
+    "input": lambda codec, text, most: codec.encode_input(text, most),
+    "pair": lambda codec, text, most: codec.encode_pair("a", text, most),
+    "chat": lambda codec, text, most: codec.encode_chat(
+        [{"role": "user", "content": text}], None, most=most
+    ),
+    "continuation": lambda codec, text, most: codec.encode_continuation("a", [1], text, most),
+}
+
+
+@pytest.mark.parametrize("way", LONG)
+def test_a_text_far_too_long_is_refused_by_its_beginning(codec, monkeypatch, way):
+    encoded, bare = [], codec._encoder.bare
+    monkeypatch.setattr(codec._encoder, "bare", lambda t: encoded.append(len(t)) or bare(t))
+    with pytest.raises(InvalidArgumentError, match=r"more than 336 tokens; limit 100"):
+        LONG[way](codec, "x" * 1500, 100)
+    assert sum(encoded) <= 400
+
+
+@pytest.mark.parametrize("way", LONG)
+def test_a_text_that_may_fit_is_encoded_whole(codec, way):
+    assert LONG[way](codec, "x" * 450, 450)
+    assert LONG[way](codec, "x" * 450, 400)  # too long by so little is told by the number
+
+
+def test_what_a_template_adds_counts(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}" + "x" * 100 + "{% endfor %}"
+    codec = TextCodec(tokenizer, None)
+    with pytest.raises(InvalidArgumentError, match="the chat has 2000 bytes with its turns"):
+        codec.encode_chat(USER * 20, None, most=100)
+    assert codec.encode_chat(USER * 16, None, most=1600)

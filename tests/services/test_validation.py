@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redmux.errors import InvalidArgumentError
+from redmux_adapters import PromptFormat, Turn
 from redmux_server.services.validation import (
     DEFAULT_MAX_TOKENS,
+    MAX_MESSAGES,
     MAX_STOP_BYTES,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,
@@ -174,3 +176,20 @@ def test_any_request_is_refused_with_a_typed_error_or_fit_to_run(spec, num_promp
     if isinstance(spec.prompt, list):
         assert all(0 <= t < VOCAB for t in spec.prompt)
         assert 0 < len(spec.prompt) <= CONTEXT - max_tokens
+
+
+@pytest.mark.parametrize(
+    ("number", "content", "turn", "message"),
+    [
+        (MAX_MESSAGES + 1, "", "", f"{MAX_MESSAGES + 1} messages; limit {MAX_MESSAGES}"),
+        (3, "x" * 400, "", "1200 bytes; limit 1024"),
+        (3, "", "x" * 200, "1200 bytes; limit 1024"),
+        (3, "\u00e9" * 100, "\u00e9" * 50, "1200 bytes; limit 1024"),
+    ],
+)
+def test_a_chat_is_counted_with_what_its_format_adds(number, content, turn, message):
+    form = PromptFormat(user=Turn(turn, turn), assistant=Turn("", ""))
+    chat = Chat([{"role": "user", "content": content}] * number)
+    with pytest.raises(InvalidArgumentError, match=message):
+        VALIDATOR.prompt(chat, form)
+    VALIDATOR.prompt(Chat(chat.messages[:1]), form)

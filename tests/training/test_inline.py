@@ -56,7 +56,9 @@ def test_turns_of_a_prompt_format_go_into_the_adapter(training_base):
     (task,) = make_inline_tasks(
         training_base, [InlineTask("a", PAIRS, options={"prompt_format": turns})]
     )
-    assert task.prompt_format == PromptFormat(user=Turn("<u>", ""), assistant=Turn("<a>", ""))
+    assert task.prompt_format == PromptFormat(
+        user=Turn("<u>", ""), assistant=Turn("<a>", ""), tokens=()
+    )
 
 
 def test_the_check_knows_without_weights_what_training_will_do(checker, training_base):

@@ -82,7 +82,7 @@ class PrivateTokenizer:
         self._names = {text: f"<{secret}:{i}>" for text, (i, _) in known.items()}
         self._break = f"<{secret}>"
         self._known_ids = {text: i for text, (i, _) in known.items() if i != unknown_id}
-        self._backend = Tokenizer(backend.model)  # which both share
+        self._backend: Any = Tokenizer(backend.model)  # which both share
         for part in ("normalizer", "pre_tokenizer"):
             if (value := getattr(backend, part)) is not None:
                 setattr(self._backend, part, value)
@@ -100,7 +100,8 @@ class PrivateTokenizer:
 
     def _new_ids(self) -> list[int]:
         """Returns the ids, here, of what the model does not have."""
-        return [*map(self._backend.token_to_id, self._names.values()), self._break_id]
+        ids: list[int] = [self._backend.token_to_id(name) for name in self._names.values()]
+        return [*ids, self._backend.token_to_id(self._break)]
 
     def encode(self, parts: Iterable[Part], control: Collection[str]) -> list[int] | None:
         """Returns the ids of the parts in a row; see ControlTokens."""
