@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from encoders import save_tiny_encoder
+from tokenizers_at_hand import BOS, EOS, make
 
 from redmux_adapters.train.job import read_job
+from redmux_adapters.train.prompts import PromptWriter
 
 FOLDER = Path(__file__).parents[2] / "bench" / "paper"
 
@@ -79,6 +81,15 @@ def test_the_authors_rates_are_in_the_table():
     }  # fmt: skip
     task = read_job(FOLDER / "ultrafeedback.toml", {}).tasks[0]
     assert (task.options.learning_rate, task.options.batch_size) == (1e-3, 128)  # table 10
+
+
+def test_instruction_tuning_begins_prompts_with_bos_as_the_authors_do():
+    task = read_job(FOLDER / "ultrafeedback.toml", {}).tasks[0]
+    writer = PromptWriter(make(frame="begin"), task.data.prompt_format)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    inputs, targets = writer.chat(messages[:-1], "b")
+    assert (inputs[0], inputs.count(BOS)) == (BOS, 1)
+    assert targets[-1] == EOS
 
 
 def write_glue(folder):
