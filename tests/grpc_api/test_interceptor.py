@@ -261,6 +261,23 @@ async def test_replies_that_wait_for_their_reader_are_bounded_for_each_key_and_f
     assert "of all callers" in details
 
 
+async def test_a_probe_beside_many_is_answered_unread_as_one_of_the_whole_server():
+    class Slow(Context):
+        async def read(self):
+            await asyncio.Event().wait()
+
+    call = await wrapped(unary(echo), ["one"], "/grpc.health.v1.Health/Check")
+    slow = [asyncio.ensure_future(call(None, Slow())) for _ in range(2)]
+    await asyncio.sleep(0)
+    context = Context()
+    assert await call(None, context) == b""
+    assert not context.was_read
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+    assert await call(None, context) == b"a request"
+
+
 async def test_probes_come_through_whatever_callers_hold():
     in_flight = InFlight(0, 0)
     call = await wrapped(unary(echo), (), "/grpc.health.v1.Health/Check", in_flight)

@@ -11,9 +11,9 @@ _SHARES = 4  # that may be taken at a time
 LARGEST = 4  # requests of the largest size that a caller may have under way
 # What an open call holds beside its messages, in gRPC and here: 29 kB of a stream, rounded up.
 CALL_BYTES = 32 << 10
-# Calls of a caller whose message gRPC is taking at a time. The others stay unread: of those, HTTP/2
-# lets the client send no more than one window.
-RECEIVING = 16
+# Requests of a caller that gRPC is taking at a time. The others stay unread: of those, HTTP/2 lets
+# the client send no more than one window.
+RECEIVING = 8
 _RETRY_S = 1.0
 
 
@@ -24,12 +24,19 @@ class InFlight:
     """
 
     def __init__(
-        self, share_bytes: int = SHARE_BYTES, total_bytes: int = _SHARES * SHARE_BYTES
+        self,
+        share_bytes: int = SHARE_BYTES,
+        total_bytes: int = _SHARES * SHARE_BYTES,
+        receiving: int = RECEIVING,
     ) -> None:
-        """`share_bytes` is for each caller, `total_bytes` for all together."""
+        """`share_bytes` is for each caller, `total_bytes` for all together.
+
+        `receiving` is how many requests of a caller are received at a time.
+        """
         self.share_bytes = share_bytes
         self.total_bytes = total_bytes
         self.num_bytes = 0
+        self._receiving = receiving
         self._callers: dict[str, _Caller] = {}
 
     def fit(self, max_bytes: int) -> None:
@@ -47,7 +54,7 @@ class InFlight:
 
         Raises ResourceExhaustedError where the caller, or the server, has too much open already.
         """
-        caller = self._callers.get(name) or _Caller(name)
+        caller = self._callers.get(name) or _Caller(name, self._receiving)
         call = CallBytes(self, caller)
         call.take(CALL_BYTES)
         caller.num_calls += 1
@@ -94,6 +101,11 @@ class CallBytes:
         self._in_flight.take(self._caller, num_bytes)
         self._num_bytes += num_bytes
 
+    @property
+    def must_wait(self) -> bool:
+        """Whether `receive` has to wait for others of the caller first."""
+        return self._caller.receiving.locked()
+
     async def receive(self, read: Callable[[], Awaitable[Any]], limit_s: float) -> Any:
         """Returns what `read` does, once few enough others of the caller are being received.
 
@@ -116,8 +128,8 @@ class CallBytes:
 class _Caller:
     """Somebody with open calls."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, receiving: int) -> None:
         self.name = name
         self.num_bytes = 0
         self.num_calls = 0
-        self.receiving = asyncio.Semaphore(RECEIVING)
+        self.receiving = asyncio.Semaphore(receiving)

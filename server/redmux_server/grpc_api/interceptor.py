@@ -11,7 +11,7 @@ import secrets
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import grpc
 
@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 _STALL_S = 30.0
 PUBLIC_PREFIX = "/grpc.health.v1.Health/"  # probes carry no key
-# Anybody may send to these methods, so what is being received must not pile up.
-_PUBLIC_RECEIVE_S = 1.0
+# Anybody may send a probe, of any size. These few are taken at a time, each within a second.
+_PROBES_RECEIVED = 2
+_PROBE_S = 1.0
 _SMALL_BYTES = 64 << 10  # of a request to a method that takes no data
 
 
@@ -91,7 +92,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self._keys = keys
         self._in_flight = in_flight or InFlight()
         # Probes have to come through whatever others hold.
-        self._probes = InFlight(total_bytes=sys.maxsize)
+        self._probes = InFlight(sys.maxsize, sys.maxsize, receiving=_PROBES_RECEIVED)
         self._limits: Mapping[str, int] = {}
         self._stall_s = stall_s
 
@@ -131,59 +132,52 @@ class Interceptor(grpc.aio.ServerInterceptor):
         )
 
     def _unary(self, door: "_Doorway", method: Any, serialize: Callable[[Any], bytes]) -> Any:
-        async def call(_: Any, context: Any) -> bytes:
-            try:
-                held = self._begin(door, context)
-                reply = serialize(await method(await self._receive(door, held, context), context))
-                held.take(len(reply))  # until gRPC has sent it
-                return reply
-            except Exception as err:
-                await _abort(context, err)
+        async def run(context: Any) -> bytes:
+            held = self._begin(door, context)
+            reply = serialize(await method(await self._receive(door, held, context), context))
+            held.take(len(reply))  # until gRPC has sent it
+            return reply
 
-        return call
+        return _with_status(run)
 
     def _stream(self, door: "_Doorway", method: Any) -> Any:
-        async def call(_: Any, context: Any) -> None:
-            try:
-                held = self._begin(door, context)
-                replies = method(await self._receive(door, held, context), context)
-                if inspect.isawaitable(replies):  # health's Watch, which writes by itself
-                    await replies
-                else:
-                    await self._write_all(replies, context)
-            except Exception as err:
-                await _abort(context, err)
+        async def run(context: Any) -> None:
+            held = self._begin(door, context)
+            replies = method(await self._receive(door, held, context), context)
+            if inspect.isawaitable(replies):  # health's Watch, which writes by itself
+                await replies
+            else:
+                await self._write_all(replies, context)
 
-        return call
+        return _with_status(run)
 
     def _both_stream(self, door: "_Doorway", method: Any) -> Any:
         async def requests(context: Any) -> AsyncGenerator[Any]:
             while (data := await context.read()) is not grpc.aio.EOF:
                 yield door.parsed(data)
 
-        async def call(_: Any, context: Any) -> None:
-            try:
-                held = self._begin(door, context)
-                # One message of it may be on its way at any time, whatever its size.
-                held.take(self._in_flight.share_bytes // LARGEST)
-                async with contextlib.aclosing(requests(context)) as messages:
-                    await self._write_all(method(messages, context), context)
-            except Exception as err:
-                await _abort(context, err)
+        async def run(context: Any) -> None:
+            held = self._begin(door, context)
+            # One message of it may be on its way at any time, whatever its size.
+            held.take(self._in_flight.share_bytes // LARGEST)
+            async with contextlib.aclosing(requests(context)) as messages:
+                await self._write_all(method(messages, context), context)
 
-        return call
+        return _with_status(run)
 
     def _begin(self, door: "_Doorway", context: Any) -> CallBytes:
         """Lets a call in, or raises what is in its way. Nothing of its request was read by then."""
         if door.is_public:
-            held = self._probes.begin(context.peer())
+            held = self._probes.begin("")
         else:
             held = self._in_flight.begin(self._keys.tenant(context) or context.peer())
         context.add_done_callback(held.end)
         return held
 
     async def _receive(self, door: "_Doorway", held: CallBytes, context: Any) -> Any:
-        limit_s = min(self._stall_s, _PUBLIC_RECEIVE_S) if door.is_public else self._stall_s
+        if door.is_public and held.must_wait:
+            return door.parsed(b"")  # as if it had asked for the server as a whole
+        limit_s = min(self._stall_s, _PROBE_S) if door.is_public else self._stall_s
         data = await held.receive(context.read, limit_s)
         if data is grpc.aio.EOF:
             raise InvalidArgumentError("the call ended without a request")
@@ -278,15 +272,43 @@ async def _sent(sending: Awaitable[None]) -> None:
         raise asyncio.CancelledError from None
 
 
-async def _abort(context: Any, err: Exception) -> NoReturn:
-    if isinstance(err, grpc.aio.AbortError):
-        raise err
-    if not isinstance(err, RedmuxError):
-        error_id = secrets.token_hex(6)
-        logger.error("internal error %s", error_id, exc_info=err)
-        err = RedmuxError(f"internal error, id {error_id}")
+def _with_status(run: Callable[[Any], Awaitable[Any]]) -> Any:
+    """Returns the method that gRPC calls; it ends with the status of the error that `run` raises.
+
+    gRPC keeps the error that it raises itself, in a cycle that only the garbage collector finds. So
+    nothing large may hang on it: neither the frames that raised, nor those that hold the messages.
+    """
+
+    async def call(_: Any, context: Any) -> Any:
+        try:
+            return await run(context)
+        except Exception as err:
+            failure = err if isinstance(err, grpc.aio.AbortError) else _told(err)
+        if isinstance(failure, RedmuxError):
+            failure = await _aborted(context, failure)
+        del context
+        raise failure.with_traceback(None)
+
+    return call
+
+
+async def _aborted(context: Any, err: RedmuxError) -> grpc.aio.AbortError:
+    """Ends a call with the status of an error; returns what gRPC wants to be raised for it."""
     metadata = [("redmux-error", type(err).__name__)]
     if isinstance(err, ResourceExhaustedError) and err.retry_after_s is not None:
         metadata.append(("grpc-retry-pushback-ms", str(round(1000 * err.retry_after_s))))
-    await _sent(context.abort(err.status, err.message, tuple(metadata)))
+    try:
+        await _sent(context.abort(err.status, err.message, tuple(metadata)))
+    except grpc.aio.AbortError as abort:
+        return abort
     raise AssertionError("abort does not return")
+
+
+def _told(err: Exception) -> RedmuxError:
+    """Returns what the caller is told of an error, without the frames that raised it."""
+    if not isinstance(err, RedmuxError):
+        error_id = secrets.token_hex(6)
+        logger.error("internal error %s", error_id, exc_info=err)
+        return RedmuxError(f"internal error, id {error_id}")
+    err.__context__ = None
+    return err.with_traceback(None)
