@@ -1,4 +1,6 @@
 # CPU by default. For CUDA: docker build --build-arg TORCH_INDEX=<index of the CUDA wheels> .
+# A container serves nobody without keys: docker run -e REDMUX_API_KEYS=... or, for everybody who
+# reaches it, docker run IMAGE --insecure. See docs/operating.md.
 FROM python:3.11-slim
 
 # libgomp: numba and torch share OpenMP threads.
@@ -25,9 +27,11 @@ RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[server]' \
 USER redmux
 ENV PATH=/opt/venv/bin:$PATH \
     REDMUX_HOST=0.0.0.0 \
+    REDMUX_SOCKET=/dev/shm/redmux.sock \
     REDMUX_ADAPTERS=zoo
 # Converts the default model here, so that a container does not have to at its start.
 RUN python -c "from redmux_adapters import load_base; load_base('smollm2')"
 EXPOSE 50051 9095
-HEALTHCHECK --interval=10s --start-period=60s CMD ["redmux", "health"]
+# By the socket, so that it holds with TLS and for every port; /dev/shm is writable everywhere.
+HEALTHCHECK --interval=10s --start-period=60s CMD ["redmux", "health", "--target", "unix:/dev/shm/redmux.sock"]
 ENTRYPOINT ["redmux", "serve"]

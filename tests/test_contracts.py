@@ -25,18 +25,19 @@ PACKAGES = {
 FLOORS = {
     "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
     "server/redmux_server": [
-        "config device engine fair_thread metrics",
+        "config descriptors device engine fair_thread keys metrics metrics_port",
         "models",
         "registry",
         "training",
         "services",
         "wiring",
         "grpc_api",
+        "doors",
         "app",
         "cli",
     ],
     "server/redmux_server/models": [
-        "base_model editing kvcache layer_norm proving text",
+        "base_model compilation editing kvcache layer_norm proving text",
         "cpu",
         "causal",
         "cuda",

@@ -1,5 +1,6 @@
 """Client SDK of redmux, which serves many RED adapters from one resident base model."""
 
+from redmux import _quiet  # noqa: F401  # before anything else imports gRPC
 from redmux.aio import AsyncAdapters, AsyncClient
 from redmux.client import Adapters, Client
 from redmux.errors import (

@@ -3,11 +3,12 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
-from typing import SupportsIndex, cast
+from typing import SupportsIndex, Unpack, cast
 
 import grpc
 
 from redmux import errors
+from redmux._arguments import check_names, fill, put
 from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
 from redmux.types import (
     Adapter,
@@ -18,6 +19,7 @@ from redmux.types import (
     Continuation,
     Embeddings,
     FinishReason,
+    GenerationOptions,
     Health,
     Pooling,
     ProblemType,
@@ -56,46 +58,27 @@ _ERROR_OF_NAME: dict[str, type[RedmuxError]] = {
 }
 
 
-def generation(
-    prompt: Prompt,
-    *,
-    adapter: str | None = None,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-    stop: Sequence[str] = (),
-    stop_token_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
-    logprobs: bool = False,
-    parse_special_tokens: bool = False,
-) -> inference_pb2.Generation:
+def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inference_pb2.Generation:
     """Returns the message for a request; ranges are the server's to check.
 
-    Raises InvalidArgumentError for what no message can hold.
+    Raises InvalidArgumentError, which names the argument, for what no message can hold, and
+    TypeError for a name that is no argument.
     """
-    if adapter == "":
-        raise InvalidArgumentError("adapter is empty; leave it out for the base model")
+    check_names(options, GenerationOptions.__annotations__, "generate() or stream()")
+    _check_adapter(options.get("adapter"))
+    stop = options.get("stop")
     if isinstance(stop, str):
         raise InvalidArgumentError(f"stop is a sequence of texts; write stop=[{stop!r}]")
-    try:
-        message = inference_pb2.Generation(
-            adapter=adapter,
-            sampling=inference_pb2.Sampling(
-                temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-            ),
-            stopping=inference_pb2.Stopping(
-                max_tokens=max_tokens,
-                stop=stop,
-                stop_token_ids=stop_token_ids,
-                ignore_eos=ignore_eos,
-            ),
-            logprobs=logprobs,
-        )
-        _set_prompt(message, prompt, parse_special_tokens)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"an argument has a wrong type or range: {error}") from None
+    parse_special_tokens = options.pop("parse_special_tokens", False)
+    message = inference_pb2.Generation(
+        sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
+    )
+    parts = (message.sampling, message.stopping, message)
+    for name, value in options.items():
+        part = next(part for part in parts if name in part.DESCRIPTOR.fields_by_name)
+        if value is not None:
+            put(part, name, value, name)
+    _set_prompt(message, prompt, parse_special_tokens)
     return message
 
 
@@ -109,26 +92,34 @@ def score_request(
 ) -> inference_pb2.ScoreRequest:
     """Returns the message that asks for scores.
 
-    Raises InvalidArgumentError for what no message can hold.
+    Raises InvalidArgumentError, which names the argument, for what no message can hold.
     """
-    if adapter == "":
-        raise InvalidArgumentError("adapter is empty; leave it out for the base model")
+    _check_adapter(adapter)
     if isinstance(continuations, str):
         raise InvalidArgumentError(
             f"continuations is a sequence; write continuations=[{continuations!r}]"
         )
-    try:
-        message = inference_pb2.ScoreRequest(adapter=adapter, prompt_logprobs=prompt_logprobs)
-        _set_prompt(message, prompt, parse_special_tokens)
-        for given in continuations:
-            added = message.continuations.add()
-            if isinstance(given, str):
-                added.text = given
-            else:
-                added.token_ids.CopyFrom(inference_pb2.TokenIds(ids=given))
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"an argument has a wrong type or range: {error}") from None
+    if not isinstance(continuations, Iterable):
+        raise InvalidArgumentError(
+            f"continuations is {type(continuations).__name__}; give a list of texts or of lists "
+            "of token ids"
+        )
+    message = inference_pb2.ScoreRequest()
+    fill(message, adapter=adapter, prompt_logprobs=prompt_logprobs)
+    _set_prompt(message, prompt, parse_special_tokens)
+    for index, given in enumerate(continuations):
+        added = message.continuations.add()
+        if isinstance(given, str):
+            added.text = given
+        else:
+            put(added.token_ids, "ids", given, f"continuations[{index}]")
+            added.token_ids.SetInParent()
     return message
+
+
+def _check_adapter(adapter: str | None) -> None:
+    if adapter == "":
+        raise InvalidArgumentError("adapter is empty; leave it out for the base model")
 
 
 def _set_prompt(
@@ -137,7 +128,7 @@ def _set_prompt(
     parse_special_tokens: bool,
 ) -> None:
     if isinstance(prompt, str):
-        message.text = prompt
+        put(message, "text", prompt, "prompt")  # which has to be valid Unicode
         return
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise InvalidArgumentError(
@@ -145,14 +136,20 @@ def _set_prompt(
             f"not {type(prompt).__name__}"
         )
     if prompt and all(isinstance(item, Mapping) for item in prompt):
-        messages = [chat_message(item) for item in cast(Sequence[Mapping[str, str]], prompt)]
-        message.chat.CopyFrom(
-            inference_pb2.Chat(messages=messages, parse_special_tokens=parse_special_tokens)
-        )
+        messages = [
+            chat_message(item, f"prompt[{index}]: ")
+            for index, item in enumerate(cast(Sequence[Mapping[str, str]], prompt))
+        ]
+        message.chat.CopyFrom(inference_pb2.Chat(messages=messages))
+        put(message.chat, "parse_special_tokens", parse_special_tokens, "parse_special_tokens")
         return
+    if prompt and all(isinstance(item, str) for item in prompt):
+        raise InvalidArgumentError(
+            "prompt is a list of texts; one call takes one prompt, so make a call for each"
+        )
     if not _are_token_ids(prompt):
         raise InvalidArgumentError("prompt mixes token ids or chat messages with something else")
-    message.token_ids.CopyFrom(_token_ids(cast(Sequence[int], prompt)))
+    _put_token_ids(message.token_ids, cast(Sequence[int], prompt), "prompt")
 
 
 def _are_token_ids(items: Sequence[object]) -> bool:
@@ -160,8 +157,9 @@ def _are_token_ids(items: Sequence[object]) -> bool:
     return all(isinstance(item, SupportsIndex) and not isinstance(item, bool) for item in items)
 
 
-def _token_ids(ids: Sequence[int]) -> inference_pb2.TokenIds:
-    return inference_pb2.TokenIds(ids=[operator.index(item) for item in ids])
+def _put_token_ids(message: inference_pb2.TokenIds, ids: Sequence[int], name: str) -> None:
+    message.SetInParent()
+    put(message, "ids", [operator.index(item) for item in ids], name)
 
 
 def classify_request(inputs: Sequence[TextInput], adapter: str) -> inference_pb2.ClassifyRequest:
@@ -177,24 +175,21 @@ def embed_request(
     inputs: Sequence[TextInput], adapter: str | None, pooling: Pooling | None, normalize: bool
 ) -> inference_pb2.EmbedRequest:
     """Returns the message that embeds inputs; raises as `generation` does."""
-    if adapter == "":
-        raise InvalidArgumentError("adapter is empty; leave it out for the base model")
+    _check_adapter(adapter)
     if pooling is not None and pooling not in _POOLINGS:
         raise InvalidArgumentError(f"pooling is {pooling!r}; use one of {', '.join(_POOLINGS)}")
-    try:
-        return inference_pb2.EmbedRequest(
-            adapter=adapter,
-            inputs=_inputs(inputs),
-            pooling=None if pooling is None else _POOLINGS[pooling],
-            normalize=normalize,
-        )
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"an argument has a wrong type: {error}") from None
+    request = inference_pb2.EmbedRequest(
+        inputs=_inputs(inputs), pooling=None if pooling is None else _POOLINGS[pooling]
+    )
+    fill(request, adapter=adapter, normalize=normalize)
+    return request
 
 
 def _inputs(inputs: Sequence[TextInput]) -> list[inference_pb2.Input]:
     if isinstance(inputs, str):
         raise InvalidArgumentError("inputs is a sequence of inputs; write [text] for one text")
+    if not isinstance(inputs, Iterable):
+        raise InvalidArgumentError(f"inputs is {type(inputs).__name__}; give a list of inputs")
     return [_input(index, item) for index, item in enumerate(inputs)]
 
 
@@ -206,38 +201,40 @@ def _input(index: int, item: TextInput) -> inference_pb2.Input:
             first, second = cast(tuple[str, str], item)
             return inference_pb2.Input(pair=inference_pb2.TextPair(first=first, second=second))
         if _are_token_ids(item):
-            try:
-                return inference_pb2.Input(token_ids=_token_ids(cast(Sequence[int], item)))
-            except ValueError as error:
-                raise InvalidArgumentError(f"inputs[{index}]: {error}") from None
+            message = inference_pb2.Input()
+            _put_token_ids(message.token_ids, cast(Sequence[int], item), f"inputs[{index}]")
+            return message
     raise InvalidArgumentError(
         f"inputs[{index}] is {type(item).__name__}; an input is a text, a sequence of token ids or "
         f"a pair of texts"
     )
 
 
-def chat_message(message: Mapping[str, str]) -> inference_pb2.ChatMessage:
-    """Returns the message of one turn; raises InvalidArgumentError for other keys."""
+def chat_message(message: Mapping[str, str], place: str = "") -> inference_pb2.ChatMessage:
+    """Returns the message of one turn; raises InvalidArgumentError for other keys and kinds.
+
+    `place` begins what the error says.
+    """
     if set(message) != {"role", "content"}:
         raise InvalidArgumentError(
-            f"a chat message has the keys 'role' and 'content', not {sorted(map(str, message))}"
+            f"{place}a chat message has the keys 'role' and 'content', "
+            f"not {sorted(map(str, message))}"
         )
-    return inference_pb2.ChatMessage(role=message["role"], content=message["content"])
+    turn = inference_pb2.ChatMessage()
+    for key in ("role", "content"):
+        put(turn, key, message[key], f"{place}{key}")
+    return turn
 
 
 def put_request(
     name: str, safetensors: bytes, config_json: str, replace: bool
 ) -> adapter_service_pb2.PutAdapterRequest:
     """Returns the message that publishes an adapter."""
-    try:
-        return adapter_service_pb2.PutAdapterRequest(
-            name=check_name(name),
-            safetensors=safetensors,
-            config_json=config_json,
-            replace=replace,
-        )
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"an argument has a wrong type: {error}") from None
+    request = adapter_service_pb2.PutAdapterRequest(
+        name=check_name(name), safetensors=safetensors, config_json=config_json
+    )
+    fill(request, replace=replace)
+    return request
 
 
 def check_name(name: str) -> str:

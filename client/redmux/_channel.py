@@ -8,7 +8,6 @@ gRPC is called and where its errors become redmux errors.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field
@@ -19,7 +18,15 @@ import grpc
 import grpc.aio
 
 from redmux import _calls
-from redmux.errors import FailedPreconditionError, InvalidArgumentError, RequestCancelledError
+from redmux._options import channel_options
+from redmux._target import check_target, explained, is_shared
+from redmux.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RedmuxError,
+    RequestCancelledError,
+    UnavailableError,
+)
 from redmux.v1.adapter_service_pb2_grpc import AdapterServiceStub
 from redmux.v1.admin_service_pb2_grpc import AdminServiceStub
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -39,43 +46,6 @@ STREAM_TIMEOUT_S = 600.0
 WATCH_TIMEOUT_S = 7 * 86_400.0  # training takes hours, and a stream without a limit could leak
 READY_POLL_S = 0.1
 
-_SERVICES = ("InferenceService", "AdapterService", "AdminService", "TrainingService")
-
-# gRPC itself tries again, with backoff and within the deadline, and never once the server has begun
-# to answer. All calls may run twice: a generation leaves no trace, putting the same content again
-# changes nothing, a second delete finds nothing left to do, and a job is made once per request_id.
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": f"redmux.v1.{service}"} for service in _SERVICES],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
-}
-
-_OPTIONS: tuple[tuple[str, int | str], ...] = (
-    ("grpc.enable_retries", 1),
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    # The server accepts a ping every 20 s; idle channels send none.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    # The limit that a keepalive ping really has, 60 s by default. With it, a stream from a server
-    # that fell silent ends 40 s later.
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    # A server that restarts is found again within seconds; the defaults take minutes.
-    ("grpc.min_reconnect_backoff_ms", 1_000),
-    ("grpc.max_reconnect_backoff_ms", 10_000),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -88,8 +58,7 @@ class Settings:
     timeout_s: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.target, str) or not self.target:
-            raise InvalidArgumentError(f"target is a text like 'host:port', not {self.target!r}")
+        check_target(self.target)
         if not isinstance(self.tls, bool | grpc.ChannelCredentials):
             raise InvalidArgumentError(f"tls is a bool or credentials, not {self.tls!r}")
         if self.root_certificates is not None:
@@ -115,16 +84,27 @@ class Settings:
 
     @property
     def options(self) -> tuple[tuple[str, int | str], ...]:
-        """Channel options; several addresses in the target share the calls."""
-        if "," in self.target:
-            return (*_OPTIONS, ("grpc.lb_policy_name", "round_robin"))
-        return _OPTIONS
+        """Channel options; several servers behind the target share the calls."""
+        return channel_options(is_shared=is_shared(self.target))
 
     def deadline_s(self, timeout_s: float | None, default_s: float | None = None) -> float:
         """Returns the seconds that a call may take; there is always a limit."""
         if timeout_s is None:
             return self.timeout_s if default_s is None else default_s
         return _check_timeout(timeout_s)
+
+    def error_of(self, error: grpc.RpcError, timeout_s: float, *, is_closed: bool) -> RedmuxError:
+        """Returns what a failed call of a client, closed or not, raises.
+
+        gRPC's own texts become sentences with a remedy.
+        """
+        raised = _calls.error_of(error)
+        if raised.message == "CANCELLED" and not is_closed:
+            raised = UnavailableError(f"the server at {self.target} stopped during the call")
+        return explained(
+            raised, self.target, timeout_s,
+            has_tls=self.tls is not False, has_key=self.api_key is not None,
+        )  # fmt: skip
 
 
 def _check_root_certificates(pem: bytes, tls: bool | grpc.ChannelCredentials) -> None:
@@ -182,7 +162,7 @@ class Connection:
         try:
             return method(request, timeout=deadline_s, metadata=self.settings.metadata)
         except grpc.RpcError as error:
-            raise _calls.error_of(error) from None
+            raise self.settings.error_of(error, deadline_s, is_closed=self._is_closed) from None
         except ValueError:
             self._check_open()
             raise
@@ -202,7 +182,7 @@ class Connection:
         try:
             yield from call
         except grpc.RpcError as error:
-            raise _calls.error_of(error) from None
+            raise self.settings.error_of(error, timeout_s, is_closed=self._is_closed) from None
         finally:
             call.cancel()
 
@@ -284,7 +264,7 @@ class AsyncConnection:
         try:
             return await call
         except grpc.RpcError as error:
-            raise _calls.error_of(error) from None
+            raise self.settings.error_of(error, deadline_s, is_closed=self._is_closed) from None
         except asyncio.CancelledError:
             self._check_cancelled()
             raise
@@ -306,7 +286,7 @@ class AsyncConnection:
             async for response in call:
                 yield response
         except grpc.RpcError as error:
-            raise _calls.error_of(error) from None
+            raise self.settings.error_of(error, timeout_s, is_closed=self._is_closed) from None
         except asyncio.CancelledError:
             self._check_cancelled()
             raise

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from redmux import _calls
+from redmux._arguments import fill
 from redmux._nearest import nearest
 from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import (
@@ -67,7 +68,10 @@ def _record(place: str, record: Mapping[str, Any]) -> pb.TrainingRecord:
         raise InvalidArgumentError(f"{place} is {type(record).__name__}; a record is a mapping")
     try:
         if "messages" in record:
-            messages = [_calls.chat_message(message) for message in record["messages"]]
+            messages = [
+                _calls.chat_message(message, f"messages[{index}]: ")
+                for index, message in enumerate(record["messages"])
+            ]
             return pb.TrainingRecord(chat=inference_pb2.Chat(messages=messages))
         if "prompt" in record or "completion" in record:
             pair = pb.PromptCompletion(
@@ -75,21 +79,15 @@ def _record(place: str, record: Mapping[str, Any]) -> pb.TrainingRecord:
             )
             return pb.TrainingRecord(pair=pair)
         if "score" in record:
-            scored = pb.ScoredText(
-                text=_text(record, "text"), score=float(record["score"]),
-                text_pair=record.get("text_pair"),
-            )  # fmt: skip
+            scored = pb.ScoredText(text=_text(record, "text"))
+            fill(scored, score=_number(record, "score"), text_pair=record.get("text_pair"))
             return pb.TrainingRecord(scored=scored)
         if "label" in record:
-            labelled = pb.LabelledText(
-                text=_text(record, "text"), label=str(record["label"]),
-                text_pair=record.get("text_pair"),
-            )  # fmt: skip
+            labelled = pb.LabelledText(text=_text(record, "text"), label=str(record["label"]))
+            fill(labelled, text_pair=record.get("text_pair"))
             return pb.TrainingRecord(labelled=labelled)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"{place}: {error.message}") from None
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{place}: a field has a wrong type: {error}") from None
     fields = ", ".join(map(str, record)) or "none"
     raise InvalidArgumentError(f"{place} has the fields {fields}; known are {_FORMS}")
 
@@ -102,6 +100,13 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     return value
 
 
+def _number(record: Mapping[str, Any], name: str) -> float:
+    try:
+        return float(record[name])  # tables hold texts
+    except (TypeError, ValueError):
+        raise InvalidArgumentError(f"{name} is {record[name]!r}, must be a number") from None
+
+
 def _options(place: str, options: Mapping[str, Any]) -> pb.TrainingOptions:
     values: dict[str, Any] = {}
     for name, value in options.items():
@@ -111,10 +116,9 @@ def _options(place: str, options: Mapping[str, Any]) -> pb.TrainingOptions:
             raise InvalidArgumentError(f"{place}: unknown option {name!r}; {hint}")
         is_turns = name == "prompt_format" and isinstance(value, Mapping)
         values[name] = json.dumps(value) if is_turns else value
-    try:
-        return pb.TrainingOptions(**values)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"{place}: an option has a wrong type: {error}") from None
+    message = pb.TrainingOptions()
+    fill(message, place=f"{place}: ", **values)
+    return message
 
 
 def check_id(job_id: str) -> str:

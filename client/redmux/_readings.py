@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
+from redmux._shell import shell_line
 from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import Classifications, Embeddings, TextInput
 
@@ -84,7 +85,7 @@ async def print_answers(
         title = "(base model)" if adapter is None else adapter
         if isinstance(answer, RedmuxError):
             where = f"{title}: " if len(adapters) > 1 else ""
-            print(f"redmux: {where}{' '.join(answer.message.split())}", file=sys.stderr)
+            print(f"redmux: {where}{shell_line(answer.message)}", file=sys.stderr)
             num_failed += 1
         elif isinstance(answer, BaseException):
             raise answer

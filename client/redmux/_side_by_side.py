@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 
+from redmux._shell import shell_line
 from redmux.aio import AsyncClient
 from redmux.errors import RedmuxError
 from redmux.types import Chunk, GenerationOptions, Prompt
@@ -98,7 +99,7 @@ class SideBySide:
 
     def _report(self, adapter: str | None, error: RedmuxError) -> int:
         where = f"{_title(adapter)}: " if len(self.adapters) > 1 else ""
-        print(f"redmux: {where}{' '.join(error.message.split())}", file=sys.stderr)
+        print(f"redmux: {where}{shell_line(error.message)}", file=sys.stderr)
         return 1
 
 

@@ -25,6 +25,7 @@ from redmux._readings import (
     print_answers,
 )
 from redmux._score_command import add_score
+from redmux._shell import shell_line
 from redmux._side_by_side import SideBySide
 from redmux.aio import AsyncClient
 from redmux.client import Client
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run_extra(*_TRAIN, arguments[1:])
         if arguments[:1] == ["adapters"] and arguments[1:2] and arguments[1] in _OFFLINE_VERBS:
             return _run_extra(*_OFFLINE, arguments[1:])
+        if arguments in ([], ["adapters"], ["jobs"]):
+            arguments = [*arguments, "--help"]
         options = _parser().parse_args(arguments)
         code: int = options.run(options)
         sys.stdout.flush()
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RedmuxError, OSError) as error:
-        print(f"redmux: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"redmux: {shell_line(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -33,7 +33,10 @@ from redmux.v1 import inference_service_pb2 as inference_pb2
 
 
 class Client:
-    """A connection to one redmux server, for any number of threads.
+    """A connection to one redmux server or several, for any number of threads.
+
+    `target` is host:port. Several servers, "ipv4:10.0.0.1:50051,10.0.0.2:50051" or "dns:///" with a
+    name that stands for all of them, share the calls as long as their health is serving.
 
     `api_key` goes with every call, over plaintext too, so give `tls` wherever others can listen:
     True for the system's certificate authorities or those in `root_certificates` (PEM), or your own

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
 import time
 from collections.abc import Coroutine
@@ -15,10 +16,10 @@ from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
 from redmux_server.descriptors import raise_limit
 from redmux_server.device import choose
+from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
-from redmux_server.grpc_api.door import GrpcDoor
-from redmux_server.metrics import Metrics
-from redmux_server.metrics_port import MetricsPort, State
+from redmux_server.grpc_api.methods import add_methods, message_limits
+from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.models.load import load
@@ -36,15 +37,16 @@ class Server:
     """A running server. `start` returns once it serves; `stop` drains it."""
 
     def __init__(
-        self, config: ServerConfig, model: BaseModel | EncoderModel, registry: AdapterRegistry,
-        lock: FolderLock | None = None,
+        self, config: ServerConfig, doors: Doors, model: BaseModel | EncoderModel,
+        registry: AdapterRegistry, lock: FolderLock | None = None,
     ) -> None:  # fmt: skip
         """`lock` is that of the registry's folder, released when the server has stopped."""
         self._lock = lock
         self.config = config
+        self.doors = doors
         self.model = model
         self.registry = registry
-        self.metrics = Metrics()
+        self.metrics = doors.metrics
         self.engine = make_engine(config, model, self.metrics)
         # One thread: tokenizing a long prompt must not hold up the event loop.
         self._tokenizing = FairThread("tokenizer")
@@ -52,67 +54,77 @@ class Server:
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
-        self.port = 0
-        self.metrics_port = 0
         self._is_draining = False
         self._started_s = time.monotonic()
 
     @classmethod
-    async def start(cls, config: ServerConfig) -> "Server":
-        """Loads the model and the adapters, then listens.
+    async def start(cls, config: ServerConfig, doors: Doors | None = None) -> "Server":
+        """Loads the model and the adapters behind doors that are open, then serves.
 
-        Raises InvalidArgumentError or FailedPreconditionError with what has to change.
+        Raises InvalidArgumentError or FailedPreconditionError with what has to change; the doors
+        are closed then.
         """
-        choices = choose(config)
-        # What can be wrong with adapters is told before the model takes its time.
-        given = read_given(config.adapters)
-        lock = FolderLock(Path(config.adapter_dir)) if config.adapter_dir else None
+        doors = doors or await Doors.open(config)
+        logger.info("loading %s", config.model)
+        lock = None
         try:
+            choices = choose(config)
+            # What can be wrong with adapters is told before the model takes its time.
+            given = read_given(config.adapters)
+            lock = FolderLock(Path(config.adapter_dir)) if config.adapter_dir else None
             # The thread ends with the loading: compute threads that wait for its next call would
             # count as competitors of the engine's, which OpenMP then puts to sleep after every
             # product.
             with ThreadPoolExecutor(1, "loader") as loader:
                 loading = asyncio.get_running_loop().run_in_executor(loader, load, config, choices)
                 model = await loading
-            server = cls(config, model, open_registry(config, model, given), lock)
-            await server._listen()
+            server = cls(config, doors, model, open_registry(config, model, given), lock)
+            await server._serve()
         except BaseException:
+            await doors.close()
             if lock is not None:
                 lock.close()
             raise
         return server
 
+    @property
+    def port(self) -> int:
+        """The port of gRPC."""
+        return self.doors.port
+
+    @property
+    def metrics_port(self) -> int:
+        """The port of /metrics."""
+        return self.doors.metrics_port
+
     async def stop(self, drain_s: float | None = None) -> None:
         """Refuses new requests, lets the running ones end for `drain_s` seconds, then stops."""
         self._is_draining = True
-        await self.door.health.enter_graceful_shutdown()
+        await self.doors.grpc.health.enter_graceful_shutdown()
         self._watch.cancel()
         await self.training.stop()
         self._tokenizing.close()  # what is not in the engine yet would be refused there
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop()
-        await self.door.close()
+        await self.doors.close()
         await asyncio.to_thread(self.registry.save_index)
         if self._lock is not None:
             self._lock.close()
-        await self._metrics_door.close()
 
-    async def _listen(self) -> None:
-        config = self.config
-        self.door = GrpcDoor(
-            config, self.services, self.registry, self.training, self.info, self._count_adapters
-        )
-        self.port = self.door.bind()
-        self._metrics_door = MetricsPort(self.metrics.registry, lambda: self.state)
-        await self._metrics_door.open(config.host, config.metrics_port)
-        self.metrics_port = self._metrics_door.port
+    async def _serve(self) -> None:
+        doors = self.doors
+        add_methods(
+            doors.grpc.methods, doors.keys, self.services, self.registry, self.training, self.info,
+            self._count_adapters,
+        )  # fmt: skip
         self._count_adapters()
         self.engine.start()
-        await self.door.open()
+        await doors.grpc.serve(message_limits(self.registry, self.training))
+        doors.state = lambda: self.state
         self._watch = asyncio.create_task(self._watch_engine())
         logger.info(
             "serving %s on %s:%d, metrics on port %d, %d adapters",
-            config.model, config.host, self.port, self.metrics_port, len(self.registry),
+            self.config.model, self.config.host, self.port, self.metrics_port, len(self.registry),
         )  # fmt: skip
 
     @property
@@ -135,7 +147,7 @@ class Server:
             is_stuck = self.engine.is_stuck(_STUCK_S)
             if is_stuck != was_stuck:
                 logger.error("the engine %s", "is stuck" if is_stuck else "works again")
-                await self.door.set_serving(not is_stuck)
+                await self.doors.grpc.set_serving(not is_stuck)
                 was_stuck = is_stuck
 
     def info(self) -> admin_service_pb2.ServerInfo:
@@ -167,20 +179,25 @@ class Server:
         )
 
 
-async def run(config: ServerConfig) -> bool:
+async def run(config: ServerConfig, doors: Doors) -> bool:
     """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the draining short.
 
     Returns whether it ended well: false if the engine died and somebody should start it again.
     """
     raise_limit()
-    server = await Server.start(config)
-    # What is there now stays: a search through it for garbage would stop all streams for 0.2 s.
-    gc.freeze()
-    gc.enable()
     loop = asyncio.get_running_loop()
     signalled: asyncio.Queue[None] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled.put_nowait, None)
+    starting = asyncio.create_task(Server.start(config, doors))
+    await _first(asyncio.shield(starting), signalled.get())
+    if not starting.done():
+        logger.info("stopped while loading")
+        os._exit(0)  # nobody is served yet, and the thread that loads cannot be interrupted
+    server = starting.result()
+    # What is there now stays: a search through it for garbage would stop all streams for 0.2 s.
+    gc.freeze()
+    gc.enable()
     await _first(signalled.get(), server.engine.died.wait())
     if not server.engine.died.is_set():
         logger.info("draining, at most %g s", config.drain_s)
@@ -192,7 +209,7 @@ async def run(config: ServerConfig) -> bool:
     return not server.engine.died.is_set()
 
 
-async def _first(*things: Coroutine[Any, Any, Any] | asyncio.Future[None]) -> None:
+async def _first(*things: Coroutine[Any, Any, Any] | asyncio.Future[Any]) -> None:
     """Waits for the first of these and cancels the rest."""
     tasks = [asyncio.ensure_future(thing) for thing in things]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

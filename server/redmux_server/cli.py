@@ -2,28 +2,47 @@
 
 import asyncio
 import gc
+import importlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
+import redmux
 from redmux.errors import RedmuxError
-from redmux_server.config import load_config
+from redmux_server.config import ServerConfig, load_config
+from redmux_server.doors import Doors
+
+logger = logging.getLogger(__name__)
 
 _EXIT_SOFTWARE = 70  # sysexits.h: an internal error; a supervisor should start us again
 
 
 def serve(argv: Sequence[str]) -> int:
     """Serves until a signal ends it; returns the exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     try:
         config = load_config(argv)
-        logging.basicConfig(
-            level=config.log_level.upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
-        gc.disable()  # until `run` has started the server; it takes a tenth of the imports' time
-        from redmux_server.app import run  # torch takes seconds to import: mistakes answer first
-
-        return 0 if asyncio.run(run(config)) else _EXIT_SOFTWARE
-    except RedmuxError as err:
+        logging.getLogger().setLevel(config.log_level.upper())
+        gc.disable()  # until the server has started; it takes a tenth of the imports' time
+        return 0 if asyncio.run(_serve(config)) else _EXIT_SOFTWARE
+    except (RedmuxError, MemoryError) as err:
         print(f"redmux serve: {err}", file=sys.stderr)
         return 1
+
+
+async def _serve(config: ServerConfig) -> bool:
+    logger.info("redmux %s starts with model %s", redmux.__version__, config.model)
+    doors = await Doors.open(config)
+    if config.api_keys_file:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, doors.read_keys_again)
+    logger.info(
+        "listening on %s:%d, metrics on port %d; health is NOT_SERVING until the model is loaded",
+        config.host, doors.port, doors.metrics_port,
+    )  # fmt: skip
+    # Only now: torch takes seconds to import.
+    app = await asyncio.to_thread(importlib.import_module, "redmux_server.app")
+    is_well: bool = await app.run(config, doors)
+    return is_well

@@ -2,8 +2,12 @@
 
 import argparse
 import dataclasses
+import difflib
+import ipaddress
+import logging
 import math
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -12,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from redmux.errors import InvalidArgumentError
+from redmux_server.keys import check_keys
+
+logger = logging.getLogger(__name__)
 
 
-def _option(default: object, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
+def _option(default: object, text: str, *, is_secret: bool = False) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text}, repr=not is_secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,9 @@ class ServerConfig:
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(50051, "port of gRPC; 0 picks a free one")
     metrics_port: int = _option(9095, "port of /metrics; 0 picks a free one")
+    socket: str = _option(
+        "", "unix socket to listen on as well, without TLS: for probes and callers on this machine"
+    )
     device: str = _option("auto", "auto, cpu or cuda")
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
     quantization: str = _option("none", "none, bf16 or int8: how linears on a CPU are multiplied")
@@ -61,9 +71,22 @@ class ServerConfig:
     )
     training_queue: int = _option(8, "most training jobs of one API key that wait")
     training_max_tokens: int = _option(20_000_000, "most tokens that one training job computes")
-    api_keys: tuple[str, ...] = _option((), "API keys that are let in; none lets everybody in")
+    api_keys: tuple[str, ...] = _option(
+        (),
+        "API keys that are let in; none lets everybody in. Lists of processes show flags, so "
+        "prefer REDMUX_API_KEYS or api_keys_file",
+        is_secret=True,
+    )
+    api_keys_file: str = _option(
+        "", "file of further API keys, one a line, lines with # left out; SIGHUP reads it again"
+    )
     admin_key: str = _option(
-        "", "API key that sees and changes the adapters of all keys; it is let in, too"
+        "",
+        "API key that sees and changes the adapters of all keys; it is let in, too",
+        is_secret=True,
+    )
+    insecure: bool = _option(
+        False, "true or false: whether everybody may be served on a host that others reach"
     )
     tls_cert: str = _option("", "PEM file with the certificate chain")
     tls_key: str = _option("", "PEM file with the private key")
@@ -93,6 +116,26 @@ class ServerConfig:
             )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise InvalidArgumentError("tls_cert and tls_key must be given together")
+        if not all(self.api_keys):
+            raise InvalidArgumentError("api_keys has an empty key; leave it out")
+        if not (self.has_keys or self.insecure or self.is_local):
+            raise InvalidArgumentError(
+                f"host is {self.host!r}, where others reach it, and without API keys everybody "
+                "would be served; set api_keys_file, api_keys or admin_key, or insecure to mean it"
+            )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need an API key."""
+        return bool(self.api_keys or self.api_keys_file or self.admin_key)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches `host`."""
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 _LOWEST = {
@@ -114,8 +157,9 @@ def load_config(
 ) -> ServerConfig:
     """Returns the configuration that flags, environment and --config FILE give together.
 
-    Raises InvalidArgumentError for an unknown key or variable and for a value that does not
-    parse, naming where it came from; argparse exits with 2 for unknown flags.
+    Raises InvalidArgumentError for an unknown key of the file and for a value that does not parse
+    or would open the server in silence, naming where it came from; argparse exits with 2 for
+    unknown flags. An unknown variable is a warning: another version may know it.
     """
     fields = {f.name: f for f in dataclasses.fields(ServerConfig)}
     parser = argparse.ArgumentParser(
@@ -130,6 +174,8 @@ def load_config(
             action="append" if _is_list(name) else "store",
             metavar=name.upper(),
             help=f"{field.metadata['help']}{kind}; default: {default}",
+            nargs="?" if field.type is bool else None,
+            const="true" if field.type is bool else None,
         )
     flags = vars(parser.parse_args(argv))
     file = flags.pop("config") or environ.get("REDMUX_CONFIG")
@@ -138,8 +184,28 @@ def load_config(
     for name, text in flags.items():
         if text is not None:
             flag = f"--{name.replace('_', '-')}"
-            values[name] = tuple(text) if _is_list(name) else _parse(name, text, flag)
-    return ServerConfig(**values)
+            value = tuple(text) if _is_list(name) else _parse(name, text, flag)
+            values[name] = _guarded(name, value, flag)
+    config = ServerConfig(**values)
+    if "REDMUX_API_KEY" in environ and not (config.has_keys or config.insecure):
+        raise InvalidArgumentError(
+            "REDMUX_API_KEY is set, which is the key of a client, and the server has none: "
+            "everybody would be served; set REDMUX_API_KEYS, or insecure to mean it"
+        )
+    return config
+
+
+_SECRETS = {"admin_key", "api_keys"}
+# What guards the door: given without a value, it would be open in silence.
+_GUARDS = {"admin_key", "api_keys", "api_keys_file", "tls_cert", "tls_key"}
+
+
+def _guarded(name: str, value: Any, source: str) -> Any:
+    if name in _SECRETS:
+        check_keys(value if name == "api_keys" else (value,), source)
+    if name in _GUARDS and not value:
+        raise InvalidArgumentError(f"{source} is empty; give a value or leave it out")
+    return value
 
 
 _BOOLS = {"true": True, "false": False}
@@ -173,6 +239,16 @@ def _parse(name: str, text: str, source: str) -> Any:
 
 # Variables of the client and of the model cache, which share the prefix.
 _OTHER_VARIABLES = {"REDMUX_CONFIG", "REDMUX_CACHE", "REDMUX_TARGET", "REDMUX_API_KEY"}
+# What Kubernetes tells every pod about Services called redmux or redmux-..., as Docker's links did.
+_SERVICE_LINK = re.compile(
+    r"REDMUX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://")
+
+
+def _is_service_link(variable: str, text: str) -> bool:
+    is_url = variable.endswith("_PORT") and _SERVICE_URL.match(text) is not None
+    return is_url or _SERVICE_LINK.fullmatch(variable) is not None
 
 
 def _from_environment(environ: Mapping[str, str], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,10 +256,15 @@ def _from_environment(environ: Mapping[str, str], fields: Mapping[str, Any]) -> 
     for variable, text in environ.items():
         if not variable.startswith("REDMUX_") or variable in _OTHER_VARIABLES:
             continue
+        if _is_service_link(variable, text):
+            continue
         name = variable.removeprefix("REDMUX_").lower()
-        if name not in fields:
-            raise InvalidArgumentError(f"unknown environment variable {variable}")
-        values[name] = _parse(name, text, variable)
+        if name in fields:
+            values[name] = _guarded(name, _parse(name, text, variable), variable)
+            continue
+        near = difflib.get_close_matches(name, fields, n=1)
+        hint = f"; did you mean REDMUX_{near[0].upper()}?" if near else ""
+        logger.warning("unknown environment variable %s has no effect%s", variable, hint)
     return values
 
 
@@ -205,8 +286,9 @@ def _from_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         else:
             ok = type(value) is kind
         if not ok:
-            raise InvalidArgumentError(f"{path}: {name} is {value!r}, must be {_kind_name(name)}")
-        values[name] = value
+            shown = "" if name in _SECRETS else f" {value!r},"
+            raise InvalidArgumentError(f"{path}: {name} is{shown} must be {_kind_name(name)}")
+        values[name] = _guarded(name, value, f"{name} of {path}")
     return values
 
 

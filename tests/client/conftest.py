@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
@@ -64,6 +65,8 @@ class FakeServer(
         self.script: Script = self.two_messages
         # Runs before every answer and may abort the call.
         self.fail: Callable[[Call, grpc.ServicerContext], None] = lambda call, context: None
+        # Frees the port; set where the server is started.
+        self.stop: Callable[[], object] = lambda: None
 
     @staticmethod
     def two_messages(generation: inference_pb.Generation, call: Call) -> Messages:
@@ -315,7 +318,9 @@ def serve() -> Iterator[Serve]:
     """Starts servers on ports the system picks and returns their targets."""
     servers: list[grpc.Server] = []
 
-    def start(fake: FakeServer, credentials: grpc.ServerCredentials | None = None) -> str:
+    def start(
+        fake: FakeServer, credentials: grpc.ServerCredentials | None = None, port: int = 0
+    ) -> str:
         server = grpc.server(ThreadPoolExecutor(8), options=(("grpc.so_reuseport", 0),))
         inference_grpc.add_InferenceServiceServicer_to_server(fake, server)
         adapters_grpc.add_AdapterServiceServicer_to_server(fake, server)
@@ -323,10 +328,11 @@ def serve() -> Iterator[Serve]:
         training_grpc.add_TrainingServiceServicer_to_server(fake, server)
         health_pb2_grpc.add_HealthServicer_to_server(fake.health, server)
         if credentials is None:
-            port = server.add_insecure_port("127.0.0.1:0")
+            port = server.add_insecure_port(f"127.0.0.1:{port}")
         else:
             port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()
+        fake.stop = lambda: server.stop(1).wait()
         servers.append(server)
         return f"localhost:{port}" if credentials else f"127.0.0.1:{port}"
 
@@ -366,3 +372,16 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 @pytest.fixture
 def client(connect: Connect, target: str) -> redmux.Client:
     return connect(target)
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls_target(authority: trustme.CA, server: FakeServer, serve: Serve) -> str:
+    certificate = authority.issue_cert("localhost")
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    credentials = grpc.ssl_server_credentials([(certificate.private_key_pem.bytes(), chain)])
+    return serve(server, credentials)

@@ -151,13 +151,47 @@ def test_one_failing_adapter_does_not_disturb_the_others(run, server, form):
     code, out, err = run("generate", "--adapter", "acme/none", "--adapter", "acme/a", *form, "Hi")
     assert code == 1
     assert out.endswith("== acme/a ==\nHello world\n")
-    assert err == "redmux: acme/none: no adapter 'acme/none'; see ListAdapters\n"
+    assert err == "redmux: acme/none: no adapter 'acme/none'; see `redmux adapters list`\n"
 
 
 def test_an_error_is_one_line_on_stderr(run, server):
     server.fail = fail_for("acme/none")
     code, _, err = run("generate", "--adapter", "acme/none", "Hi")
-    assert (code, err) == (1, "redmux: no adapter 'acme/none'; see ListAdapters\n")
+    assert (code, err) == (1, "redmux: no adapter 'acme/none'; see `redmux adapters list`\n")
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("use Classify or Embed", "use `redmux classify` or `redmux embed`"),
+        ("use Generate or Complete", "use `redmux generate`"),
+        ("exists; pass replace to replace it", "exists; pass --replace to replace it"),
+        ("give continuations or prompt_logprobs", "give continuations or --prompt-logprobs"),
+        ("no adapter 'Score'; is 'top_k' meant?", "no adapter 'Score'; is 'top_k' meant?"),
+        ("the key's jobs:\n ListJobs", "the key's jobs: `redmux jobs list`"),
+    ],
+)
+def test_errors_name_commands_and_flags_instead_of_calls_and_arguments(run, server, message, told):
+    server.fail = lambda call, context: context.abort(grpc.StatusCode.NOT_FOUND, message)
+    for command in ("generate", "embed", "classify"):
+        code, _, err = run(command, "Hi", *(["--adapter", "a"] if command == "classify" else []))
+        assert (code, err) == (1, f"redmux: {told}\n")
+    assert run("info")[::2] == (1, f"redmux: {told}\n")
+
+
+def test_a_limit_that_passed_names_the_flag_that_sets_it(run, server, target):
+    server.script = server.first_then_silence
+    code, _, err = run("generate", "--no-stream", "Hi", "--timeout", "0.25")
+    assert (code, err) == (
+        1, f"redmux: no whole answer from {target} within 0.25 s; --timeout sets the limit\n",
+    )  # fmt: skip
+
+
+def test_a_failed_handshake_is_the_one_line_on_stderr(target):
+    command = [sys.executable, "-m", "redmux", "info", "--tls", "--target", target]
+    done = subprocess.run(command, capture_output=True, timeout=60, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"redmux: the server at {target} speaks no TLS; leave out --tls\n"
 
 
 def test_adapters_put_get_list_and_delete(run, server, tmp_path):
@@ -249,15 +283,21 @@ def test_ca_uses_tls(run, serve, server, tmp_path):
     assert run("generate", "Hi", options=options)[:2] == (0, "Hello world\n")
 
 
+@pytest.mark.parametrize("arguments", [[], ["adapters"], ["jobs"]], ids=str)
+def test_a_command_without_its_verb_prints_its_help(arguments, capsys):
+    assert main(arguments) == 0
+    bare = capsys.readouterr()
+    assert main([*arguments, "--help"]) == 0
+    assert bare == capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["nonsense"],
         ["generate"],
         ["generate", "Hi", "--max-tokens", "many"],
         ["generate", "Hi", "--no-such-option"],
-        ["adapters"],
         ["adapters", "put", "acme/a"],
     ],
     ids=str,

@@ -45,10 +45,10 @@ def test_the_table_has_every_status_but_ok():
 
 @pytest.mark.parametrize("method", ["generate", "stream"])
 @pytest.mark.parametrize("code", KINDS, ids=lambda code: code.name)
-def test_every_status_becomes_its_class(client, server, code, method):
+def test_every_status_becomes_its_class(connect, target, server, code, method):
     # The pushback keeps UNAVAILABLE from being tried again.
     server.fail = aborting(code, metadata=[("grpc-retry-pushback-ms", "-1")])
-    error = error_of(client, method)
+    error = error_of(connect(target, api_key="a-key"), method)
     assert type(error) is KINDS[code]
     assert error.message == str(error) == "the reason"
 

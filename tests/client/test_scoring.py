@@ -26,7 +26,12 @@ def test_score_returns_the_prompt_if_asked_for(client):
 
 @pytest.mark.parametrize(
     ("continuations", "message"),
-    [(" hello", "continuations is a sequence"), ([3.5], "wrong type"), ([[2**40]], "wrong type")],
+    [
+        (" hello", "continuations is a sequence"),
+        (5, "continuations is int; give a list"),
+        ([3.5], r"continuations\[0\] is 3.5, must be a list of whole numbers"),
+        ([[2**40]], r"continuations\[0\]\[0\] is 1099511627776, must be a whole number"),
+    ],
 )
 def test_continuations_of_a_wrong_kind_are_refused_at_once(client, server, continuations, message):
     with pytest.raises(redmux.InvalidArgumentError, match=message):

@@ -2,18 +2,23 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import trustme
 
-from redmux import AsyncClient, UnavailableError
+from redmux import AsyncClient, UnauthenticatedError, UnavailableError
 from redmux_adapters import to_bytes
 from redmux_server.registry.folder_lock import FolderLock
+
+DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
 
 
 class Process:
@@ -37,10 +42,14 @@ class Process:
         await self.process.communicate()
 
     async def ready(self):
+        return await self.tells(r"serving .* on [^ ]+:(\d+),")
+
+    async def tells(self, pattern):
+        """Waits for a line of its log; returns the address of the port that is in it, if any."""
         while line := (await self.process.stderr.readline()).decode():
             self.lines.append(line)
-            if found := re.search(r"serving .* on [^ ]+:(\d+),", line):
-                return f"127.0.0.1:{found[1]}"
+            if found := re.search(pattern, line):
+                return f"127.0.0.1:{found[1]}" if found.groups() else None
         raise AssertionError("".join(self.lines))
 
     async def ended(self):
@@ -154,6 +163,80 @@ async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, 
     }  # fmt: skip
 
 
+@pytest.fixture
+def endless_model(tmp_path):
+    """A model that nobody has finished loading: its configuration is a pipe without a writer."""
+    os.mkfifo(tmp_path / "config.json")
+    return tmp_path
+
+
+async def test_a_start_says_what_it_does_before_anything_is_loaded(serve, endless_model):
+    async with serve("--model", str(endless_model)) as server:
+        target = await server.tells(r"listening on [^ ]+:(\d+), .*NOT_SERVING until")
+        async with AsyncClient(target) as client:
+            assert await client.health() == "not_serving"
+            with pytest.raises(UnavailableError, match="loading its model; try again"):
+                await client.info()
+    assert "starts with model" in server.lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_a_start_at_once(serve, endless_model, number):
+    async with serve("--model", str(endless_model)) as server:
+        await server.tells("loading")
+        server.process.send_signal(number)
+        code, text = await server.ended()
+    assert code == 0
+    assert "stopped while loading" in text
+
+
+async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("the-first-key\n")
+    async with serve("--api-keys-file", str(path)) as server:
+        target = await server.ready()
+        old = AsyncClient(target, api_key="the-first-key")
+        new = AsyncClient(target, api_key="the-second-key")
+        async with old, new:
+            await old.info()
+            with pytest.raises(UnauthenticatedError):
+                await new.info()
+            path.write_text("the-second-key\n")
+            server.process.send_signal(signal.SIGHUP)
+            await server.tells("keys read again: 1")
+            await new.info()
+            with pytest.raises(UnauthenticatedError):
+                await old.info()
+            path.write_text("")
+            server.process.send_signal(signal.SIGHUP)
+            await server.tells("keys stay as they are.*holds no key")
+            await new.info()
+
+
+async def test_the_images_health_check_needs_neither_port_nor_certificate(serve, tmp_path):
+    text = DOCKERFILE.read_text().replace("/dev/shm", str(tmp_path))
+    environ = dict(re.findall(r"^ +(REDMUX_(?!ADAPTERS)\w+)=(\S+)", text, re.M))
+    assert environ["REDMUX_HOST"] == "0.0.0.0"
+    check = [sys.executable, "-m", *json.loads(re.search(r"HEALTHCHECK .* CMD (\[.*\])", text)[1])]
+    certificate = trustme.CA().issue_cert("inference.example")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    flags = ("--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem"),
+             "--api-keys", "a-key-of-tenants")  # fmt: skip
+    async with serve(*flags, **environ) as server:
+        await server.ready()
+        assert await answer_to(check) == (0, "serving\n")
+    assert (await answer_to(check))[0] == 1
+
+
+async def answer_to(command):
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    out, _ = await process.communicate()
+    return process.returncode, out.decode()
+
+
 CASES = {
     "device": (["--device", "cuda"], "CUDA"),
     "context": (["--max-context", "99999"], "max_context is 99999"),
@@ -165,6 +248,10 @@ CASES = {
     "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
     "threads": (["--threads", "many"], "--threads is 'many'"),
     "cache": (["--kv-cache-tokens", "32"], "kv_cache_tokens is too small"),
+    "cache beyond the memory": (
+        ["--kv-cache-tokens", "99999999999"],
+        "kv_cache_tokens is 99999999999, which takes",
+    ),
     "model": (["--model", "{tmp}/no.gguf"], "no.gguf"),
 }
 
@@ -190,10 +277,10 @@ def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_pa
 
 
 async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anything(serve):
-    async with serve(REDMUX_THREAD="1") as server:
+    async with serve(REDMUX_THREADS="many") as server:
         code, text = await server.ended()
     assert code == 1
-    assert text == "redmux serve: unknown environment variable REDMUX_THREAD\n"
+    assert text == "redmux serve: REDMUX_THREADS is 'many', must be a number (int)\n"
 
 
 async def test_garbage_is_collected_once_it_serves_and_not_before(serve, tmp_path):

@@ -23,9 +23,10 @@ def test_help_tells_every_option_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(ServerConfig):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
-        assert f"{flag} {field.name.upper()} {field.metadata['help']}" in text
+        value = f"[{field.name.upper()}]" if isinstance(default, bool) else field.name.upper()
+        assert f"{flag} {value} {field.metadata['help']}" in text
         shown = "none" if default in ("", ()) else default
         if isinstance(default, bool):
             shown = str(default).lower()  # as it must be written
-        assert f"default: {shown}" in text.partition(f"{flag} {field.name.upper()} ")[2]
+        assert f"default: {shown}" in text.partition(f"{flag} {value} ")[2]
     assert "0 takes every core; default: 0" in text

@@ -45,9 +45,11 @@ def test_every_field_can_be_set_in_each_of_the_three_places(field, write):
     extra = {"tls_cert": {"tls_key": "k"}, "tls_key": {"tls_cert": "c"}}.get(field.name, {})
     choices = {
         "device": "cpu", "dtype": "float32", "quantization": "int8", "log_level": "debug",
+        "host": "::1",
     }  # fmt: skip
     if isinstance(field.default, tuple):
-        value, text, toml = ("a",), "a", '["a"]'
+        text = "a-long-key"
+        value, toml = (text,), f'["{text}"]'
     elif isinstance(field.default, str):
         value = text = choices.get(field.name, "x")
         toml = f'"{text}"'
@@ -74,21 +76,127 @@ def test_a_list_is_a_repeated_flag_a_comma_list_or_an_array(write):
 
 
 def test_a_list_flag_replaces_the_list_of_the_environment():
-    config = load_config(["--api-keys", "mine"], {"REDMUX_API_KEYS": "a,b"})
-    assert config.api_keys == ("mine",)
+    config = load_config(["--api-keys", "mine-alone"], {"REDMUX_API_KEYS": "first-one,second-one"})
+    assert config.api_keys == ("mine-alone",)
 
 
 def test_an_empty_list_variable_is_no_entry():
-    assert load_config([], {"REDMUX_API_KEYS": " , "}).api_keys == ()
+    assert load_config([], {"REDMUX_ADAPTERS": " , "}).adapters == ()
 
 
 def test_variables_of_the_client_and_of_others_are_left_alone():
-    environ = {"REDMUX_TARGET": "x", "REDMUX_API_KEY": "x", "REDMUX_CACHE": "x", "PATH": "x"}
+    environ = {"REDMUX_TARGET": "x", "REDMUX_CACHE": "x", "PATH": "x"}
     assert load_config([], environ) == ServerConfig()
 
 
+# What Kubernetes puts into every pod beside Services called redmux and redmux-metrics.
+SERVICE_LINKS = {
+    "REDMUX_SERVICE_HOST": "10.0.0.7",
+    "REDMUX_SERVICE_PORT": "50051",
+    "REDMUX_SERVICE_PORT_GRPC_WEB": "50051",
+    "REDMUX_PORT": "tcp://10.0.0.7:50051",
+    "REDMUX_PORT_50051_TCP": "tcp://10.0.0.7:50051",
+    "REDMUX_PORT_50051_TCP_PROTO": "tcp",
+    "REDMUX_PORT_50051_TCP_PORT": "50051",
+    "REDMUX_PORT_50051_TCP_ADDR": "10.0.0.7",
+    "REDMUX_METRICS_SERVICE_HOST": "10.0.0.8",
+    "REDMUX_METRICS_SERVICE_PORT": "9095",
+    "REDMUX_METRICS_PORT": "tcp://10.0.0.8:9095",
+    "REDMUX_METRICS_PORT_9095_TCP_ADDR": "10.0.0.8",
+}
+
+
+def test_variables_of_kubernetes_services_called_redmux_are_ignored_without_a_word(caplog):
+    assert load_config([], SERVICE_LINKS) == ServerConfig()
+    assert caplog.records == []
+
+
+def test_a_port_of_ours_is_taken_beside_those_of_a_service():
+    config = load_config([], SERVICE_LINKS | {"REDMUX_PORT": "7"})
+    assert (config.port, config.metrics_port) == (7, 9095)
+
+
+def test_an_unknown_variable_is_a_warning_that_names_the_nearest(caplog):
+    environ = {"REDMUX_THREAD": "1", "REDMUX_TOMORROWS_OPTION": "1"}
+    assert load_config([], environ) == ServerConfig()
+    assert caplog.messages == [
+        "unknown environment variable REDMUX_THREAD has no effect; did you mean REDMUX_THREADS?",
+        "unknown environment variable REDMUX_TOMORROWS_OPTION has no effect",
+    ]
+
+
+def test_a_flag_of_a_truth_value_is_true_without_a_value():
+    assert load_config(["--insecure", "--host", "::"], {}).insecure
+    assert not load_config(["--insecure", "false"], {}).insecure
+
+
+GUARDS_LEFT_OPEN = {
+    "empty variable": ([], {"REDMUX_API_KEYS": ""}, "REDMUX_API_KEYS is set, but holds no key"),
+    "separators alone": ([], {"REDMUX_API_KEYS": " , ,"}, "REDMUX_API_KEYS is set, but holds no"),
+    "empty flag": (["--api-keys", ""], {}, "--api-keys is set, but holds no key"),
+    "empty array": ("api_keys = []", {}, "api_keys of .* is set, but holds no key"),
+    "short": (
+        [],
+        {"REDMUX_API_KEYS": "long-enough,secret"},
+        "key 2 of REDMUX_API_KEYS has 6",
+    ),
+    "a list in a flag": (["--api-keys", "long-enough,as-well-so"], {}, "key 1 of --api-keys"),
+    "no ASCII": ([], {"REDMUX_API_KEYS": "schl\u00fcssel-1"}, "key 1 of REDMUX_API_KEYS"),
+    "a client's key": ([], {"REDMUX_API_KEY": "long-enough"}, "set REDMUX_API_KEYS"),
+    "a client's empty key": ([], {"REDMUX_API_KEY": ""}, "set REDMUX_API_KEYS"),
+    "file without a name": ([], {"REDMUX_API_KEYS_FILE": ""}, "REDMUX_API_KEYS_FILE is empty"),
+    "no TLS": ([], {"REDMUX_TLS_CERT": "", "REDMUX_TLS_KEY": ""}, "REDMUX_TLS_CERT is empty"),
+    "TLS by the file": ('tls_cert = ""', {}, "tls_cert of .* is empty"),
+    "all addresses": (["--host", "0.0.0.0"], {}, "host is '0.0.0.0'.* without API keys"),
+    "all addresses of IPv6": ([], {"REDMUX_HOST": "[::]"}, "without API keys"),
+    "no host": (["--host", ""], {}, "without API keys"),
+    "a name": ("host = 'inference.internal'", {}, "without API keys"),
+}
+
+
+@pytest.mark.parametrize("case", GUARDS_LEFT_OPEN)
+def test_nobody_is_let_in_by_a_setting_that_guards_nothing(case, write):
+    argv, environ, message = GUARDS_LEFT_OPEN[case]
+    argv = argv if isinstance(argv, list) else ["--config", write(argv)]
+    with pytest.raises(InvalidArgumentError, match=message):
+        load_config(argv, environ)
+
+
+@pytest.mark.parametrize(
+    "guard", [["--insecure"], ["--api-keys", "long-enough"], ["--api-keys-file", "f"]], ids=str
+)
+def test_a_host_that_others_reach_takes_keys_or_the_word_that_it_shall_be_open(guard):
+    assert load_config(["--host", "0.0.0.0", *guard], {}).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])
+def test_a_loopback_host_needs_no_keys(host):
+    assert load_config(["--host", host], {}).host == host
+
+
+def test_a_clients_key_beside_the_servers_is_the_clients(write):
+    environ = {"REDMUX_API_KEY": "x", "REDMUX_API_KEYS": "long-enough"}
+    assert load_config([], environ).api_keys == ("long-enough",)
+    assert load_config(["--insecure"], {"REDMUX_API_KEY": "x"}).api_keys == ()
+
+
+SECRETS = {
+    "short": ([], {"REDMUX_API_KEYS": "s3cret"}),
+    "blank": ([], {"REDMUX_API_KEYS": "s3cret in two words"}),
+    "no list": ("api_keys = 's3cret-as-a-text'", {}),
+}
+
+
+@pytest.mark.parametrize("case", SECRETS)
+def test_no_message_repeats_a_key(case, write):
+    argv, environ = SECRETS[case]
+    with pytest.raises(InvalidArgumentError) as caught:
+        load_config(argv if isinstance(argv, list) else ["--config", write(argv)], environ)
+    assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in repr(ServerConfig(api_keys=("s3cret-and-long",)))
+
+
 UNUSABLE = {
-    "unknown variable": ([], {"REDMUX_MAX_QEUE": "1"}, "REDMUX_MAX_QEUE"),
     "variable is no number": ([], {"REDMUX_PORT": "eighty"}, "REDMUX_PORT is 'eighty'"),
     "empty variable": ([], {"REDMUX_PORT": ""}, "REDMUX_PORT is ''"),
     "fraction for a whole number": ([], {"REDMUX_PORT": "1.5"}, "REDMUX_PORT is '1.5'"),
@@ -164,6 +272,7 @@ def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
         {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
         {"dtype": "int8"}, {"quantization": "int4"}, {"log_level": "loud"},
         {"max_running": 9, "max_batch_tokens": 8}, {"tls_cert": "c"}, {"tls_key": "k"},
+        {"host": "10.0.0.7"},
     ],
     ids=str,
 )  # fmt: skip

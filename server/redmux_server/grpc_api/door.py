@@ -1,7 +1,7 @@
-"""The gRPC port: servicers, health and reflection over the services."""
+"""The gRPC port with its health and reflection, without the methods: it opens before torch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
@@ -16,22 +16,14 @@ from redmux.v1 import (
     inference_service_pb2,
     training_service_pb2,
 )
-from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_server
-from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
-from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
-from redmux.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
 from redmux_server.config import ServerConfig
 from redmux_server.descriptors import max_connections
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
-from redmux_server.grpc_api.servicers import AdapterServicer, AdminServicer, InferenceServicer
-from redmux_server.grpc_api.training import TrainingServicer
-from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.training.service import TrainingService
-from redmux_server.wiring import Services
+from redmux_server.grpc_api.loading import LateMethods
 
 logger = logging.getLogger(__name__)
 
-_SERVICES = tuple(
+SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
         (inference_service_pb2, "InferenceService"),
@@ -40,46 +32,30 @@ _SERVICES = tuple(
         (training_service_pb2, "TrainingService"),
     )
 )
-_MESSAGE_BYTES = 4 << 20
-_JOB_BYTES = 16 << 20  # of a training job's records
-_CONFIG_BYTES = 1 << 20  # of what comes with an adapter's file
+_MESSAGE_BYTES = 4 << 20  # of a reply
+# Of any message, before the model is known and with it the size of its adapters.
+_LARGEST_BYTES = 64 << 20
 
 
 class GrpcDoor:
-    """Offers the services over gRPC. `bind`, then `open`, at last `close`."""
+    """The port of gRPC: `bind` it, `open` it, `serve` once there is what to offer, then `close`.
 
-    def __init__(
-        self, config: ServerConfig, services: Services, registry: AdapterRegistry,
-        training: TrainingService, info: Callable[[], admin_service_pb2.ServerInfo],
-        on_change: Callable[[], None],
-    ) -> None:  # fmt: skip
-        """`info` is asked for every GetServerInfo; `on_change` is told of every change of adapters.
+    In between health is NOT_SERVING and every method UNAVAILABLE. Has to be made on the event
+    loop that serves.
+    """
 
-        Has to be called on the event loop that serves.
-        """
+    def __init__(self, config: ServerConfig, keys: ApiKeys) -> None:
         self._config = config
-        keys = ApiKeys(config.api_keys, config.admin_key)
-        interceptor = Interceptor(keys)
-        limits = message_limits(registry, training)
-        interceptor.set_limits(limits)
+        self._interceptor = Interceptor(keys)
         self.health = HealthServicer()
-        self._server = grpc.aio.server(
-            interceptors=[interceptor], options=_options(max(limits.values()))
-        )
-        add_InferenceServiceServicer_to_server(
-            InferenceServicer(services.generation, services.scoring, services.reading, keys),
-            self._server,
-        )
-        add_AdapterServiceServicer_to_server(
-            AdapterServicer(registry, on_change, keys), self._server
-        )
-        add_AdminServiceServicer_to_server(AdminServicer(info), self._server)
-        add_TrainingServiceServicer_to_server(TrainingServicer(training, keys), self._server)
+        self.methods = LateMethods()
+        self._server = grpc.aio.server(interceptors=[self._interceptor], options=_options())
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection(
-            (*_SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
              reflection.SERVICE_NAME), self._server,
         )  # fmt: skip
+        self._server.add_generic_rpc_handlers((self.methods,))
 
     def bind(self) -> int:
         """Returns the port that is taken; raises FailedPreconditionError where none can be."""
@@ -91,22 +67,32 @@ class GrpcDoor:
                 port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
             else:
                 port = self._server.add_insecure_port(address)
+            if config.socket:
+                address = f"unix:{config.socket}"
+                self._server.add_insecure_port(address)
         except (RuntimeError, OSError) as err:
             raise FailedPreconditionError(f"cannot listen on {address}: {err}") from err
-        is_local = config.host in ("127.0.0.1", "localhost", "::1", "[::1]")
-        if not is_local and not (config.tls_cert and config.api_keys):
-            logger.warning("%s is not a loopback address; set api_keys and tls_cert", config.host)
+        if not config.is_local and not config.tls_cert:
+            logger.warning(
+                "%s is not a loopback address; without tls_cert others can read along", config.host
+            )
         return port
 
     async def open(self) -> None:
-        """Starts to answer, as serving."""
+        """Starts to answer, as not serving."""
+        await self.set_serving(False)
         await self._server.start()
+
+    async def serve(self, limits: Mapping[str, int]) -> None:
+        """Offers the methods that were added; `limits` are the most bytes of their requests."""
+        self._interceptor.set_limits(limits)
+        self.methods.open()
         await self.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:
         """Sets what health checks of the server and of each service are told."""
         status = health_pb2.HealthCheckResponse
-        for name in ("", *_SERVICES):
+        for name in ("", *SERVICES):
             await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def close(self) -> None:
@@ -114,21 +100,10 @@ class GrpcDoor:
         await self._server.stop(1.0)
 
 
-def message_limits(registry: AdapterRegistry, training: TrainingService) -> dict[str, int]:
-    """Returns the most bytes of a request by method, of those that take data."""
-    inference, adapters, _, jobs = _SERVICES
-    methods = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods
-    limits = {f"/{inference}/{method.name}": _MESSAGE_BYTES for method in methods}
-    limits[f"/{adapters}/PutAdapter"] = registry.max_file_bytes + _CONFIG_BYTES
-    if training.trains:
-        limits[f"/{jobs}/CreateJob"] = _JOB_BYTES
-    return limits
-
-
-def _options(message_bytes: int) -> list[tuple[str, int]]:
+def _options() -> list[tuple[str, int]]:
     """gRPC options: dead peers are found in a minute, floods are bounded, ports are not shared."""
     return [
-        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_receive_message_length", _LARGEST_BYTES),
         ("grpc.max_send_message_length", _MESSAGE_BYTES),
         # A request that nobody reads yet then takes 64 KiB at most: with probing, the window grows
         # to megabytes. One that is read opens the window to its own size.

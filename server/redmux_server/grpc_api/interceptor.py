@@ -39,9 +39,12 @@ class ApiKeys:
 
     def __init__(self, keys: Sequence[str], admin_key: str = "") -> None:
         """`admin_key` is let in, too, if it is not empty."""
-        admin_keys = [admin_key] if admin_key else []
-        self._digests = [_digest(key) for key in (*admin_keys, *keys)]
-        self._admin_digests = [_digest(key) for key in admin_keys]
+        self._admin_digests = [_digest(admin_key)] if admin_key else []
+        self.set(keys)
+
+    def set(self, keys: Sequence[str]) -> None:
+        """Lets in these keys from here on, beside the admin's; calls that are running go on."""
+        self._digests = [*self._admin_digests, *map(_digest, keys)]
 
     def tenant(self, context: Any) -> str:
         """Returns a name for the caller's key, `ADMIN` for the admin key, "" where none is needed.

@@ -120,7 +120,7 @@ class Validator:
             raise InvalidArgumentError(f"the request has {len(inputs)} inputs; limit {limit}")
         for i, item in enumerate(inputs):
             if not isinstance(item, TextPair):
-                self.prompt(item, f"inputs[{i}]")
+                self.prompt(item, name=f"inputs[{i}]")
                 continue
             num_bytes = _num_bytes(item.first) + _num_bytes(item.second)
             if num_bytes > self.max_prompt_bytes:
