@@ -77,7 +77,11 @@ class AlreadyExistsError(RedmuxError):
 
 
 class AbortedError(RedmuxError):
-    """Somebody else changed the same thing meanwhile, or the work was given up half-way."""
+    """Somebody else changed the same thing meanwhile, or the work was given up half-way.
+
+    A request that ran when the server's engine died or hung ends so: it may be the reason, so it is
+    not sent again by itself.
+    """
 
     status = grpc.StatusCode.ABORTED
     http_status = 409

@@ -1,10 +1,10 @@
 """Server: starts, tells the truth about its health, drains, stops."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
-import signal
 import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +19,7 @@ from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
+from redmux_server.leaving import EXIT_SOFTWARE, Leaving
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
@@ -30,7 +31,9 @@ from redmux_server.wiring import make_engine, make_services, make_training, open
 
 logger = logging.getLogger(__name__)
 
-_STUCK_S = 30.0
+_LOOK_S = 1.0
+_STUCK_LOOKS = 30  # at one step, until it counts as hung
+_STEP_S = 5.0  # that a stop waits for the step under way
 
 
 class Server:
@@ -55,6 +58,7 @@ class Server:
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
         self._is_draining = False
+        self._is_stuck = False
         self._started_s = time.monotonic()
 
     @classmethod
@@ -105,7 +109,7 @@ class Server:
         await self.training.stop()
         self._tokenizing.close()  # what is not in the engine yet would be refused there
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
-        await self.engine.stop()
+        await self.engine.stop(_STEP_S)
         await self.doors.close()
         await asyncio.to_thread(self.registry.save_index)
         if self._lock is not None:
@@ -134,21 +138,28 @@ class Server:
             return State.DEAD
         if self._is_draining:
             return State.DRAINING
-        return State.STUCK if self.engine.is_stuck(_STUCK_S) else State.SERVING
+        return State.STUCK if self._is_stuck else State.SERVING
 
     def _count_adapters(self) -> None:
         self.metrics.adapters.set(len(self.registry))
 
     async def _watch_engine(self) -> None:
-        """Keeps the health state true: serving only while steps finish."""
-        was_stuck = False
+        """Keeps the health state true: serving only while steps finish.
+
+        Counts looks and not seconds: a process that was stopped for a while is not stuck.
+        """
+        step, num_looks = None, 0
         while True:
-            await asyncio.sleep(1.0)
-            is_stuck = self.engine.is_stuck(_STUCK_S)
-            if is_stuck != was_stuck:
+            await asyncio.sleep(_LOOK_S)
+            last, step = step, self.engine.step_under_way
+            num_looks = num_looks + 1 if step is not None and step == last else 0
+            is_stuck = num_looks >= _STUCK_LOOKS or not self.engine.is_alive
+            if is_stuck != self._is_stuck:
                 logger.error("the engine %s", "is stuck" if is_stuck else "works again")
+                self._is_stuck = is_stuck
                 await self.doors.grpc.set_serving(not is_stuck)
-                was_stuck = is_stuck
+                if is_stuck and self.engine.is_alive:
+                    self.engine.give_up_step()
 
     def info(self) -> admin_service_pb2.ServerInfo:
         """Returns what GetServerInfo tells."""
@@ -182,13 +193,22 @@ class Server:
 async def run(config: ServerConfig, doors: Doors) -> bool:
     """Serves until SIGTERM or SIGINT, then drains; a second signal cuts the draining short.
 
-    Returns whether it ended well: false if the engine died and somebody should start it again.
+    The process ends ten seconds after the draining whatever hangs, three after a second signal.
+    Returns whether it ended well: false if the engine died or hung and somebody should start it
+    again.
     """
     raise_limit()
     loop = asyncio.get_running_loop()
     signalled: asyncio.Queue[None] = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled.put_nowait, None)
+
+    def tell() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(signalled.put_nowait, None)
+
+    def read_keys() -> None:
+        loop.call_soon_threadsafe(doors.read_keys_again)
+
+    leaving = Leaving(config.drain_s, tell, read_keys if config.api_keys_file else None)
     starting = asyncio.create_task(Server.start(config, doors))
     await _first(asyncio.shield(starting), signalled.get())
     if not starting.done():
@@ -199,14 +219,18 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     gc.freeze()
     gc.enable()
     await _first(signalled.get(), server.engine.died.wait())
-    if not server.engine.died.is_set():
+    if server.engine.died.is_set():
+        leaving.begin()
+    else:
         logger.info("draining, at most %g s", config.drain_s)
     stopping = asyncio.create_task(server.stop())
     await _first(asyncio.shield(stopping), signalled.get())
     server.engine.cut_draining()
     await stopping
     logger.info("stopped")
-    return not server.engine.died.is_set()
+    is_well = not server.engine.died.is_set() and not server.engine.is_alive
+    leaving.stopped(0 if is_well else EXIT_SOFTWARE)
+    return is_well
 
 
 async def _first(*things: Coroutine[Any, Any, Any] | asyncio.Future[Any]) -> None:

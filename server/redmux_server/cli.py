@@ -12,10 +12,9 @@ import redmux
 from redmux.errors import RedmuxError
 from redmux_server.config import ServerConfig, load_config
 from redmux_server.doors import Doors
+from redmux_server.leaving import EXIT_SOFTWARE
 
 logger = logging.getLogger(__name__)
-
-_EXIT_SOFTWARE = 70  # sysexits.h: an internal error; a supervisor should start us again
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -27,7 +26,7 @@ def serve(argv: Sequence[str]) -> int:
         config = load_config(argv)
         logging.getLogger().setLevel(config.log_level.upper())
         gc.disable()  # until the server has started; it takes a tenth of the imports' time
-        return 0 if asyncio.run(_serve(config)) else _EXIT_SOFTWARE
+        return 0 if asyncio.run(_serve(config)) else EXIT_SOFTWARE
     except (RedmuxError, MemoryError) as err:
         print(f"redmux serve: {err}", file=sys.stderr)
         return 1

@@ -46,7 +46,9 @@ class ServerConfig:
     threads: int = _option(0, "CPU threads of the engine; 0 takes every core")
     max_running: int = _option(64, "most requests in one forward pass")
     max_batch_tokens: int = _option(256, "most tokens in one forward pass")
-    max_queue: int = _option(512, "most requests that wait")
+    max_queue: int = _option(
+        512, "most requests that wait; an eighth of all places is kept for other tenants"
+    )
     max_context: int = _option(0, "most tokens of prompt and completion; 0 is the model's limit")
     kv_cache_tokens: int = _option(0, "size of the key/value cache in tokens; 0 fits the memory")
     prefix_cache: bool = _option(

@@ -35,6 +35,10 @@ class Metrics:
             "redmux_prompt_tokens_cached", "Prompt tokens found in the cache, so not computed.",
             registry=r,
         )  # fmt: skip
+        self.sent_back = Counter(
+            "redmux_requests_sent_back", "Times that a request lost its place to another tenant's.",
+            registry=r,
+        )  # fmt: skip
         self.first_token_s = Histogram(
             "redmux_time_to_first_token_seconds", "From acceptance to the first token.",
             buckets=_LATENCY_S, registry=r,

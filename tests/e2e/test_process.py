@@ -24,14 +24,15 @@ DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
 class Process:
     """`redmux serve` on free ports; `ready` waits for the line that names them."""
 
-    def __init__(self, *flags, **environ):
+    def __init__(self, *flags, start=("-m", "redmux"), **environ):
+        self.start = start
         self.flags = flags
         self.environ = {**os.environ, **environ}
         self.lines = []
 
     async def __aenter__(self):
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "redmux", "serve", "--port", "0", "--metrics-port", "0",
+            sys.executable, *self.start, "serve", "--port", "0", "--metrics-port", "0",
             *self.flags, env=self.environ, stderr=subprocess.PIPE,
         )  # fmt: skip
         return self

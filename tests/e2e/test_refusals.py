@@ -111,7 +111,7 @@ async def test_other_content_needs_replace(base, client, put):
 
 
 async def test_a_full_queue_says_when_to_come_back(start_server):
-    server = await start_server(max_running=1, max_batch_tokens=8, max_queue=2)
+    server = await start_server(max_running=1, max_batch_tokens=8, max_queue=3)
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
         calls = [client.generate("abc", max_tokens=100, ignore_eos=True) for _ in range(8)]
         results = await asyncio.gather(*calls, return_exceptions=True)

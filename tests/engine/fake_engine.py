@@ -104,11 +104,10 @@ class Parts:
         """What the engine's thread does once, and the delivery of its events."""
         self.engine._take_inbox(block=False)
         self.engine.step()
-        events, self.engine._events = self.engine._events, []
-        self.engine._deliver(events)
+        self.engine._deliver(self.engine._stepper.take_events())
 
 
-def make_parts(*, max_open=8, max_running=4, num_blocks=16, **options) -> Parts:
+def make_parts(*, max_open=10, max_running=4, num_blocks=16, **options) -> Parts:
     pool = BlockPool(num_blocks, BLOCK)
     scheduler = Scheduler(pool, max_running=max_running, max_batch_tokens=8, **options)
     bank = AdapterBank(

@@ -52,10 +52,10 @@ def test_a_stop_token_ends_a_request():
     assert caller.reason is FinishReason.STOP
 
 
-def test_the_request_that_exceeds_the_bound_is_refused_and_says_when_to_come_back():
-    parts = make_parts(max_open=2)
+def test_the_request_that_exceeds_its_share_is_refused_and_says_when_to_come_back():
+    parts = make_parts(max_open=3)
     submit(parts, Caller(), Caller())
-    with pytest.raises(ResourceExhaustedError, match="2 requests are open, the limit is 2") as got:
+    with pytest.raises(ResourceExhaustedError, match="is full: 2 requests of it are open") as got:
         submit(parts, Caller())
     assert got.value.retry_after_s > 0
     assert parts.engine.num_open == 2
@@ -230,7 +230,7 @@ def test_every_request_gets_exactly_one_ending(data):
     """Random requests, good and bad, submitted and cancelled at random steps."""
     logging.disable(logging.CRITICAL)
     try:
-        parts, callers = make_parts(max_open=6, max_running=3, num_blocks=8), []
+        parts, callers = make_parts(max_running=3, num_blocks=8), []
         adapters = [None, *(make_adapter(i) for i in range(5))]
         for _ in range(data.draw(st.integers(1, 15))):
             action = data.draw(st.sampled_from(["submit", "submit", "step", "cancel"]))

@@ -7,7 +7,7 @@ import threading
 import pytest
 from engine.fake_engine import Caller, make_adapter, make_parts
 
-from redmux.errors import RequestCancelledError, UnavailableError
+from redmux.errors import AbortedError, RequestCancelledError, UnavailableError
 from redmux_server.engine.request import Failed, FinishReason, Token
 
 
@@ -181,8 +181,9 @@ async def test_a_dead_engine_tells_every_open_request_and_refuses(parts, caplog)
     with caplog.at_level(logging.CRITICAL):
         gate.open()
         await ended(*callers, waiting)
-    for caller in (*callers, waiting):
-        assert isinstance(caller.error, UnavailableError)
+    for caller in callers:
+        assert isinstance(caller.error, AbortedError)
+    assert isinstance(waiting.error, UnavailableError)
     assert parts.engine.died.is_set()
     assert "ZeroDivisionError" in caplog.text
     with pytest.raises(UnavailableError):
@@ -200,22 +201,103 @@ async def test_an_engine_that_cannot_enter_its_thread_is_dead(caplog):
     assert isinstance(caller.error, UnavailableError)
 
 
-async def test_a_dead_engine_counts_as_stuck(parts, caplog):
-    assert not parts.engine.is_stuck(3600)
+async def test_what_a_dying_engine_has_computed_arrives_before_the_end(parts, caplog):
+    """Its last step was computed; it died while it counted."""
+
+    def break_at_the_third(work):
+        if len(parts.runner.batches) == 3:
+            parts.metrics.step = lambda *args: 1 / 0
+
+    parts.runner.before = break_at_the_third
+    short, long = submit(parts, Caller(max_tokens=3), Caller(max_tokens=9))
+    await ended(short, long)
+    assert (short.tokens, short.reason) == ([1, 2, 3], FinishReason.LENGTH)
+    assert long.tokens == [1, 2, 3]
+    assert isinstance(long.error, AbortedError)
+
+
+async def test_an_engine_whose_thread_is_told_to_exit_is_dead(parts, caplog):
+    def leave(work):
+        raise SystemExit
+
+    parts.runner.before = leave
+    (caller,) = submit(parts, Caller())
+    await ended(caller)
+    assert isinstance(caller.error, AbortedError)
+    assert parts.engine.died.is_set()
+
+
+async def test_an_engine_whose_events_cannot_be_delivered_is_dead(parts, caplog):
+    parts.metrics.first_token_s = None
+    (caller,) = submit(parts, Caller(max_tokens=50))
+    async with asyncio.timeout(20):
+        await parts.engine.died.wait()
+    await parts.engine.stop()
+    assert isinstance(caller.error, UnavailableError)
+
+
+async def test_a_dead_engine_is_not_alive(parts, caplog):
+    assert parts.engine.is_alive
     parts.metrics.state = lambda *args: 1 / 0
     (caller,) = submit(parts, Caller())
     await ended(caller)
     parts.engine._thread.join(20)
-    assert parts.engine.is_stuck(3600)
+    assert not parts.engine.is_alive
 
 
-async def test_an_engine_is_stuck_only_while_requests_are_open(parts):
+async def test_an_engine_says_which_step_is_under_way(parts):
     gate = Gate(parts)
-    assert not parts.engine.is_stuck(-1)
-    (caller,) = submit(parts, Caller())
+    (caller,) = submit(parts, Caller(max_tokens=1))
     await gate.entered.wait()
-    assert parts.engine.is_stuck(-1)
-    assert not parts.engine.is_stuck(3600)
+    step = parts.engine.step_under_way
+    assert step is not None
+    assert parts.engine.step_under_way == step
     gate.open()
     await ended(caller)
-    assert not parts.engine.is_stuck(-1)
+    while parts.engine.step_under_way is not None:  # until it waits for the next request
+        await asyncio.sleep(0)
+
+
+async def test_a_step_that_is_given_up_fails_who_is_in_it_and_who_waits(parts):
+    gate = Gate(parts)
+    (running,) = submit(parts, Caller(max_tokens=50))
+    await gate.entered.wait()
+    (waiting,) = submit(parts, Caller())
+    parts.engine.give_up_step()
+    assert isinstance(running.error, AbortedError)
+    assert isinstance(waiting.error, UnavailableError)
+    with pytest.raises(UnavailableError, match="does not end"):
+        submit(parts, Caller())
+    gate.open()
+
+
+async def test_an_engine_works_again_once_a_step_that_was_given_up_has_ended(parts):
+    gate = Gate(parts)
+    (gone,) = submit(parts, Caller(max_tokens=50))
+    await gate.entered.wait()
+    step = parts.engine.step_under_way
+    parts.engine.give_up_step()
+    gate.open()
+    while parts.engine.step_under_way == step:
+        await asyncio.sleep(0)
+    (caller,) = submit(parts, Caller())
+    await ended(caller)
+    assert caller.tokens == [1, 2, 3]
+    assert (gone.tokens, len(gone.endings)) == ([], 1)
+    assert parts.is_idle
+
+
+async def test_a_step_that_does_not_end_holds_up_no_stop():
+    parts = make_parts()
+    parts.engine.start()
+    gate = Gate(parts)
+    (running,) = submit(parts, Caller(max_tokens=50))
+    await gate.entered.wait()
+    (waiting,) = submit(parts, Caller())
+    await parts.engine.stop(0.01)
+    assert parts.engine.is_alive
+    assert isinstance(running.error, AbortedError)
+    assert isinstance(waiting.error, UnavailableError)
+    gate.open()
+    await parts.engine.stop()
+    assert not parts.engine.is_alive

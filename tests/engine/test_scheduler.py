@@ -1,6 +1,6 @@
 """The scheduler against a simple model of what it promises."""
 
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 from hypothesis import settings
@@ -60,7 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open = []
 
     @rule(
-        num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 10),
+        num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 12),
         tenant=st.sampled_from("abc"),
     )  # fmt: skip
     def submit(self, num_prompt, max_tokens, tenant):
@@ -73,9 +73,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self):
         before = list(self.scheduler.running)
         decoding = [r for r in before if r.is_decoding]
+        num_held = Counter(r.tenant for r in before)
         work = self.scheduler.plan()
         assert bool(work) == bool(self.open)
         assert sum(w.count for w in work) <= self.budget
+        for gone in self.scheduler.sent_back:
+            num_held[gone.tenant] -= 1
+            assert num_held[gone.tenant] > 0  # a tenant keeps one at least
+            self.queues[gone.tenant].appendleft(gone)
+        before = [r for r in before if r not in self.scheduler.sent_back]
+        decoding = [r for r in decoding if r in before]
         assert [w.request for w in work[: len(decoding)]] == decoding
         assert all(w.count == 1 for w in work[: len(decoding)])
         assert len({id(w.request) for w in work}) == len(work)

@@ -44,12 +44,21 @@ class BlockPool:
 
         The first of them are `found`, just returned by `find`; only the others may be written.
         """
-        num_fresh = self.blocks_for(num_tokens) - len(found)
-        if num_fresh > self.num_free - sum(block in self._idle for block in found):
+        if self.num_missing(num_tokens, found):
             return None
         for block in found:
             self._use(block)
+        num_fresh = self.blocks_for(num_tokens) - len(found)
         return [*found, *(self._take() for _ in range(num_fresh))]
+
+    def num_missing(self, num_tokens: int, found: Sequence[int] = ()) -> int:
+        """Returns how many blocks would have to be free beside those that are, to allocate this."""
+        num_fresh = self.blocks_for(num_tokens) - len(found)
+        return max(0, num_fresh - self.num_free + sum(block in self._idle for block in found))
+
+    def num_sole(self, blocks: Iterable[int]) -> int:
+        """Returns how many of a user's blocks nobody else uses."""
+        return sum(self._num_users[block] == 1 for block in blocks)
 
     def share(self, block: int, key: bytes) -> int:
         """Makes a full block of the caller's findable and returns the one to use from now on.

@@ -8,51 +8,17 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from redmux.errors import (
-    FailedPreconditionError,
-    RedmuxError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from redmux.errors import AbortedError, UnavailableError
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.places import Places
 from redmux_server.engine.reading import Reader
-from redmux_server.engine.request import (
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    Read,
-    Request,
-    Scored,
-    Token,
-    Work,
-)
-from redmux_server.engine.sampling import NonFinite, sample
+from redmux_server.engine.request import Event, Failed, Finished, Request, Scored, Token
 from redmux_server.engine.scheduler import Scheduler
-from redmux_server.engine.scoring import score
+from redmux_server.engine.stepper import Runner, Stepper
 from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-_RETRY_AFTER_S = 0.5
-
-
-class Runner(Protocol):
-    """What the engine asks of a model."""
-
-    def enter_thread(self) -> None:
-        """Is called once on the engine thread, before the first step."""
-
-    def forward(self, work: Sequence[Work]) -> Tensor:
-        """Computes a step and returns [n, vocab] logits, the rows that the work items want."""
-
-    def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
-        """Computes a step and returns the last hidden states [count, hidden] of each work item."""
 
 
 @dataclass(slots=True)
@@ -80,29 +46,29 @@ class Engine:
         max_open: int,
         reader: Reader | None = None,
     ) -> None:
-        """`max_open` bounds the requests that wait or run.
+        """`max_open` bounds the requests that wait or run, of which each tenant has its share.
 
         `reader` applies the heads of adapters, where the model has any.
         """
         self._runner = runner
         self._scheduler = scheduler
-        self._bank = bank
         self._metrics = metrics
-        self._reader = reader or Reader()
-        self.max_open = max_open
+        self._stepper = Stepper(runner, scheduler, bank, metrics, reader or Reader())
+        self._places = Places(max_open)
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         # Owned by the event loop's thread.
         self._open: dict[Request, _Stamps] = {}
         self._is_draining = False
+        self._stuck_step: int | None = None  # one that does not end, as it seems
         self._drained = asyncio.Event()
         self._has_ended = asyncio.Event()  # some request, since whoever waits last looked
         self.died = asyncio.Event()
         # Written by the engine thread, read by anyone.
-        self._events: list[tuple[Request, Event]] = []
         self._is_stopping = False
-        self.last_step_s = time.monotonic()
+        self._num_steps = 0
+        self._is_waiting = False  # for requests, between two steps
 
     # -- event loop's side --------------------------------------------------------------------
 
@@ -121,27 +87,32 @@ class Engine:
         """Requests that are part of the current steps."""
         return len(self._scheduler.running)
 
-    def is_stuck(self, limit_s: float) -> bool:
-        """Whether there is work but no step has finished for `limit_s` seconds."""
-        return not self._thread.is_alive() or (
-            bool(self._open) and time.monotonic() - self.last_step_s > limit_s
-        )
+    @property
+    def most_for_one(self) -> int:
+        """How many requests a tenant may have open that is alone."""
+        return self._places.most_for_one
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def step_under_way(self) -> int | None:
+        """The number of the step that is being computed, None between two steps."""
+        return None if self._is_waiting else self._num_steps
 
     def submit(self, *requests: Request) -> None:
-        """Accepts requests, all or none: from here on each one's sink gets exactly one ending.
+        """Accepts requests of one tenant, all or none: each one's sink gets exactly one ending.
 
-        Raises ResourceExhaustedError if the queue is full and UnavailableError while draining.
+        Raises ResourceExhaustedError if the queue or the tenant's share of it is full, and
+        UnavailableError while draining or while a step does not end.
         """
         if self._is_draining or self.died.is_set():
             raise UnavailableError("the server is shutting down")
-        if len(self._open) + len(requests) > self.max_open:
-            raise ResourceExhaustedError(
-                f"{len(self._open)} requests are open, the limit is {self.max_open}; "
-                f"try again in {_RETRY_AFTER_S} s",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        if not self._open:
-            self.last_step_s = time.monotonic()
+        if self._stuck_step is not None and self._stuck_step == self.step_under_way:
+            raise UnavailableError("the server computes a step that does not end")
+        self._places.take(requests)
         for request in requests:
             self._open[request] = _Stamps(time.monotonic())
             self._inbox.put(request)
@@ -151,7 +122,7 @@ class Engine:
 
         For the parts of what was accepted as a whole, of which the caller bounds the number.
         """
-        while len(self._open) >= self.max_open:
+        while not self._places.has_place(request.tenant):
             self._has_ended.clear()
             await self._has_ended.wait()
         self.submit(request)
@@ -174,21 +145,52 @@ class Engine:
         """Ends a `drain` that is under way at once."""
         self._drained.set()
 
-    async def stop(self) -> None:
-        """Ends the engine thread after its current step; open requests fail as unavailable."""
+    async def stop(self, limit_s: float | None = None) -> None:
+        """Ends the engine thread after its current step, for which it waits `limit_s` seconds.
+
+        Open requests fail as unavailable. Where the step does not end, `is_alive` stays true.
+        """
         self._is_draining = True
         self._is_stopping = True
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self._fail_open()
+        await asyncio.to_thread(self._thread.join, limit_s)
+        if self._thread.is_alive():
+            self._fail_open("the server was stopped in a step that did not end")
+        else:
+            self._fail_open("the server is shutting down", may_be_the_cause=False)
 
-    def _fail_open(self) -> None:
-        error = UnavailableError("the server is shutting down")
-        self._deliver([(request, Failed(error)) for request in self._open])
+    def give_up_step(self) -> None:
+        """Fails every open request, and refuses others until the step under way has ended."""
+        self._stuck_step = self.step_under_way
+        self._fail_open("the server computes a step that does not end")
+
+    def _fail_open(self, what: str, *, may_be_the_cause: bool = True) -> None:
+        """Ends every open request; with those that ran no other server should be tried.
+
+        Clients send again what was unavailable. If a request is the cause of what has happened, it
+        would happen to one server after the other.
+        """
+        running = set(self._scheduler.running) if may_be_the_cause else set()
+        endings = []
+        for request in self._open:
+            error = AbortedError(f"{what}; this request was part of it, and may be the reason")
+            ending = Failed(error if request in running else UnavailableError(what))
+            self.end(request, ending)
+            endings.append((request, ending))
+        self._deliver(endings)
 
     def _bury(self) -> None:
         self.died.set()
-        self._fail_open()
+        self._deliver(self._stepper.take_events())
+        self._fail_open("the server's engine died")
+
+    def _hand_over(self, events: Sequence[tuple[Request, Event]]) -> None:
+        try:
+            self._deliver(events)
+        except Exception:
+            logger.critical("what the engine computed could not be delivered", exc_info=True)
+            self._is_stopping = True
+            self.died.set()
 
     def _deliver(self, events: Sequence[tuple[Request, Event]]) -> None:
         now = time.monotonic()
@@ -204,6 +206,7 @@ class Engine:
                 stamps.last_token_s = now
             elif not isinstance(event, Scored):
                 del self._open[request]
+                self._places.give_back(request)
                 self._has_ended.set()
                 self._metrics.ended(event, now - stamps.submitted_s)
             request.sink(event)
@@ -216,12 +219,12 @@ class Engine:
         """Steps until `stop`; sleeps while there is nothing to do.
 
         An error that is not a single step's computation means that the engine's own state cannot
-        be trusted: it ends, every open request fails as unavailable, and `died` is set.
+        be trusted: it ends, every open request fails, and `died` is set.
         """
         try:
             self._runner.enter_thread()
             self._run()
-        except Exception:
+        except BaseException:
             logger.critical("the engine died", exc_info=True)
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._bury)
@@ -229,32 +232,18 @@ class Engine:
     def _run(self) -> None:
         while not self._is_stopping:
             has_work = bool(self._scheduler.running) or self._scheduler.num_waiting > 0
+            self._is_waiting = True
             self._take_inbox(block=not has_work)
+            self._num_steps += 1
+            self._is_waiting = False
             if not self._is_stopping:
                 self.step()
-                self.last_step_s = time.monotonic()
 
     def step(self) -> None:
-        """Runs one step: leave out what was ended, plan, compute, draw, hand the events over."""
-        for request in self._scheduler.ended_early():
-            assert request.early_end is not None
-            self._end(request, request.early_end)
-        num_cached = self._scheduler.num_cached_tokens
-        work = self._scheduler.plan()
-        self._metrics.cached_tokens.inc(self._scheduler.num_cached_tokens - num_cached)
-        if work:
-            started_s = time.monotonic()
-            num_decodes = sum(item.request.is_decoding for item in work)
-            num_encoded = sum(
-                len(item.request.source_ids) for item in work if not item.request.num_computed
-            )
-            self._acquire_slots(work)
-            self._compute(work)
-            self._metrics.step(work, num_decodes, num_encoded, time.monotonic() - started_s)
-        self._metrics.state(self._scheduler, self._bank)
-        if self._events and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._deliver, self._events)
-            self._events = []
+        """Runs one step and hands its events over."""
+        self._stepper.step()
+        if self._loop is not None and (events := self._stepper.take_events()):
+            self._loop.call_soon_threadsafe(self._hand_over, events)
 
     def _take_inbox(self, block: bool) -> None:
         try:
@@ -265,110 +254,3 @@ class Engine:
                 request = self._inbox.get_nowait()
         except queue.Empty:
             pass
-
-    def _acquire_slots(self, work: Sequence[Work]) -> None:
-        for item in work:
-            request = item.request
-            if request.adapter is not None and request.slot is None:
-                started_s = time.monotonic()
-                fills = self._bank.num_fills
-                request.slot = self._bank.acquire(request.adapter.digest, request.adapter.edits)
-                if self._bank.num_fills > fills:
-                    self._metrics.adapter_load_s.observe(time.monotonic() - started_s)
-
-    def _compute(self, work: Sequence[Work]) -> None:
-        generating = [item for item in work if item.request.reading is None]
-        reading = [item for item in work if item.request.reading is not None]
-        try:
-            results = {**self._draw(generating), **self._read(reading)}
-        except Exception as err:
-            self._recover(work, err)
-            return
-        for item in work:
-            item.request.num_computed += item.count
-            if item in results:
-                self._take(item.request, results[item])
-
-    def _draw(self, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
-        return _evaluate(self._runner.forward(work), work) if work else {}
-
-    def _read(self, work: Sequence[Work]) -> dict[Work, Read | NonFinite]:
-        if not work:
-            return {}
-        states = dict(zip(work, self._runner.hidden(work), strict=True))
-        ends = [item for item in work if item.samples]
-        read = self._reader.read(
-            [item.request for item in ends],
-            [torch.cat([*item.request.states, states[item]]) for item in ends],
-        )
-        for item, part in states.items():  # nothing can fail any more
-            item.request.states = [] if item.samples else [*item.request.states, part]
-        return dict(zip(ends, read, strict=True))
-
-    def _take(self, request: Request, result: Token | Scored | Read | NonFinite) -> None:
-        match result:
-            case NonFinite():
-                name = "the base model" if request.adapter is None else request.adapter.digest
-                message = f"{name} produced a value that is not finite for this prompt"
-                self._fail(request, FailedPreconditionError(message))
-            case Scored():
-                self._events.append((request, result))
-                if request.num_computed == len(request.prompt_ids):
-                    self._end(request, Finished(FinishReason.SCORED))
-            case Read():
-                self._end(request, result)
-            case Token():
-                self._append(request, result)
-
-    def _append(self, request: Request, result: Token) -> None:
-        request.token_ids.append(result.token_id)
-        self._events.append((request, result))
-        reason = request.finish_reason()
-        if reason is not None:
-            self._end(request, Finished(reason))
-        elif request.num_output == 1:  # its whole prompt is computed, and gave a finite row
-            self._scheduler.share(request)
-
-    def _fail(self, request: Request, error: RedmuxError) -> None:
-        self._end(request, Failed(error), is_sound=False)
-
-    def _end(self, request: Request, event: Event, *, is_sound: bool = True) -> None:
-        self._scheduler.remove(request, is_sound=is_sound)
-        if request.slot is not None:
-            self._bank.release(request.slot)
-            request.slot = None
-        self._events.append((request, event))
-
-    def _recover(self, work: Sequence[Work], err: Exception) -> None:
-        """After a failed step, runs its requests one by one, so that only the culprit fails.
-
-        Nothing was committed: computing the same tokens again writes the same cache entries.
-        """
-        if len(work) == 1:
-            logger.error("a step failed for one request", exc_info=err)
-            self._fail(work[0].request, RedmuxError("internal error in the engine"))
-            return
-        logger.error("a step of %d requests failed, running them one by one", len(work))
-        for item in work:
-            self._compute([item])
-
-
-def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
-    """Returns what the wanted rows of each work item come to, of those that want any."""
-    results: dict[Work, Token | Scored | NonFinite] = {}
-    drawing: list[Work] = []
-    rows: list[int] = []  # of the logits of those that draw a token
-    row = 0
-    for item in work:
-        wanted = item.wanted
-        if item.request.targets and wanted:
-            results[item] = score(logits[row : row + len(wanted)], item)
-        elif wanted:
-            drawing.append(item)
-            rows.append(row)
-        row += len(wanted)
-    if drawing:
-        drawn_logits = logits if len(rows) == len(logits) else logits[rows]
-        tokens = sample(drawn_logits, [item.request for item in drawing])
-        results.update(zip(drawing, tokens, strict=True))
-    return results

@@ -118,10 +118,12 @@ class Request:
     token_ids: list[int] = field(default_factory=list)  # prompt and output
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached: int = 0  # those of them that were there when the request was admitted
+    num_paid: int = 0  # tokens that its tenant is not charged for again: they were lost to another
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
     slot: int | None = None  # row of the adapter bank while running
     states: list["Tensor"] = field(default_factory=list)  # of a reading, [tokens, hidden] a step
+    kept: object = None  # what the runner keeps of it beside the cache, while it runs
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

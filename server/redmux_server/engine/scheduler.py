@@ -1,19 +1,27 @@
 """Scheduler: which tokens of which requests the next step computes. No torch in here."""
 
-from collections import deque
+from collections import Counter, deque
 
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.prefix import extend_keys
 from redmux_server.engine.request import Request, Work
 
+_MAX_LEAP = 4096  # tokens that whoever begins to wait may be behind the least served one
+
 
 class Scheduler:
     """Continuous batching with chunked prefill, decodes first, fair over tenants.
 
-    A running request holds cache blocks for its whole length from the start, so whatever was
-    admitted can finish: nothing is preempted and nothing fails for lack of memory. Admission
-    picks the waiting tenant with the least service so far (virtual token counters, Sheng et al.
-    2024), first come first served inside a tenant. Owned by the engine thread.
+    A running request holds cache blocks for its whole length from the start, so nothing fails for
+    lack of memory. Admission picks the waiting tenant with the least service so far (virtual token
+    counters, Sheng et al. 2024), first come first served inside a tenant. Owned by the engine
+    thread.
+
+    A tenant may hold every place and every block while nobody else wants them. Once the tenant
+    whose turn it is finds none, and has been served a step's tokens less than those who hold them,
+    it takes what it needs from whoever holds most, who keeps no fewer than it has then. What has
+    lost its place goes back to the front of its tenant's queue and is computed again; whoever took
+    the place pays for that.
 
     A request starts behind the full blocks of its prompt that an earlier one of the same tenant
     and the same adapter content has left in the cache. It is charged for what it computes only.
@@ -44,6 +52,7 @@ class Scheduler:
         self._whole_prompts = whole_prompts
         self.num_cached_tokens = 0  # found in the cache at admissions so far
         self.running: list[Request] = []
+        self.sent_back: list[Request] = []  # those that the newest plan took the places of
         self._waiting: dict[str, deque[Request]] = {}
         self._served: dict[str, int] = {}  # tenant -> tokens computed for it
 
@@ -58,17 +67,21 @@ class Scheduler:
         return 1 - self._blocks.num_free / self._blocks.num_blocks
 
     def submit(self, request: Request) -> None:
-        """Queues a request behind the others of its tenant."""
-        if request.tenant not in self._waiting:
-            # A tenant that had nothing waiting starts level with those that have: what it did not
-            # ask for is not saved up. Where nobody waits, nobody is owed anything.
-            if self._waiting:
-                level = min(self._served[t] for t in self._waiting)
-            else:
-                level = max(self._served.values(), default=0)
-            self._served[request.tenant] = max(self._served.get(request.tenant, 0), level)
-            self._waiting[request.tenant] = deque()
-        self._waiting[request.tenant].append(request)
+        """Queues a request behind the others of its tenant.
+
+        A tenant that begins to wait starts level with the most served of those that wait: what it
+        did not ask for is not saved up, and however many new ones come, they line up behind those
+        who are there. The leap bounds what they have to wait for, and what is held against it.
+        """
+        tenant = request.tenant
+        if not self._waiting:  # nobody is owed anything
+            self._served = {r.tenant: 0 for r in self.running} | {tenant: 0}
+        elif tenant not in self._waiting:
+            served = [self._served[t] for t in self._waiting]
+            most = min(served) + _MAX_LEAP
+            level = max(max(served), self._served.get(tenant, 0))
+            self._served[tenant] = min(level, most)
+        self._waiting.setdefault(tenant, deque()).append(request)
 
     def ended_early(self) -> list[Request]:
         """Returns every request that its reader has ended; `remove` takes them out."""
@@ -93,25 +106,41 @@ class Scheduler:
 
         Its full blocks stay for later requests, unless its computing went wrong.
         """
+        if request in self.running:
+            self._stop_running(request, is_sound=is_sound)
+        else:
+            self._waiting[request.tenant].remove(request)
+            self._drop_empty(request.tenant)
+        self._forget_idle_tenants()
+
+    def _stop_running(self, request: Request, *, is_sound: bool = True) -> None:
+        self.running.remove(request)
         if not is_sound:
             self._blocks.forget(request.blocks)
         elif request.num_computed >= len(request.prompt_ids):
             self.share(request)
-        if request in self.running:
-            self.running.remove(request)
-        else:
-            self._waiting[request.tenant].remove(request)
-            self._drop_empty(request.tenant)
         self._blocks.release(request.blocks)
         request.blocks = []
-        self._forget_idle_tenants()
+        request.kept = None
+
+    def lend_blocks(self, request: Request) -> bool:
+        """Gives blocks to a request that was not submitted; returns whether there were enough."""
+        request.blocks = self._blocks.allocate(request.max_length) or []
+        return bool(request.blocks)
+
+    def take_back(self, request: Request) -> None:
+        """Takes the blocks back that were lent to a request."""
+        self._blocks.release(request.blocks)
+        request.blocks = []
 
     def plan(self) -> list[Work]:
         """Returns the work of the next step, decodes first, then prefills in order of admission.
 
         Admits waiting requests while the step's token budget, the running limit and the cache
-        allow it. Empty only if nothing can be done.
+        allow it, which others may have to make room for: `sent_back`. Empty only if nothing can be
+        done.
         """
+        first = self._make_room()
         work = [self._charge(r, 1) for r in self.running if r.is_decoding]
         budget = self._max_batch_tokens - len(work)
         for request in self.running:
@@ -119,17 +148,85 @@ class Scheduler:
                 work.append(self._prefill(request, budget))
                 budget -= work[-1].count
         while budget and len(self.running) < self._max_running:
-            admitted = self._admit(budget)
+            admitted = self._admit(first or self._next(), budget) if self._waiting else None
             if admitted is None:
                 break
+            first = None
             budget -= self._encode(admitted)
             work.append(self._prefill(admitted, budget))
             budget -= work[-1].count
         return work
 
+    def _make_room(self) -> Request | None:
+        """Sends running requests back whose places the next waiting one has to have.
+
+        Returns it if there were any: they are its places then.
+        """
+        self.sent_back = []
+        if not self._waiting:
+            return None
+        request = self._next()
+        budget = self._max_batch_tokens
+        budget -= sum(len(r.token_ids) - r.num_computed for r in self.running)
+        if self._num_uncut(request) > budget:
+            return None
+        for victim in self._victims(request):
+            self._send_back(victim, request.tenant)
+        return request if self.sent_back else None
+
+    def _victims(self, request: Request) -> list[Request]:
+        """Returns the running requests that have to give way to this one, all or none.
+
+        A reading or a score is no victim: once its prompt is computed it ends by itself.
+        """
+        num_rows = int(len(self.running) == self._max_running)
+        num_blocks = self._blocks.num_missing(request.max_length, self._find_prefix(request))
+        if not num_rows and not num_blocks:
+            return []
+
+        lacks_blocks = num_blocks > 0
+
+        def size(running: Request) -> int:
+            return len(running.blocks) if lacks_blocks else 1
+
+        held: Counter[str] = Counter()
+        for running in self.running:
+            held[running.tenant] += size(running)
+        wanted = self._blocks.blocks_for(request.max_length) if lacks_blocks else 1
+        wanted += held[request.tenant]
+        level = self._served[request.tenant] + self._max_batch_tokens
+        able = [r for r in reversed(self.running) if self._served[r.tenant] >= level]
+        victims: list[Request] = []
+        while num_rows > 0 or num_blocks > 0:
+            able = [r for r in able if r.max_tokens and held[r.tenant] - size(r) >= wanted]
+            if not able:
+                return []
+            victim = max(able, key=lambda r: (held[r.tenant], -r.num_computed))
+            able.remove(victim)
+            held[victim.tenant] -= size(victim)
+            num_rows -= 1
+            num_blocks -= self._blocks.num_sole(victim.blocks)
+            victims.append(victim)
+        return victims
+
+    def _send_back(self, victim: Request, payer: str) -> None:
+        """Puts a running request to the front of its tenant's queue, to be computed again.
+
+        `payer` is charged for that, but for what stays in the cache.
+        """
+        victim.num_paid = max(victim.num_paid, victim.num_computed)
+        num_lost = len(victim.source_ids) + victim.num_computed
+        self._stop_running(victim)
+        num_lost -= len(self._find_prefix(victim)) * self._blocks.block_size
+        self._served[payer] += num_lost
+        victim.num_computed = 0
+        self._waiting.setdefault(victim.tenant, deque()).appendleft(victim)
+        self.sent_back.append(victim)
+
     def _encode(self, request: Request) -> int:
         """Charges for a source and returns its tokens."""
-        self._served[request.tenant] += len(request.source_ids)
+        if not request.num_paid:
+            self._served[request.tenant] += len(request.source_ids)
         return len(request.source_ids)
 
     def _prefill(self, request: Request, budget: int) -> Work:
@@ -137,37 +234,44 @@ class Scheduler:
 
     def _charge(self, request: Request, count: int) -> Work:
         # At once: the next admission of the same step must see it.
-        self._served[request.tenant] += count
+        first = max(request.num_computed, request.num_paid)
+        self._served[request.tenant] += max(0, request.num_computed + count - first)
         return Work(request, count)
 
-    def _admit(self, budget: int) -> Request | None:
-        if not self._waiting:
-            return None
-        tenant = min(self._waiting, key=self._served.__getitem__)
-        request = self._waiting[tenant][0]
-        num_uncut = len(request.prompt_ids) if self._whole_prompts else 1
-        if len(request.source_ids) + num_uncut > budget:
+    def _admit(self, request: Request, budget: int) -> Request | None:
+        if self._num_uncut(request) > budget:
             return None
         found = self._find_prefix(request)
         blocks = self._blocks.allocate(request.max_length, found)
         if blocks is None:  # wait for it rather than let smaller requests starve it
             return None
-        self._waiting[tenant].popleft()
-        self._drop_empty(tenant)
+        self._waiting[request.tenant].popleft()
+        self._drop_empty(request.tenant)
         request.blocks = blocks
-        request.num_computed = request.num_cached = len(found) * self._blocks.block_size
-        self.num_cached_tokens += request.num_cached
+        request.num_computed = len(found) * self._blocks.block_size
+        if not request.num_output:  # not sent back in between
+            request.num_cached = request.num_computed
+            self.num_cached_tokens += request.num_cached
         self.running.append(request)
         return request
 
-    def _find_prefix(self, request: Request) -> list[int]:
-        """Returns the cached blocks that the prompt begins with, up to where logits are wanted.
+    def _next(self) -> Request:
+        """Returns the waiting request whose turn it is; of equal tenants, of who waits longer."""
+        return self._waiting[min(self._waiting, key=self._served.__getitem__)][0]
 
-        Those tokens are always computed, the last one of the prompt at least; of a reading, all.
+    def _num_uncut(self, request: Request) -> int:
+        """Returns the tokens that the step which admits a request has to have place for."""
+        num_prompt = len(request.prompt_ids) if self._whole_prompts else 1
+        return len(request.source_ids) + num_prompt
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Returns the cached blocks that a request begins with, up to where logits are wanted.
+
+        Those tokens are always computed, the newest one at least; of a reading, all.
         """
         if request.reading is not None:
             return []
-        self._extend_keys(request, len(request.prompt_ids))
+        self._extend_keys(request, len(request.token_ids))
         num_usable = request.first_wanted // self._blocks.block_size
         return self._blocks.find(request.block_keys[:num_usable])
 

@@ -1,5 +1,6 @@
 """The gRPC port with its health and reflection, without the methods: it opens before torch."""
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from redmux.v1 import (
 )
 from redmux_server.config import ServerConfig
 from redmux_server.descriptors import max_connections
+from redmux_server.grpc_api.ending import Ending
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
 from redmux_server.grpc_api.loading import LateMethods
 
@@ -32,6 +34,7 @@ SERVICES = tuple(
         (training_service_pb2, "TrainingService"),
     )
 )
+_CLOSE_S = 1.0  # that calls get to end by themselves
 _MESSAGE_BYTES = 4 << 20  # of a reply
 # Of any message, before the model is known and with it the size of its adapters.
 _LARGEST_BYTES = 64 << 20
@@ -48,8 +51,11 @@ class GrpcDoor:
         self._config = config
         self._interceptor = Interceptor(keys)
         self.health = HealthServicer()
+        self._ending = Ending()
         self.methods = LateMethods()
-        self._server = grpc.aio.server(interceptors=[self._interceptor], options=_options())
+        self._server = grpc.aio.server(
+            interceptors=[self._ending, self._interceptor], options=_options()
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection(
             (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
@@ -96,8 +102,11 @@ class GrpcDoor:
             await self.health.set(name, status.SERVING if serving else status.NOT_SERVING)
 
     async def close(self) -> None:
-        """Ends what is still open after a second."""
-        await self._server.stop(1.0)
+        """Takes no more calls, and ends as unavailable what is still open after a second."""
+        stopping = asyncio.ensure_future(self._server.stop(2 * _CLOSE_S))
+        await asyncio.wait([stopping], timeout=_CLOSE_S)
+        self._ending.end_calls()
+        await stopping
 
 
 def _options() -> list[tuple[str, int]]:

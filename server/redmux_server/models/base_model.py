@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from redmux_server.engine.bank import AdapterBank
-from redmux_server.engine.engine import Runner
+from redmux_server.engine.stepper import Runner
 from redmux_server.models.text import TextCodec
 
 

@@ -92,7 +92,7 @@ class ReadingService:
         self._metrics = metrics
         self._tokenizing = tokenizing
         fitting = _ANSWER_BYTES // (4 * model.hidden_size)
-        self._max_inputs = max(1, min(MAX_INPUTS, fitting, engine.max_open))
+        self._max_inputs = max(1, min(MAX_INPUTS, fitting, engine.most_for_one))
 
     async def embed(
         self,

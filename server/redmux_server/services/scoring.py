@@ -94,7 +94,7 @@ class ScoringService:
         # The first one leaves the prompt in the cache, where the others find it.
         request, scores = await self._one(prepared, first, from_prompt + len(first), tenant)
         found = [scores.cut(from_prompt)] if continuations else []
-        places = asyncio.Semaphore(max(1, min(_AT_ONCE, self._engine.max_open // 2)))
+        places = asyncio.Semaphore(max(1, min(_AT_ONCE, self._engine.most_for_one // 2)))
 
         async def in_turn(ids: list[int]) -> TokenScores:
             async with places:

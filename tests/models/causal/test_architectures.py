@@ -109,8 +109,7 @@ class Steps:
     def step(self):
         self.engine._take_inbox(block=False)
         self.engine.step()
-        events, self.engine._events = self.engine._events, []
-        self.engine._deliver(events)
+        self.engine._deliver(self.engine._stepper.take_events())
 
     def finish(self):
         while self.engine.num_open:

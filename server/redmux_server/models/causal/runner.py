@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.bank import IDENTITY, AdapterBank, SiteColumns
-from redmux_server.engine.engine import Runner
 from redmux_server.engine.request import Work
+from redmux_server.engine.stepper import Runner
 from redmux_server.models.cpu.accelerate import computes_in_torch
 from redmux_server.models.cpu.threads import set_threads
 from redmux_server.models.editing import Editing, OwnedRows, StepRows

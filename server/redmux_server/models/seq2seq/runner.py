@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from typing import NoReturn
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from redmux_server.models.seq2seq.t5 import T5, SourceState
 class Seq2SeqRunner:
     """Encodes the sources of new requests packed, then computes tokens of the decoder.
 
-    What a request keeps goes with the request itself. Every token of the decoder is a row of its
+    What is kept of a request goes once it stops running. Every token of the decoder is a row of its
     own, so where several of one request share a step each is computed as if alone.
     """
 
@@ -26,7 +25,6 @@ class Seq2SeqRunner:
         self._editing = editing
         self._bank = bank
         self._num_threads = num_threads
-        self._states: WeakKeyDictionary[Request, SourceState] = WeakKeyDictionary()
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
@@ -35,7 +33,7 @@ class Seq2SeqRunner:
     @torch.inference_mode()
     def forward(self, work: Sequence[Work]) -> Tensor:
         """Computes the step and returns [n, vocab] logits, the rows that the work items want."""
-        fresh = [item.request for item in work if item.request not in self._states]
+        fresh = [item.request for item in work if item.request.kept is None]
         if fresh:
             self._encode(fresh)
         ids: list[int] = []
@@ -48,7 +46,8 @@ class Seq2SeqRunner:
             wanted += [len(ids) + i for i in item.wanted]
             ids += r.token_ids[places.start : places.stop]
             positions += places
-            states += [self._states[r]] * item.count
+            assert isinstance(r.kept, SourceState)
+            states += [r.kept] * item.count
         rows = self._rows([item.request for item in work], [item.count for item in work])
         with self._editing.step(rows):
             return self._model.decode(torch.tensor(ids), positions, states, wanted)
@@ -63,7 +62,8 @@ class Seq2SeqRunner:
         ids = torch.tensor([i for r in requests for i in r.source_ids])
         with self._editing.step(self._rows(requests, lengths)):
             states = self._model.encode(ids, lengths, room)
-        self._states.update(zip(requests, states, strict=True))
+        for request, state in zip(requests, states, strict=True):
+            request.kept = state
 
     def _rows(self, requests: Sequence[Request], lengths: Sequence[int]) -> StepRows | None:
         slots = [IDENTITY if r.slot is None else r.slot for r in requests]

@@ -1,0 +1,226 @@
+"""Stepper: what one step of the engine does, and what becomes of each request in it."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from redmux.errors import FailedPreconditionError, RedmuxError
+from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.reading import Reader
+from redmux_server.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Pooling,
+    Read,
+    Reading,
+    Request,
+    SamplingParams,
+    Scored,
+    Token,
+    Work,
+)
+from redmux_server.engine.sampling import NonFinite, sample
+from redmux_server.engine.scheduler import Scheduler
+from redmux_server.engine.scoring import score
+from redmux_server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_MAX_FAILURES = 3  # in a row, before the base model is asked whether it works at all
+
+
+class Runner(Protocol):
+    """What the engine asks of a model."""
+
+    def enter_thread(self) -> None:
+        """Is called once on the engine thread, before the first step."""
+
+    def forward(self, work: Sequence[Work]) -> Tensor:
+        """Computes a step and returns [n, vocab] logits, the rows that the work items want."""
+
+    def hidden(self, work: Sequence[Work]) -> Sequence[Tensor]:
+        """Computes a step and returns the last hidden states [count, hidden] of each work item."""
+
+
+class Stepper:
+    """Plans steps, computes them and ends requests. Owned by the engine thread."""
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, bank: AdapterBank, metrics: Metrics,
+        reader: Reader,
+    ) -> None:  # fmt: skip
+        self._runner = runner
+        self._scheduler = scheduler
+        self._bank = bank
+        self._metrics = metrics
+        self._reader = reader
+        self._events: list[tuple[Request, Event]] = []
+        self._num_failures = 0  # of requests, since the last one of which something came
+
+    def take_events(self) -> list[tuple[Request, Event]]:
+        """Returns what has happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def step(self) -> None:
+        """Runs one step: leave out what was ended, plan, compute, draw."""
+        for request in self._scheduler.ended_early():
+            assert request.early_end is not None
+            self._end(request, request.early_end)
+        num_cached = self._scheduler.num_cached_tokens
+        work = self._scheduler.plan()
+        for request in self._scheduler.sent_back:
+            self._release_slot(request)
+        self._metrics.sent_back.inc(len(self._scheduler.sent_back))
+        self._metrics.cached_tokens.inc(self._scheduler.num_cached_tokens - num_cached)
+        if work:
+            started_s = time.monotonic()
+            num_decodes = sum(item.request.is_decoding for item in work)
+            num_encoded = sum(
+                len(item.request.source_ids) for item in work if not item.request.num_computed
+            )
+            self._acquire_slots(work)
+            self._compute(work)
+            self._metrics.step(work, num_decodes, num_encoded, time.monotonic() - started_s)
+        self._metrics.state(self._scheduler, self._bank)
+
+    def _acquire_slots(self, work: Sequence[Work]) -> None:
+        for item in work:
+            request = item.request
+            if request.adapter is not None and request.slot is None:
+                started_s = time.monotonic()
+                fills = self._bank.num_fills
+                request.slot = self._bank.acquire(request.adapter.digest, request.adapter.edits)
+                if self._bank.num_fills > fills:
+                    self._metrics.adapter_load_s.observe(time.monotonic() - started_s)
+
+    def _compute(self, work: Sequence[Work]) -> None:
+        generating = [item for item in work if item.request.reading is None]
+        reading = [item for item in work if item.request.reading is not None]
+        try:
+            results = {**self._draw(generating), **self._read(reading)}
+        except Exception as err:
+            self._recover(work, err)
+            return
+        for item in work:
+            item.request.num_computed += item.count
+            if item in results:
+                self._take(item.request, results[item])
+
+    def _draw(self, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
+        return _evaluate(self._runner.forward(work), work) if work else {}
+
+    def _read(self, work: Sequence[Work]) -> dict[Work, Read | NonFinite]:
+        if not work:
+            return {}
+        states = dict(zip(work, self._runner.hidden(work), strict=True))
+        ends = [item for item in work if item.samples]
+        read = self._reader.read(
+            [item.request for item in ends],
+            [torch.cat([*item.request.states, states[item]]) for item in ends],
+        )
+        for item, part in states.items():  # nothing can fail any more
+            item.request.states = [] if item.samples else [*item.request.states, part]
+        return dict(zip(ends, read, strict=True))
+
+    def _take(self, request: Request, result: Token | Scored | Read | NonFinite) -> None:
+        if not isinstance(result, NonFinite):
+            self._num_failures = 0
+        match result:
+            case NonFinite():
+                name = "the base model" if request.adapter is None else request.adapter.digest
+                message = f"{name} produced a value that is not finite for this prompt"
+                self._fail(request, FailedPreconditionError(message))
+            case Scored():
+                self._events.append((request, result))
+                if request.num_computed == len(request.prompt_ids):
+                    self._end(request, Finished(FinishReason.SCORED))
+            case Read():
+                self._end(request, result)
+            case Token():
+                self._append(request, result)
+
+    def _append(self, request: Request, result: Token) -> None:
+        request.token_ids.append(result.token_id)
+        self._events.append((request, result))
+        reason = request.finish_reason()
+        if reason is not None:
+            self._end(request, Finished(reason))
+        elif request.num_output == 1:  # its whole prompt is computed, and gave a finite row
+            self._scheduler.share(request)
+
+    def _fail(self, request: Request, error: RedmuxError) -> None:
+        self._end(request, Failed(error), is_sound=False)
+        self._num_failures += 1
+        if self._num_failures == _MAX_FAILURES:
+            self._num_failures = 0
+            self._probe(request)
+
+    def _probe(self, failed: Request) -> None:
+        """Computes a token of the bare base model, in the way of the request that failed.
+
+        Raises what it raises, or RuntimeError for a value that is not finite.
+        """
+        probe = Request(
+            prompt_ids=[0], max_tokens=0 if failed.reading else 1, sampling=SamplingParams(),
+            stop_token_ids=frozenset(), tenant="", adapter=None, logprobs=False,
+            sink=lambda event: None, source_ids=[0] if failed.source_ids else (),
+            reading=Reading(Pooling.MEAN) if failed.reading else None,
+        )  # fmt: skip
+        if not self._scheduler.lend_blocks(probe):
+            return  # others hold them all, and compute with them
+        work = [Work(probe, 1)]
+        results = self._read(work) if probe.reading else self._draw(work)
+        if isinstance(results[work[0]], NonFinite):
+            raise RuntimeError("the base model computes values that are not finite")
+        self._scheduler.take_back(probe)
+
+    def _end(self, request: Request, event: Event, *, is_sound: bool = True) -> None:
+        self._scheduler.remove(request, is_sound=is_sound)
+        self._release_slot(request)
+        self._events.append((request, event))
+
+    def _release_slot(self, request: Request) -> None:
+        if request.slot is not None:
+            self._bank.release(request.slot)
+            request.slot = None
+
+    def _recover(self, work: Sequence[Work], err: Exception) -> None:
+        """After a failed step, runs its requests one by one, so that only the culprit fails.
+
+        Nothing was committed: computing the same tokens again writes the same cache entries.
+        """
+        if len(work) == 1:
+            logger.error("a step failed for one request", exc_info=err)
+            self._fail(work[0].request, RedmuxError("internal error in the engine"))
+            return
+        logger.error("a step of %d requests failed, running them one by one", len(work))
+        for item in work:
+            self._compute([item])
+
+
+def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
+    """Returns what the wanted rows of each work item come to, of those that want any."""
+    results: dict[Work, Token | Scored | NonFinite] = {}
+    drawing: list[Work] = []
+    rows: list[int] = []  # of the logits of those that draw a token
+    row = 0
+    for item in work:
+        wanted = item.wanted
+        if item.request.targets and wanted:
+            results[item] = score(logits[row : row + len(wanted)], item)
+        elif wanted:
+            drawing.append(item)
+            rows.append(row)
+        row += len(wanted)
+    if drawing:
+        drawn_logits = logits if len(rows) == len(logits) else logits[rows]
+        tokens = sample(drawn_logits, [item.request for item in drawing])
+        results.update(zip(drawing, tokens, strict=True))
+    return results

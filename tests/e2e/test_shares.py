@@ -1,0 +1,78 @@
+"""Two tenants on one real server: a flood of one holds up the other no more than it has to."""
+
+import asyncio
+
+import pytest
+from conftest import save_tiny_model
+from e2e.test_encoder_decoder import config as t5_config
+
+from redmux import AsyncClient, ResourceExhaustedError
+from redmux_adapters import to_bytes
+
+FLOOD = {"max_tokens": 200, "ignore_eos": True, "logprobs": True}
+
+
+@pytest.fixture
+async def clients(start_server):
+    server = await start_server(
+        max_running=2, max_batch_tokens=8, max_queue=6, api_keys=("key-of-alice", "key-of-bob")
+    )
+    target = f"127.0.0.1:{server.port}"
+    async with (
+        AsyncClient(target, api_key="key-of-alice") as alice,
+        AsyncClient(target, api_key="key-of-bob") as bob,
+    ):
+        yield server, alice, bob
+
+
+async def test_a_key_cannot_fill_the_queue_for_another(clients):
+    server, alice, bob = clients
+    flood = [asyncio.create_task(alice.generate("abc", **FLOOD)) for _ in range(12)]
+    while server.engine.num_open < 7:
+        await asyncio.sleep(0)
+    await bob.generate("abc", max_tokens=4)
+    assert server.engine.num_open >= 5  # the flood goes on
+    results = await asyncio.gather(*flood, return_exceptions=True)
+    refused = [r for r in results if isinstance(r, Exception)]
+    assert len(refused) == 5
+    for error in refused:
+        assert isinstance(error, ResourceExhaustedError)
+        assert "share of this API key" in str(error)
+
+
+async def test_what_lost_its_row_to_another_tenant_has_the_same_bits(clients, base):
+    server, alice, bob = clients
+    await alice.adapters.put("x", to_bytes(base.adapter(1)))
+    alone = await alice.generate("abc", adapter="x", temperature=0.7, seed=3, **FLOOD)
+    flood = [
+        asyncio.create_task(alice.generate("abc", adapter="x", temperature=0.7, seed=3, **FLOOD))
+        for _ in range(4)
+    ]
+    for _ in range(4):
+        await bob.generate("hello", max_tokens=2, ignore_eos=True)
+    assert server.metrics.registry.get_sample_value("redmux_requests_sent_back_total") >= 1
+    for result in await asyncio.gather(*flood):
+        assert (result.token_ids, result.logprobs) == (alone.token_ids, alone.logprobs)
+
+
+async def test_an_encoder_decoder_encodes_anew_what_lost_its_row(start_server, tmp_path):
+    from transformers import AutoModelForSeq2SeqLM
+
+    folder = save_tiny_model(tmp_path, t5_config("t5"), kind=AutoModelForSeq2SeqLM)
+    server = await start_server(
+        model=str(folder), max_running=2, max_batch_tokens=64, max_context=512,
+        api_keys=("key-of-alice", "key-of-bob"),
+    )  # fmt: skip
+    target = f"127.0.0.1:{server.port}"
+    async with (
+        AsyncClient(target, api_key="key-of-alice") as alice,
+        AsyncClient(target, api_key="key-of-bob") as bob,
+    ):
+        alone = await alice.generate("a source", **FLOOD)
+        flood = [asyncio.create_task(alice.generate("a source", **FLOOD)) for _ in range(4)]
+        for _ in range(3):
+            await bob.generate("hello", max_tokens=2, ignore_eos=True)
+        results = await asyncio.gather(*flood)
+    assert server.metrics.registry.get_sample_value("redmux_requests_sent_back_total") >= 1
+    for result in results:
+        assert (result.token_ids, result.logprobs) == (alone.token_ids, alone.logprobs)
