@@ -5,6 +5,7 @@ Importing this package imports torch, not transformers.
 
 from .bases.fingerprint import fingerprint
 from .bases.load import load_base, load_seq2seq_base, read_config
+from .bases.match import BaseMatch, match_bases
 from .bases.sites import (
     Position,
     addressable_sites,
@@ -24,6 +25,7 @@ from .format.prompt import PromptFormat, Turn
 __all__ = [
     "Adapter",
     "AdapterMetadata",
+    "BaseMatch",
     "Edit",
     "Head",
     "HeadConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "linear_sites",
     "load_base",
     "load_seq2seq_base",
+    "match_bases",
     "parse_adapter",
     "read_adapter",
     "read_config",

@@ -1,22 +1,27 @@
 """`redmux adapters`: converts, creates, checks and shows adapters on this machine."""
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
-from redmux.errors import RedmuxError
+from redmux.errors import InvalidAdapterError, RedmuxError
 
 from .bases.fingerprint import fingerprint
 from .bases.load_any import load_any, load_tokenizer
+from .bases.match import without_sketch
 from .bases.sites import POSITIONS, addressable_sites, editable_sites, red_sites, with_layer_norms
 from .format.adapter import Adapter, check_base
 from .format.config import AdapterMetadata
 from .format.files import check_sites, read_adapter, write_folder
 from .format.head import PROBLEM_TYPES
+from .format.prompt import PromptFormat
+from .format.strictjson import parse_json
 from .show import describe, plot, table
 
 
@@ -52,6 +57,19 @@ def _parser() -> argparse.ArgumentParser:
         "--labels", metavar="A,B", help="names of the outputs of the file's classification head"
     )
     convert.add_argument("--problem-type", choices=PROBLEM_TYPES, help="what the head is for")
+    convert.add_argument(
+        "--prompt-format",
+        type=_prompt_format,
+        metavar="F",
+        help='how prompts were written in training: chatml, raw, or turns as JSON such as {"user": '
+        '["Human: ", "\\n\\n"], "assistant": ["Assistant: ", "\\n"]}; default: the base '
+        "model's chat template",
+    )
+    convert.add_argument("--description", default="", metavar="TEXT", help="what it does")
+    convert.add_argument("--license", default="", metavar="SPDX", help="license of the vectors")
+    convert.add_argument(
+        "--timeout", type=_seconds, default=120.0, metavar="S", help="for reading; default: 120"
+    )
     base = convert.add_mutually_exclusive_group(required=True)
     base.add_argument(
         "--base", metavar="MODEL", help="the base model: folder, .gguf file or hub id"
@@ -74,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check an adapter, alone or against its base")
     verify.add_argument("path", help="adapter folder or safetensors file")
     verify.add_argument("--base", metavar="MODEL", help="the base model it has to fit")
+    _add_allow_other_base(verify)
     verify.set_defaults(run=_verify)
 
     fold = commands.add_parser(
@@ -82,7 +101,16 @@ def _parser() -> argparse.ArgumentParser:
     fold.add_argument("path", help="adapter folder or safetensors file")
     fold.add_argument("--base", required=True, metavar="MODEL", help="the base model")
     fold.add_argument("--output", required=True, metavar="FOLDER", help="where to write the model")
+    _add_allow_other_base(fold)
     fold.set_defaults(run=_fold)
+
+    stamp = commands.add_parser(
+        "stamp", help="write an adapter anew, as made for a base model that you know it to be for"
+    )
+    stamp.add_argument("path", help="adapter folder or safetensors file")
+    stamp.add_argument("--base", required=True, metavar="MODEL", help="the base model")
+    stamp.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
+    stamp.set_defaults(run=_stamp)
 
     show = commands.add_parser("show", help="print what an adapter holds")
     show.add_argument("path", help="adapter folder or safetensors file")
@@ -102,10 +130,14 @@ def _convert(arguments: argparse.Namespace) -> None:
         strength=arguments.strength,
         labels=None if arguments.labels is None else arguments.labels.split(","),
         problem_type=arguments.problem_type,
+        prompt_format=arguments.prompt_format,
         metadata=AdapterMetadata(
             base_model_name_or_path=_public_name(arguments.base or ""),
+            description=arguments.description,
+            license=arguments.license,
             created_by="redmux adapters convert",
         ),
+        timeout_s=arguments.timeout,
     )
     base = arguments.base_fingerprint if model is None else fingerprint(model)
     adapter, kind = convert(arguments.file, Target(base, model), options)
@@ -130,19 +162,28 @@ def _create(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     adapter = read_adapter(arguments.path)
     model = None if arguments.base is None else load_any(arguments.base)
+    match = ""
     if model is not None:
-        check_base(adapter, fingerprint(model))
+        match = f"; base: {check_base(adapter, fingerprint(model), arguments.allow_other_base)}"
         check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
-    print(f"ok {_summary(adapter)}")
+    print(f"ok {_summary(adapter)}{match}")
     if model is not None:
         _warn_of_blocks(adapter, model)
+
+
+def _stamp(arguments: argparse.Namespace) -> None:
+    adapter, model = read_adapter(arguments.path), load_any(arguments.base)
+    check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
+    adapter = dataclasses.replace(adapter, base_fingerprint=fingerprint(model))
+    write_folder(adapter, arguments.output)
+    print(_summary(adapter))
 
 
 def _fold(arguments: argparse.Namespace) -> None:
     from .fold import fold
 
     adapter = read_adapter(arguments.path)
-    model = fold(adapter, load_any(arguments.base))
+    model = fold(adapter, load_any(arguments.base), arguments.allow_other_base)
     model.save_pretrained(arguments.output)
     load_tokenizer(arguments.base).save_pretrained(arguments.output)
     print(f"{type(model).__name__} with {_summary(adapter)}")
@@ -174,9 +215,18 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
         print(f"{first:{widths[0]}}", *cells, sep="  ")
 
 
+def _add_allow_other_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-other-base",
+        action="store_true",
+        help="take a base with other weights or another vocabulary, such as a fine-tuned relative",
+    )
+
+
 def _summary(adapter: Adapter) -> str:
+    base = without_sketch(adapter.base_fingerprint)
     return (
-        f"{adapter.digest} for {adapter.base_fingerprint}: {len(adapter.edits)} sites, "
+        f"{adapter.digest} for {base}: {len(adapter.edits)} sites, "
         f"{adapter.num_parameters} parameters"
     )
 
@@ -206,3 +256,31 @@ def _layers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,4-7")
         layers.extend(range(int(first), int(last or first) + 1))
     return layers
+
+
+def _prompt_format(text: str) -> PromptFormat:
+    """Returns the format of a name, or of JSON as in adapter_config.json, "type" or not."""
+    from .train.prompts import CHATML, RAW
+
+    named = {"chatml": CHATML, "raw": RAW}
+    if text in named:
+        return named[text]
+    try:
+        value = parse_json(text, "the prompt format")
+        if isinstance(value, dict):
+            value = {"type": "turns", **value}
+        return PromptFormat.from_json(value)
+    except InvalidAdapterError as err:
+        raise argparse.ArgumentTypeError(
+            f"{err.message}; give chatml, raw, or turns as docs/format.md has them"
+        ) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds

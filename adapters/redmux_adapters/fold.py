@@ -36,7 +36,7 @@ class _Step(NamedTuple):
 
 
 @torch.no_grad()
-def fold(adapter: Adapter, model: Any) -> Any:
+def fold(adapter: Adapter, model: Any, allow_other_base: bool = False) -> Any:
     """Returns `model` with the adapter's edits in its weights, or the same with its head.
 
     `model` is that of `load_any` and is changed. A linear W x + b edited by scale and bias is
@@ -44,10 +44,10 @@ def fold(adapter: Adapter, model: Any) -> Any:
     columns of the projection behind it. Where a module has no bias and the configuration has a
     switch for it, that is turned on, and the other modules that it gives a bias get one of zeros.
 
-    Raises WrongBaseError for another base's adapter, and InvalidAdapterError where the architecture
+    Raises WrongBaseError as `check_base` does, and InvalidAdapterError where the architecture
     has no place for an edit or the head.
     """
-    check_base(adapter, fingerprint(model))
+    check_base(adapter, fingerprint(model), allow_other_base)
     check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
     modules = dict(model.named_modules())
     # A module acts before the block around it, which has the shorter path.

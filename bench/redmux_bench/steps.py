@@ -10,9 +10,9 @@ from redmux import InvalidArgumentError
 from redmux_adapters import Adapter
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
-from redmux_server.engine.stepper import Runner
 from redmux_server.engine.request import Event, Request, SamplingParams, Work
 from redmux_server.engine.sampling import sample
+from redmux_server.engine.stepper import Runner
 from redmux_server.models.base_model import BaseModel
 
 

@@ -353,6 +353,7 @@ def adapter(message: adapter_service_pb2.Adapter) -> Adapter:
         size_bytes=message.size_bytes,
         description=message.description,
         created_at=message.created_at.ToDatetime(tzinfo=UTC),
+        base_match=message.base_match,
     )
 
 

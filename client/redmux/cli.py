@@ -300,12 +300,13 @@ def _adapters_list(options: argparse.Namespace) -> int:
         for adapter in adapters:
             _print_json(adapter)
         return 0
-    rows = [("NAME", "DIGEST", "SITES", "BYTES", "CREATED", "DESCRIPTION")]
+    rows = [("NAME", "DIGEST", "BASE", "SITES", "BYTES", "CREATED", "DESCRIPTION")]
     for adapter in adapters:
         digest = adapter.digest[: len("sha256:") + 12]
         created = f"{adapter.created_at:%Y-%m-%d %H:%M}"
-        row = (adapter.name, digest, str(adapter.num_sites), str(adapter.size_bytes), created)
-        rows.append((*row, adapter.description))
+        sizes = (str(adapter.num_sites), str(adapter.size_bytes))
+        row = (adapter.name, digest, adapter.base_match, *sizes, created, adapter.description)
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))

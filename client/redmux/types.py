@@ -184,7 +184,12 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A published adapter. `size_bytes` is the size of its vectors in the server's memory."""
+    """A published adapter. `size_bytes` is the size of its vectors in the server's memory.
+
+    `base_match` is how the base that it was made for compares with the server's: "same",
+    "quantized" (as near as two quantisations of one model are), "unverified" (an older file, of
+    which only norms and biases can be compared), or "other" (a server that takes such adapters).
+    """
 
     name: str
     digest: str
@@ -194,6 +199,7 @@ class Adapter:
     size_bytes: int
     description: str
     created_at: datetime
+    base_match: str
 
 
 @dataclass(frozen=True, slots=True)

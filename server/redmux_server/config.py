@@ -67,6 +67,11 @@ class ServerConfig:
         (), "adapters to load at start: files or folders, NAME=PATH to name them, or zoo"
     )
     adapter_dir: str = _option("", "folder that keeps adapters put at run time; empty keeps none")
+    allow_other_base: bool = _option(
+        False,
+        "true or false: whether adapters are taken that were made for other weights or another "
+        "vocabulary of the same architecture and size, such as those of a fine-tuned relative",
+    )
     training: bool = _option(True, "true or false: whether TrainingService takes jobs")
     training_share: float = _option(
         0.25, "share of the time that training runs while requests do, above 0, up to 1"

@@ -73,6 +73,7 @@ def open_registry(
         head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
         head_kinds=model.heads.kinds if isinstance(model, EncoderModel) else (),
         check_format=model.codec.check_format,
+        allow_other_base=config.allow_other_base,
     )  # fmt: skip
     for adapter in given:
         registry.load(adapter)

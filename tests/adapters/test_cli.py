@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import json
 import os
 import sys
@@ -247,3 +249,82 @@ def test_errors_are_one_line(tmp_path, folder, capsys):
 def test_unwritable_output_is_an_error_not_a_traceback(base, folder, capsys):
     assert main(["create", "--base", "gpt2", "--output", str(folder / "adapter_config.json")]) == 1
     assert "File exists" in capsys.readouterr().err
+
+
+def relative(base):
+    """The adapter of a base with other weights, in modules of the same sizes."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.weight.mul_(1.5)
+    return Adapter.identity(model)
+
+
+def test_an_adapter_of_a_relative_is_verified_and_folded_only_if_asked(base, tmp_path, capsys):
+    write_folder(relative(base), tmp_path / "theirs")
+    command = ["verify", str(tmp_path / "theirs"), "--base", "gpt2"]
+    assert main(command) == 1
+    assert "--allow-other-base" in capsys.readouterr().err
+    assert main([*command, "--allow-other-base"]) == 0
+    assert capsys.readouterr().out.endswith("; base: other\n")
+
+
+def test_stamp_makes_an_older_adapter_one_of_this_base(base, tmp_path, capsys):
+    """As those have it whose fingerprint ends before the weights."""
+    old = dataclasses.replace(
+        Adapter.identity(base), base_fingerprint=fingerprint(base).rsplit("-", 2)[0]
+    )
+    write_folder(old, tmp_path / "old")
+    new = str(tmp_path / "new")
+    assert main(["verify", str(tmp_path / "old"), "--base", "gpt2"]) == 0
+    assert capsys.readouterr().out.endswith("; base: unverified\n")
+    assert main(["stamp", str(tmp_path / "old"), "--base", "gpt2", "--output", new]) == 0
+    capsys.readouterr()
+    assert main(["verify", new, "--base", "gpt2"]) == 0
+    assert capsys.readouterr().out.endswith("; base: same\n")
+    assert read_adapter(new).edits.keys() == old.edits.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("chatml", Turn("<|im_start|>user\n", "<|im_end|>\n")),
+        ("raw", Turn("", "")),
+        ('{"user": ["H: ", "\\n"], "assistant": ["A: ", ""]}', Turn("H: ", "\n")),
+        ('{"type": "turns", "user": ["<u>", ""], "assistant": ["<a>", ""]}', Turn("<u>", "")),
+    ],
+)
+def test_convert_says_how_prompts_were_written(tmp_path, text, expected):
+    source, new = delta_vector(tmp_path / "v.pth"), tmp_path / "new"
+    options = ["--prompt-format", text, "--description", "Answers.", "--license", "MIT"]
+    command = ["convert", source, "--base-fingerprint", "x-1", "--output", str(new), *options]
+    assert main(command) == 0
+    adapter = read_adapter(new)
+    assert adapter.prompt_format.user == expected
+    assert (adapter.metadata.description, adapter.metadata.license) == ("Answers.", "MIT")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--prompt-format", "chatty", "give chatml, raw, or turns"),
+        ("--prompt-format", '{"user": ["a", "b"]}', "assistant"),
+        ("--prompt-format", '["a"]', "has to be an object"),
+        ("--timeout", "0", "no number of seconds above 0"),
+        ("--timeout", "nan", "no number of seconds above 0"),
+    ],
+)
+def test_convert_refuses_options_that_say_nothing(option, value, message, capsys):
+    arguments = ["convert", "v.pth", "--base-fingerprint", "x", "--output", "y", option, value]
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_that_takes_too_long_is_an_error_with_advice(tmp_path, capsys):
+    source = delta_vector(tmp_path / "v.pth")
+    command = ["convert", source, "--base-fingerprint", "x-1", "--output", str(tmp_path / "new")]
+    assert main([*command, "--timeout", "0.001"]) == 1
+    assert "within 0.001 s; on a busy machine, try again with a larger --timeout" in (
+        capsys.readouterr().err
+    )

@@ -179,7 +179,7 @@ def test_non_finite_values_are_refused_by_name():
 
 def test_conversion_is_killed_when_it_takes_too_long(tmp_path):
     path = write(tmp_path / "v.pth", {"m" + BIAS: torch.ones(1, 4)})
-    with pytest.raises(InvalidAdapterError, match=r"not be converted within 0\.01 s"):
+    with pytest.raises(InvalidAdapterError, match=r"not be read within 0\.01 s"):
         adapter_of(path, timeout_s=0.01)
 
 
@@ -309,6 +309,31 @@ def repack(path, **options):
             archive.writestr(name, data)
 
 
+def test_no_tensors_at_all_are_an_invalid_adapter():
+    with pytest.raises(InvalidAdapterError, match="the file holds no tensors"):
+        convert_tensors({}, Target(BASE))
+
+
+def test_vectors_of_two_sizes_are_refused_with_their_module():
+    tensors = {"h.0.mlp" + SCALE: torch.ones(1, 4), "h.0.mlp" + BIAS: torch.ones(1, 3)}
+    with pytest.raises(InvalidAdapterError, match=r"scale of 'h.0.mlp' has 4 values and its b"):
+        convert_tensors(tensors, Target(BASE))
+
+
+def test_a_head_has_to_have_the_hidden_size_of_the_base_at_hand():
+    model = model_of("roberta")
+    edits = {"encoder.layer.0.output.dense" + BIAS: torch.ones(1, model.config.hidden_size)}
+    target = Target("roberta-768x12-0", model)
+    fitting = {"weight": torch.ones(3, 768), "bias": torch.ones(3)}
+    head = {"dense.weight": torch.ones(768, 768), "dense.bias": torch.ones(768)}
+    head |= {f"out_proj.{name}": tensor for name, tensor in fitting.items()}
+    assert convert_tensors(edits, target, classifier=head).adapter.head is not None
+    narrow = {name: tensor[..., :512] for name, tensor in head.items()}
+    narrow["dense.weight"] = torch.ones(512, 512)
+    with pytest.raises(InvalidAdapterError, match=r"\[512, 512\]; for 3 labels and hidden size"):
+        convert_tensors(edits, target, classifier=narrow)
+
+
 def test_archives_that_inflate_are_refused_before_unpickling(tmp_path):
     path = write(tmp_path / "v.pth", {"m" + BIAS: torch.zeros(1, 17 << 20)})
     repack(path, compression=zipfile.ZIP_DEFLATED)
@@ -328,6 +353,16 @@ def test_compressed_archives_are_refused(tmp_path):
         check_archive(path)
 
 
+def test_a_flipped_byte_in_any_entry_is_found_by_its_checksum(tmp_path):
+    path = tmp_path / "v.pth"
+    write(path, {"m" + BIAS: torch.arange(4.0)[None]})
+    whole = path.read_bytes()
+    place = whole.index(torch.arange(4.0).numpy().tobytes()) + 5
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(InvalidAdapterError, match=r"data/0' does not have its checksum: .*damaged"):
+        read_tensors(str(path))
+
+
 def test_files_that_are_no_archives_are_refused(tmp_path):
     old = write(
         tmp_path / "old", {"m" + BIAS: torch.ones(1, 4)}, _use_new_zipfile_serialization=False
@@ -336,8 +371,11 @@ def test_files_that_are_no_archives_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("data", b"x")
     for path in (old, tmp_path / "noise"):
-        with pytest.raises(InvalidAdapterError, match=r"neither one of torch.save .* nor GGUF nor"):
+        with pytest.raises(InvalidAdapterError, match="bare pickle, as torch"):
             read_tensors(str(path))
+    (tmp_path / "text").write_text("vectors")
+    with pytest.raises(InvalidAdapterError, match=r"neither one of torch.save .* nor GGUF nor"):
+        read_tensors(str(tmp_path / "text"))
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
     with pytest.raises(InvalidAdapterError, match="the GGUF file cannot be read"):
         read_tensors(str(tmp_path / "cut.gguf"))

@@ -159,6 +159,20 @@ def test_input_scales_of_shared_values_are_refused():
         convert_tensors(tensors, Target("llama-16x2-0", model))
 
 
+def test_two_scales_that_come_together_have_one_size():
+    """One of the outputs of `up_proj`, one of the inputs of `down_proj`, which are the same."""
+    start = "base_model.model.model.layers.0.mlp."
+    tensors = {
+        f"{start}up_proj.ia3_l": torch.ones(24, 1),
+        f"{start}down_proj.ia3_l": torch.ones(1, 23),
+    }
+    target = Target("llama-16x2-0", make("llama"))
+    with pytest.raises(
+        InvalidAdapterError, match=r"at 'model\.layers\.0\.mlp\.up_proj', of 24 and"
+    ):
+        convert_tensors(tensors, target)
+
+
 def test_what_needs_the_base_model_says_so():
     path = "base_model.model.model.layers.0"
     for name, shape in (

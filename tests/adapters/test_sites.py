@@ -243,52 +243,10 @@ def test_impossible_choices_are_refused():
         red_sites(model)
 
 
-def test_fingerprint_names_architecture_and_shape(family):
-    model_type, model = family
-    assert fingerprint(model).startswith(f"{model_type}-{HIDDEN}x{LAYERS}-")
-    assert len(fingerprint(model).rpartition("-")[2]) == 16
-    assert Adapter.identity(model).base_fingerprint == fingerprint(model)
-
-
-def test_fingerprint_survives_bf16_and_saving(tmp_path):
-    model = tiny("llama")
-    expected = fingerprint(model)
-    model.save_pretrained(tmp_path)
-    from transformers import AutoModelForCausalLM
-
-    assert fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path)) == expected
-    assert fingerprint(model.bfloat16()) == expected
-
-
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
-def test_fingerprint_changes_with_a_norm_weight(name):
-    model = tiny("llama")
-    before = fingerprint(model)
-    with torch.no_grad():
-        model.get_parameter(name)[3] = 1.0078125  # the next bf16 after 1
-    assert fingerprint(model) != before
-
-
-def test_fingerprint_changes_with_a_bias_and_with_the_shape():
-    model = tiny("gpt2")
-    before = fingerprint(model)
-    with torch.no_grad():
-        model.transformer.h[0].mlp.c_fc.bias[0] = 0.5
-    assert fingerprint(model) != before
-    assert fingerprint(tiny("llama")) != fingerprint(tiny("llama", num_hidden_layers=1))
-
-
-def test_fingerprint_ignores_matrices():
-    model = tiny("llama")
-    before = fingerprint(model)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    assert fingerprint(model) == before
-
-
 def test_identity_of_a_model_edits_its_ffn_outputs():
     model = tiny("gpt2")
     assert Adapter.identity(model).sites == ffn_sites(model)
+    assert Adapter.identity(model).base_fingerprint == fingerprint(model)
     assert Adapter.identity(model, "other").base_fingerprint == "other"
 
 
@@ -320,12 +278,3 @@ def test_a_model_without_one_list_of_layers_is_refused():
     model.config.model_type, model.config.num_hidden_layers = "mamba", 77
     with pytest.raises(InvalidArgumentError, match="0 lists of 77 modules"):
         editable_sites(model)
-
-
-@pytest.mark.model
-def test_fingerprint_of_the_default_model_is_the_documented_one():
-    from redmux_adapters import load_base
-
-    expected = "llama-576x30-a8f2e13b0085c44d"
-    assert fingerprint(load_base("smollm2")[0]) == expected
-    assert fingerprint(load_base("smollm2", torch.bfloat16)[0]) == expected

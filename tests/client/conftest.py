@@ -118,6 +118,7 @@ class FakeServer(
             num_parameters=34_560,
             size_bytes=138_240,
             description="in rhyme",
+            base_match="same",
         )
         message.created_at.FromJsonString("2026-01-02T03:04:05Z")
         return message

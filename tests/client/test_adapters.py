@@ -14,6 +14,7 @@ ADAPTER = redmux.Adapter(
     size_bytes=138_240,
     description="in rhyme",
     created_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    base_match="same",
 )
 
 

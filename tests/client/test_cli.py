@@ -212,8 +212,8 @@ def test_adapters_put_get_list_and_delete(run, server, tmp_path):
     code, out, _ = run("adapters", "list")
     assert code == 0
     heading, row = out.splitlines()
-    assert heading.split()[:2] == ["NAME", "DIGEST"]
-    assert row.split()[:2] == ["acme/a", "sha256:abababababab"]
+    assert heading.split()[:3] == ["NAME", "DIGEST", "BASE"]
+    assert row.split()[:3] == ["acme/a", "sha256:abababababab", "same"]
 
     code, out, _ = run("adapters", "delete", "acme/a")
     assert code == 0

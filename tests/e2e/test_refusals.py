@@ -1,14 +1,16 @@
 """What is refused, with which error, before anything is queued."""
 
 import asyncio
+import copy
 
 import grpc
 import pytest
+import torch
 
 import redmux
 from redmux import AsyncClient
 from redmux.v1 import inference_service_pb2 as pb
-from redmux_adapters import Adapter, Edit, to_bytes
+from redmux_adapters import Adapter, Edit, fingerprint, to_bytes
 
 CASES = {
     "unknown adapter": ({"adapter": "nope"}, redmux.NotFoundError, "no adapter 'nope'"),
@@ -73,6 +75,36 @@ ADAPTERS = {
         redmux.InvalidAdapterError, "down_prj",
     ),
 }  # fmt: skip
+
+
+async def test_adapters_of_a_relative_need_the_operator_s_word_and_are_listed_as_such(
+    base, start_server
+):
+    old = "-".join(base.fingerprint.split("-")[:3])
+    relative = fingerprint(_with_a_merged_lora(base.model))
+    edits = base.adapter(1).edits
+    ours, older, theirs = (to_bytes(Adapter(b, edits)) for b in (base.fingerprint, old, relative))
+    server = await start_server()
+    async with redmux.AsyncClient(f"127.0.0.1:{server.port}") as client:
+        with pytest.raises(redmux.WrongBaseError, match="--allow-other-base"):
+            await client.adapters.put("theirs", theirs)
+    server = await start_server(allow_other_base=True)
+    async with redmux.AsyncClient(f"127.0.0.1:{server.port}") as client:
+        for name, data in (("ours", ours), ("older", older), ("theirs", theirs)):
+            put = await client.adapters.put(name, data)
+            assert put == await client.adapters.get(name)
+        listed = {adapter.name: adapter.base_match async for adapter in client.adapters.list()}
+        assert listed == {"ours": "same", "older": "unverified", "theirs": "other"}
+        both = [await client.generate("abc", adapter=n, max_tokens=4) for n in ("ours", "theirs")]
+        assert both[0].token_ids == both[1].token_ids
+
+
+def _with_a_merged_lora(model):
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        weight = layer.self_attn.q_proj.weight
+        weight.addmm_(torch.randn(len(weight), 1), 0.01 * torch.randn(1, weight.shape[1]))
+    return model
 
 
 @pytest.mark.parametrize("case", ADAPTERS)

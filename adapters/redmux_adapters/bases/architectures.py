@@ -4,6 +4,7 @@ Adapters address modules by path, so serving a new architecture needs no entry h
 turns the paper's names for positions into paths, and tells importers what may be moved where.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +51,7 @@ def is_known(model_type: str) -> bool:
 
 def model_type_of(base_fingerprint: str) -> str:
     """Returns the architecture that a base fingerprint begins with."""
-    return base_fingerprint.rsplit("-", 2)[0]
+    return re.split(r"-\d+x\d+-", base_fingerprint)[0]
 
 
 def _llama(**changes: Any) -> tuple[Stack, ...]:

@@ -14,6 +14,8 @@ import torch
 
 from redmux.errors import InvalidArgumentError
 
+from .quiet import quietly
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2"
@@ -82,14 +84,21 @@ def load_encoder(spec: str, dtype: torch.dtype = torch.float32) -> tuple[Any, An
     source = resolve(spec)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, info = AutoModel.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        with quietly():
+            model, info = AutoModel.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
     except (OSError, ValueError) as err:
         raise InvalidArgumentError(
             f"cannot load encoder {spec!r}: {err}; give a folder with config.json or a hub id"
         ) from err
-    if any(name.startswith("pooler.") for name in info["missing_keys"]):
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise InvalidArgumentError(
+            f"encoder {spec!r} lacks {len(missing)} of its weights, such as {missing[0]}; give a "
+            "complete checkpoint of this architecture"
+        )
+    if info["missing_keys"]:
         model.pooler = None
     return model.eval().requires_grad_(False), tokenizer
 

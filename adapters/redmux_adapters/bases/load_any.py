@@ -6,6 +6,7 @@ from redmux.errors import InvalidArgumentError
 
 from .kind import model_kind
 from .load import load_base, load_encoder, load_seq2seq_base, read_config, resolve
+from .quiet import quietly
 
 
 def load_any(spec: str) -> Any:
@@ -19,7 +20,8 @@ def load_any(spec: str) -> Any:
         "encoder": load_encoder,
         "encoder_decoder": load_seq2seq_base,
     }
-    return loaders[model_kind(read_config(spec))](spec)[0]
+    with quietly(reports=True):
+        return loaders[model_kind(read_config(spec))](spec)[0]
 
 
 def load_tokenizer(spec: str) -> Any:

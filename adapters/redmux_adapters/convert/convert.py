@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from ..bases.sites import addressable_sites, with_layer_norms
 from ..format.adapter import Adapter, Edit
 from ..format.config import AdapterMetadata
 from ..format.files import check_sites
-from ..format.head import KINDS, Head
+from ..format.head import KINDS, Head, check_shapes
 from ..format.prompt import PromptFormat
 from ..format.strictjson import shown
 from .bitfit import read_bitfit
@@ -56,7 +56,8 @@ class Options:
     """What a file does not say itself.
 
     `strength` is what control vectors are multiplied with. `labels` and `problem_type` describe the
-    head, where the file has one.
+    head, where the file has one. `timeout_s` bounds the reading of each file, from the start of the
+    process that does it.
     """
 
     strength: float = 1.0
@@ -73,7 +74,7 @@ def convert(path: str | Path, target: Target, options: Options = Options()) -> C
     Known are the RED authors' vectors (`delta_vector.pth`, with the `classifier.pth` beside it),
     PEFT's IA3, BEFT and LN tuning, BitFit's biases, and control vectors of repeng and llama.cpp.
     Files are opened by a subprocess with limits, see `read_isolated`. With the base model at hand,
-    every module path and size is checked against it.
+    every module path and size is checked against it, those of a head too.
 
     Raises InvalidAdapterError for what is no scale and bias at module outputs, with the reason.
     """
@@ -111,6 +112,10 @@ def convert_tensors(
     )
     if target.model is not None:
         check_sites(adapter.sites, with_layer_norms(addressable_sites(target.model)))
+        if head is not None:
+            config: Any = target.model.config
+            shapes = {name: tuple(tensor.shape) for name, tensor in head.tensors.items()}
+            check_shapes(head.config, shapes, config.get_text_config().hidden_size)
     return Converted(adapter, kind)
 
 
@@ -147,6 +152,8 @@ def _is_red(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _why_not(tensors: Mapping[str, Tensor]) -> str:
+    if not tensors:
+        return "the file holds no tensors"
     if any(set(tensors) == set(names) for names in KINDS.values()):
         return (
             "the file is a classification head alone; convert the delta_vector.pth that lies "

@@ -48,10 +48,16 @@ def read_delta_vector(tensors: Mapping[str, Tensor]) -> dict[str, Edit]:
         if kind in vectors:
             raise InvalidAdapterError(f"'{site}.{kind}' occurs twice, under different prefixes")
         vectors[kind] = tensor.reshape(-1).float()
-    return {site: _edit(vectors) for site, vectors in found.items()}
+    return {site: _edit(site, vectors) for site, vectors in found.items()}
 
 
-def _edit(vectors: Mapping[str, Tensor]) -> Edit:
+def _edit(site: str, vectors: Mapping[str, Tensor]) -> Edit:
     some = next(iter(vectors.values()))
     scale = vectors.get("scale", torch.ones_like(some))
-    return Edit(scale, vectors.get("bias", torch.zeros_like(some)))
+    bias = vectors.get("bias", torch.zeros_like(some))
+    if len(scale) != len(bias):
+        raise InvalidAdapterError(
+            f"the scale of {shown(site)} has {len(scale)} values and its bias {len(bias)}; they "
+            "have to be the same"
+        )
+    return Edit(scale, bias)

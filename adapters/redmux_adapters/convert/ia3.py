@@ -44,7 +44,13 @@ def read_ia3(tensors: Mapping[str, Tensor], target: Target) -> dict[str, Edit]:
                 "[1, inputs]"
             )
         scale = torch.cat([torch.ones(place.num_before), scale])
-        scales[place.site] = scale * scales.get(place.site, torch.ones(()))
+        held = scales.setdefault(place.site, torch.ones_like(scale))
+        if len(held) != len(scale):
+            raise InvalidAdapterError(
+                f"two scales come together at {shown(place.site)}, of {len(held)} and {len(scale)} "
+                "values; they have to be the same"
+            )
+        scales[place.site] = scale * held
     return {site: Edit(scale, torch.zeros_like(scale)) for site, scale in scales.items()}
 
 

@@ -62,7 +62,8 @@ def _run_worker(source: Path, target: Path, timeout_s: float) -> None:
             ).returncode
         except subprocess.TimeoutExpired:
             raise InvalidAdapterError(
-                f"the file could not be converted within {timeout_s:g} s"
+                f"the file could not be read within {timeout_s:g} s; on a busy machine, try again "
+                "with a larger --timeout"
             ) from None
     if code == 0:
         return

@@ -9,7 +9,7 @@ floating-point tensors pass. What they are called is checked by whoever started 
 import resource
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ def _read_safetensors(path: str) -> Iterable[tuple[object, Any]]:
     try:
         content = load_file(path)
     except Exception as err:  # the library raises whatever the bytes provoke
+        with open(path, "rb") as file:
+            if file.read(1) == b"\x80":
+                raise InvalidAdapterError(
+                    "the file is a bare pickle, as torch.save wrote it before 1.6, and is not "
+                    "opened here; where you trust it, load it and save it again with a newer torch"
+                ) from None
         raise InvalidAdapterError(
             "the file is neither one of torch.save (a zip archive) nor GGUF nor safetensors: "
             f"{shown(str(err))}"
@@ -139,15 +145,25 @@ def _check_count(count: int) -> None:
 def check_archive(path: str) -> None:
     """Raises InvalidAdapterError unless `path` is a zip archive as torch.save writes it.
 
-    That is one without compression, of entries that sum up to 64 MiB at most.
+    That is one without compression, of entries that sum up to 64 MiB at most and have the checksums
+    that the archive gives for them: torch does not look at those.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            _check_entries(archive.infolist())
+            damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as err:
         raise InvalidAdapterError(
             f"the file is no zip archive as torch.save writes it: {shown(str(err))}"
         ) from None
+    if damaged is not None:
+        raise InvalidAdapterError(
+            f"the archive's entry {shown(damaged)} does not have its checksum: the file is "
+            "damaged; get it again"
+        )
+
+
+def _check_entries(entries: Sequence[zipfile.ZipInfo]) -> None:
     total = sum(entry.file_size for entry in entries)
     if total > MAX_BYTES:
         raise InvalidAdapterError(f"the archive unpacks to {total} bytes; limit {MAX_BYTES}")

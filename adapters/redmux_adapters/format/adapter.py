@@ -7,9 +7,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from redmux.errors import InvalidAdapterError, WrongBaseError
+from redmux.errors import InvalidAdapterError
 
 from ..bases.fingerprint import fingerprint
+from ..bases.match import BaseMatch, require_base
 from ..bases.sites import ffn_sites
 from .config import AdapterConfig, AdapterMetadata
 from .head import Head
@@ -149,10 +150,12 @@ class Adapter:
         )
 
 
-def check_base(adapter: Adapter | AdapterConfig, fingerprint: str) -> None:
-    """Raises WrongBaseError, naming both, unless the adapter was made for base `fingerprint`."""
-    if adapter.base_fingerprint != fingerprint:
-        raise WrongBaseError(
-            f"the adapter was made for base {adapter.base_fingerprint!r}, this base is "
-            f"{fingerprint!r}; train or convert it for this one"
-        )
+def check_base(
+    adapter: Adapter | AdapterConfig, fingerprint: str, allow_other: bool = False
+) -> BaseMatch:
+    """Returns how the base that the adapter was made for compares with base `fingerprint`.
+
+    Raises WrongBaseError, naming both, for another architecture or size, and unless `allow_other`
+    for other weights or another vocabulary.
+    """
+    return require_base(adapter.base_fingerprint, fingerprint, allow_other)

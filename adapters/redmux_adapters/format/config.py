@@ -15,7 +15,7 @@ PEFT_TYPE = "RED"
 CONFIG_NAME = "adapter_config.json"
 MAX_TEXT_CHARS = 4096
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but newline and tab
-_MAX_FINGERPRINT_CHARS = 128
+_MAX_FINGERPRINT_CHARS = 160
 _FINGERPRINT_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 

@@ -5,7 +5,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,7 @@ def parse_adapter(
     *,
     expected_sites: Mapping[str, int] | None = None,
     hidden_size: int | None = None,
+    check_config: Callable[[AdapterConfig], None] | None = None,
     limits: Limits = _DEFAULT,
 ) -> Adapter:
     """Returns the adapter in the bytes of a safetensors file.
@@ -90,12 +91,15 @@ def parse_adapter(
     `config_json` is the text of adapter_config.json; None or "" where the file's own metadata
     carries it. `expected_sites` are the base model's editable modules with their output sizes; an
     edit of any other module, or of another size, is refused, and with the base model's
-    `hidden_size` a head for another one. Nothing but InvalidAdapterError is raised, whatever the
-    bytes.
+    `hidden_size` a head for another one. Before that `check_config` is called, which may refuse
+    the base model that the adapter names: modules of another one would be refused for their sizes.
+    Nothing but InvalidAdapterError and what `check_config` raises is raised, whatever the bytes.
     """
     header = read_header(safetensors, limits)
     check_seal(header, safetensors)
     config = _find_config(header, config_json or None, limits)
+    if check_config is not None:
+        check_config(config)
     return _read_adapter(header, safetensors, config, expected_sites, hidden_size)
 
 
@@ -119,6 +123,7 @@ def summarize(
     *,
     expected_sites: Mapping[str, int] | None = None,
     hidden_size: int | None = None,
+    check_config: Callable[[AdapterConfig], None] | None = None,
     limits: Limits = _DEFAULT,
 ) -> Summary:
     """Checks everything that `parse_adapter` does and raises as it does, in two thirds of its time.
@@ -128,6 +133,8 @@ def summarize(
     header = read_header(safetensors, limits)
     check_seal(header, safetensors)
     config = _find_config(header, config_json or None, limits)
+    if check_config is not None:
+        check_config(config)
     _check_header_sites(header, expected_sites)
     _check_head(header, config, hidden_size)
     vectors, head = read_vectors(header, safetensors), read_head(header, safetensors)

@@ -7,6 +7,7 @@ from typing import Any
 
 from redmux.errors import InvalidArgumentError, RedmuxError
 
+from ..bases.match import without_sketch
 from .command_line import job_of, parse_arguments
 from .events import Evaluated, Event, Finished, Stepped
 from .job import Job
@@ -57,7 +58,8 @@ def _train(job: Job, arguments: argparse.Namespace) -> int:
 
 def _print_plan(trainer: Any) -> None:
     base = trainer.base
-    print(f"base {base.name}, {base.fingerprint}, {base.num_parameters:,} parameters, {base.kind}")
+    fingerprint = without_sketch(base.fingerprint)
+    print(f"base {base.name}, {fingerprint}, {base.num_parameters:,} parameters, {base.kind}")
     for learner in trainer.learners:
         task = learner.task
         behind = f", {learner.step} of them done" if learner.step else ""

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "base_fingerprint", "num_sites", "num_parameters", "size_bytes", "description", "created_at")
+    __slots__ = ("name", "digest", "base_fingerprint", "num_sites", "num_parameters", "size_bytes", "description", "created_at", "base_match")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -16,6 +16,7 @@ class Adapter(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
+    BASE_MATCH_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     base_fingerprint: str
@@ -24,7 +25,8 @@ class Adapter(_message.Message):
     size_bytes: int
     description: str
     created_at: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., num_sites: _Optional[int] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., description: _Optional[str] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    base_match: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., num_sites: _Optional[int] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., description: _Optional[str] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[str] = ...) -> None: ...
 
 class PutAdapterRequest(_message.Message):
     __slots__ = ("name", "safetensors", "config_json", "replace")

@@ -344,6 +344,7 @@ def _adapter(published: Published) -> adapter_pb.Adapter:
         name=published.name,
         digest=summary.digest,
         base_fingerprint=summary.config.base_fingerprint,
+        base_match=published.base_match,
         num_sites=summary.num_sites,
         num_parameters=summary.num_parameters,
         size_bytes=summary.nbytes,

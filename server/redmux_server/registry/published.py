@@ -10,15 +10,17 @@ from typing import NamedTuple
 from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError
 from redmux_adapters import (
     Adapter,
+    BaseMatch,
     Limits,
     PromptFormat,
     Summary,
     check_base,
+    match_bases,
     parse_adapter,
     summarize,
 )
 from redmux_adapters.format.config import AdapterConfig
-from redmux_adapters.format.files import parse_known, read_file, summary_of
+from redmux_adapters.format.files import parse_known, read_file
 from redmux_server.registry.folder_index import Stamp
 from redmux_server.registry.tenants import OPERATOR
 
@@ -35,28 +37,25 @@ class Rules(NamedTuple):
     head_kinds: Collection[str]  # that the base model can have
     # Raises WrongBaseError where the base's tokenizer has not the format's special tokens.
     check_format: Callable[[PromptFormat | None], None] = lambda prompt_format: None
+    allow_other_base: bool = False
 
     def parse(self, safetensors: bytes, config_json: str) -> Adapter:
         """Returns the adapter in a file; raises InvalidAdapterError and what `check` raises."""
-        adapter = parse_adapter(
+        return parse_adapter(
             safetensors, config_json, expected_sites=self.expected_sites,
-            hidden_size=self.head_size or None, limits=self.limits,
+            hidden_size=self.head_size or None, check_config=self.check, limits=self.limits,
         )  # fmt: skip
-        self.check(summary_of(adapter).config)
-        return adapter
 
     def summarize(self, safetensors: bytes, config_json: str | None) -> Summary:
         """Returns what `parse` would, but for its vectors; raises as it does."""
-        summary = summarize(
+        return summarize(
             safetensors, config_json, expected_sites=self.expected_sites,
-            hidden_size=self.head_size or None, limits=self.limits,
+            hidden_size=self.head_size or None, check_config=self.check, limits=self.limits,
         )  # fmt: skip
-        self.check(summary.config)
-        return summary
 
     def check(self, config: AdapterConfig) -> None:
         """Raises WrongBaseError, or FailedPreconditionError for a head that nothing would apply."""
-        check_base(config, self.base_fingerprint)
+        check_base(config, self.base_fingerprint, self.allow_other_base)
         self.check_format(config.prompt_format)
         if config.head is None:
             return
@@ -105,6 +104,11 @@ class Published:
     def digest(self) -> str:
         """Digest of the adapter."""
         return self.summary.digest
+
+    @property
+    def base_match(self) -> BaseMatch:
+        """How the base that the adapter was made for compares with the one at hand."""
+        return match_bases(self.summary.config.base_fingerprint, self._rules.base_fingerprint)
 
     def read(self) -> Adapter:
         """Returns the adapter; blocks on the disk, from any thread.

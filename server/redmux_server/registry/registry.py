@@ -49,12 +49,15 @@ class AdapterRegistry:
         head_size: int = 0,
         head_kinds: Collection[str] = KINDS,
         check_format: Callable[[PromptFormat | None], None] = lambda prompt_format: None,
+        allow_other_base: bool = False,
     ) -> None:
         """`cache_bytes` bounds the adapters that are kept ready beside those in use.
 
         `head_size` is the hidden size that heads of adapters are for, 0 where none are applied, and
         `head_kinds` are those that the base model can have. `check_format` raises WrongBaseError
-        for a prompt format whose special tokens the base's tokenizer has not; from any thread.
+        for a prompt format whose special tokens the base's tokenizer has not; from any thread. With
+        `allow_other_base`, adapters of relatives are taken: of bases with other weights in modules
+        of the same sizes.
         """
         self._catalogue = Catalogue()
         self._unusable: dict[str, Unusable] = {}  # names that are not in the catalogue
@@ -68,7 +71,9 @@ class AdapterRegistry:
             file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
             num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
         )  # fmt: skip
-        self._rules = Rules(base_fingerprint, sites, limits, head_size, head_kinds, check_format)
+        self._rules = Rules(
+            base_fingerprint, sites, limits, head_size, head_kinds, check_format, allow_other_base
+        )
         self._folder = None if folder is None else AdapterFolder(folder, self._rules)
 
     def __len__(self) -> int:
@@ -161,8 +166,8 @@ class AdapterRegistry:
             )
             self._catalogue.add(published)
             self._unusable.pop(name, None)
-        logger.info("adapter %s of %s is %s, %d sites", name, owner or "the operator",
-                    adapter.digest, len(adapter.edits))  # fmt: skip
+        logger.info("adapter %s of %s is %s, %d sites, base: %s", name, owner or "the operator",
+                    adapter.digest, len(adapter.edits), published.base_match)  # fmt: skip
         return published, True
 
     async def delete(self, name: str, tenant: str = "") -> Published:
@@ -199,7 +204,8 @@ class AdapterRegistry:
             raise given.blamed(err) from None
         published = Published(given.name, summary, given.safetensors, self._rules)
         self._catalogue.add(published)
-        logger.info("adapter %s is %s", given.name, published.digest)
+        logger.info("adapter %s is %s, base: %s", given.name, published.digest,
+                    published.base_match)  # fmt: skip
         return published
 
     def load_folder(self) -> list[Path]:

@@ -16,9 +16,11 @@ from redmux.errors import (
     NotFoundError,
     WrongBaseError,
 )
-from redmux_adapters import AdapterMetadata, Head, HeadConfig, to_bytes
+from redmux_adapters import AdapterMetadata, Head, HeadConfig, to_bytes, write_folder
 from redmux_server.registry import catalogue
+from redmux_server.registry.given import read_given
 from redmux_server.registry.names import check_name
+from redmux_server.registry.registry import AdapterRegistry
 
 
 @pytest.fixture
@@ -136,6 +138,31 @@ async def test_an_adapter_of_another_base_is_refused(registry, make_adapter):
     with pytest.raises(WrongBaseError, match="other-base"):
         await registry.put("x", to_bytes(make_adapter(0, "other-base")), "", replace=False)
     assert len(registry) == 0
+
+
+async def test_another_base_is_named_before_its_sizes_are(registry, make_adapter, tmp_path):
+    foreign = make_adapter(0, "tiny-64x2-0", sites={"model.layers.0.mlp.down_proj": 64})
+    with pytest.raises(WrongBaseError, match="tiny-64x2-0"):
+        await registry.put("x", to_bytes(foreign), "", replace=False)
+    write_folder(foreign, tmp_path / "x")
+    with pytest.raises(WrongBaseError, match="tiny-64x2-0"):
+        registry.load(read_given((f"x={tmp_path / 'x'}",))[0])
+
+
+async def test_an_adapter_of_a_relative_is_taken_where_other_bases_are_allowed(make_adapter):
+    ours, theirs = "tiny-4x2-0123456789abcdef", "tiny-4x2-fedcba9876543210"
+    other_size = ours.replace("4x2", "6x2")
+    sites = make_adapter(0).sites
+    data, foreign = (to_bytes(make_adapter(0, base)) for base in (theirs, other_size))
+    strict = AdapterRegistry(ours, sites)
+    with pytest.raises(WrongBaseError, match="--allow-other-base"):
+        await strict.put("x", data, "", replace=False)
+    registry = AdapterRegistry(ours, sites, allow_other_base=True)
+    published, _ = await registry.put("x", data, "", replace=False)
+    assert published.base_match == "other"
+    assert (await registry.fetch(published)).base_fingerprint == theirs
+    with pytest.raises(WrongBaseError, match="another architecture or size"):
+        await registry.put("y", foreign, "", replace=False)
 
 
 @pytest.mark.parametrize("sites", [{"model.layers.7.mlp.down_proj": 4},
