@@ -13,7 +13,8 @@ from torch import nn
 from redmux.errors import InvalidAdapterError, RedmuxError
 
 from .bases.fingerprint import fingerprint
-from .bases.load_any import load_any, load_tokenizer
+from .bases.load import load_tokenizer
+from .bases.load_any import load_any
 from .bases.match import without_sketch
 from .bases.sites import POSITIONS, addressable_sites, editable_sites, red_sites, with_layer_norms
 from .format.adapter import Adapter, check_base
@@ -100,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     fold.add_argument("path", help="adapter folder or safetensors file")
     fold.add_argument("--base", required=True, metavar="MODEL", help="the base model")
+    fold.add_argument(
+        "--tokenizer", default="", metavar="MODEL", help="folder or hub id; default: the base's own"
+    )
     fold.add_argument("--output", required=True, metavar="FOLDER", help="where to write the model")
     _add_allow_other_base(fold)
     fold.set_defaults(run=_fold)
@@ -183,9 +187,10 @@ def _fold(arguments: argparse.Namespace) -> None:
     from .fold import fold
 
     adapter = read_adapter(arguments.path)
+    tokenizer = load_tokenizer(arguments.base, arguments.tokenizer)
     model = fold(adapter, load_any(arguments.base), arguments.allow_other_base)
     model.save_pretrained(arguments.output)
-    load_tokenizer(arguments.base).save_pretrained(arguments.output)
+    tokenizer.save_pretrained(arguments.output)
     print(f"{type(model).__name__} with {_summary(adapter)}")
 
 

@@ -34,6 +34,9 @@ class ServerConfig:
     """
 
     model: str = _option("smollm2", "smollm2, a folder, a .gguf file or a hub id")
+    tokenizer: str = _option(
+        "", "folder or hub id of a tokenizer to use instead of the model's own"
+    )
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(50051, "port of gRPC; 0 picks a free one")
     metrics_port: int = _option(9095, "port of /metrics; 0 picks a free one")

@@ -120,6 +120,7 @@ def _training_setup(config: ServerConfig, model: BaseModel | EncoderModel) -> Tr
         return None
     return TrainingSetup(
         model=config.model,
+        tokenizer=config.tokenizer,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         num_threads=config.threads or len(os.sched_getaffinity(0)),

@@ -21,7 +21,7 @@ LONG = {"prompt": "x" * 3000, "completion": "y"}
 @pytest.fixture(scope="module")
 def make_checker(tiny_folder):
     def make(max_tokens=10_000_000):
-        setup = TrainingSetup(str(tiny_folder), "cpu", "float32", 1, "tiny-1", max_tokens)
+        setup = TrainingSetup(str(tiny_folder), "", "cpu", "float32", 1, "tiny-1", max_tokens)
         return JobChecker(setup)
 
     return make

@@ -74,10 +74,12 @@ class TrainingBase:
         return dict(sorted(chosen.items()))
 
 
-def load_training_base(spec: str, kind: Kind, dtype: torch.dtype) -> TrainingBase:
-    """Loads a base model; see `redmux_adapters.load_base` for `spec` and what is raised."""
+def load_training_base(
+    spec: str, kind: Kind, dtype: torch.dtype, tokenizer: str = ""
+) -> TrainingBase:
+    """Loads a base model; see `redmux_adapters.load_base` for the arguments and errors."""
     load = {"causal": load_base, "seq2seq": load_seq2seq_base, "classifier": load_encoder}[kind]
-    model, tokenizer = load(spec, dtype)
+    model, tokenizer = load(spec, dtype, tokenizer)
     # Adapters are passed on, folders of this machine mean nothing elsewhere.
     name = Path(spec).resolve().name if Path(spec).expanduser().exists() else spec
     return TrainingBase.of(model, tokenizer, name, kind)

@@ -52,6 +52,9 @@ def _add_run(group: _Group) -> None:
     group.add_argument("--output", metavar="FOLDER", help="where adapters and metrics go")
     group.add_argument("--base", metavar="MODEL", help="the base model; default: smollm2")
     group.add_argument(
+        "--tokenizer", metavar="MODEL", help="folder or hub id; default: the base's own"
+    )
+    group.add_argument(
         "--sweep", type=_rates, metavar="RATE,...",
         help="train every task once for each learning rate, all in the same passes",
     )  # fmt: skip

@@ -87,6 +87,7 @@ class Job:
     tasks: tuple[TaskSpec, ...]
     output: str
     base: str = "smollm2"
+    tokenizer: str = ""  # folder or hub id of one to use instead of the base's own
     dtype: str = "float32"  # of the base; the vectors are fp32 always
     autocast: bool = False  # compute the base's products in bf16
     device: str = "cpu"
@@ -96,6 +97,7 @@ class Job:
     def __post_init__(self) -> None:
         _require(bool(self.tasks), "tasks", self.tasks, "at least one task")
         _require(isinstance(self.base, str), "base", self.base, "a model")
+        _require(isinstance(self.tokenizer, str), "tokenizer", self.tokenizer, "a tokenizer")
         _require(
             isinstance(self.output, str) and self.output != "", "output", self.output, "a folder"
         )

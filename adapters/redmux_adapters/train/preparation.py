@@ -10,7 +10,7 @@ import torch
 from redmux.errors import InvalidArgumentError
 
 from ..bases.kind import ModelKind, model_kind
-from ..bases.load import read_config
+from ..bases.load import check_tokenizer, read_config
 from ..format.config import AdapterMetadata
 from .base import TrainingBase, load_training_base
 from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
@@ -68,10 +68,11 @@ def prepare(job: Job) -> Prepared:
     if job.device != "cpu" and not torch.cuda.is_available():
         raise InvalidArgumentError(f"device is {job.device!r}, but torch finds no CUDA device here")
     sources = [_read(spec) for spec in job.tasks]
+    check_tokenizer(job.base, job.tokenizer)
     kind = training_kind(job.base)
     for source in sources:
         check_form(kind, source.form)
-    base = load_training_base(job.base, kind, getattr(torch, job.dtype))
+    base = load_training_base(job.base, kind, getattr(torch, job.dtype), job.tokenizer)
     base.model.to(job.device)
     tasks, skipped = make_tasks(base, sources)
     return Prepared(base, tasks, skipped)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from redmux_adapters import read_config
 from redmux_adapters.bases.kind import model_kind
-from redmux_adapters.bases.load import resolve
+from redmux_adapters.bases.load import check_tokenizer, resolve
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.models.base_model import BaseModel
@@ -21,6 +21,7 @@ def load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:
     Raises InvalidArgumentError if it cannot be found and FailedPreconditionError if it cannot be
     served rightly as configured.
     """
+    check_tokenizer(config.model, config.tokenizer)
     reservation = Reservation(Path(resolve(config.model)), choices)
     with compilation_told():
         match model_kind(read_config(config.model)):

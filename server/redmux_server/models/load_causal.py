@@ -44,7 +44,7 @@ def load_causal(
     architecture cannot be served rightly.
     """
     _check_causal(read_config(config.model))
-    model, tokenizer = load_base(config.model, choices.dtype)
+    model, tokenizer = load_base(config.model, choices.dtype, config.tokenizer)
     model = model.to(choices.device)
     identity = fingerprint(model)
     sites = with_layer_norms(editable_sites(model))

@@ -8,11 +8,14 @@ import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import redmux
 from redmux_adapters import Summary
+from redmux_adapters.bases.cache import digest_of_files
+from redmux_adapters.format import files as format_files
 from redmux_adapters.format.config import config_value, parse_config
 from redmux_adapters.format.files import read_file
 
@@ -43,6 +46,14 @@ class Stamp(NamedTuple):
         return cls(status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
+@cache
+def _version() -> str:
+    """Returns what tells versions of the checks apart, so that mended ones reach indexed files."""
+    folders = Path(format_files.__file__).parent, Path(__file__).parent
+    sources = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    return digest_of_files(sources, redmux.__version__)
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What was found in a file while it had this stamp."""
@@ -64,7 +75,7 @@ def read_index(folder: Path, base_fingerprint: str) -> dict[str, Entry]:
         if not path.exists():
             return {}
         table = _checked(read_file(path, _MAX_BYTES))
-        if (table["version"], table["base"]) != (redmux.__version__, base_fingerprint):
+        if (table["version"], table["base"]) != (_version(), base_fingerprint):
             return {}
         return {name: _entry(values) for name, values in table["files"].items()}
     except Exception as err:  # whatever somebody has made of it
@@ -75,7 +86,7 @@ def read_index(folder: Path, base_fingerprint: str) -> dict[str, Entry]:
 def write_index(folder: Path, base_fingerprint: str, entries: Mapping[str, Entry]) -> None:
     """Replaces the index; a failure is logged, since the index only saves work."""
     table = {
-        "version": redmux.__version__,
+        "version": _version(),
         "base": base_fingerprint,
         "files": {name: _values(entry) for name, entry in entries.items()},
     }

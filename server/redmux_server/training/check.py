@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from redmux.errors import InvalidArgumentError, ResourceExhaustedError
-from redmux_adapters.bases.load import read_config
-from redmux_adapters.bases.load_any import load_tokenizer
+from redmux_adapters.bases.load import load_tokenizer, read_config
 from redmux_adapters.train import Task, TrainingBase
 from redmux_adapters.train.classifier import TrainedHead
 from redmux_adapters.train.inline import InlineTask, make_inline_tasks
@@ -28,6 +27,7 @@ class TrainingSetup:
     """The base model of the server, and what computes it."""
 
     model: str
+    tokenizer: str  # instead of the model's own, empty for that
     device: str
     dtype: str
     num_threads: int
@@ -74,7 +74,7 @@ class JobChecker:
         }
         with torch.device("meta"):
             model = classes[kind].from_config(read_config(self._setup.model))
-        tokenizer = load_tokenizer(self._setup.model)
+        tokenizer = load_tokenizer(self._setup.model, self._setup.tokenizer)
         return TrainingBase("", kind, model, tokenizer, self._setup.fingerprint)
 
     def _check_fit(self, index: int, task: Task) -> None:

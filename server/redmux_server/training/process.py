@@ -47,7 +47,8 @@ class TrainingProcess:
     async def send_job(self, setup: TrainingSetup, payload: bytes) -> None:
         """Sends the job; it can be paused from now on."""
         header = {
-            "model": setup.model, "device": setup.device, "dtype": setup.dtype,
+            "model": setup.model, "tokenizer": setup.tokenizer,
+            "device": setup.device, "dtype": setup.dtype,
             "num_threads": setup.num_threads, "max_pass_tokens": MAX_PASS_TOKENS,
             "num_bytes": len(payload),
         }  # fmt: skip

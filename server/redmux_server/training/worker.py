@@ -73,8 +73,9 @@ def _train(commands: IO[bytes], teller: _Teller) -> None:
     inline = [InlineTask(**item) for item in json.loads(commands.read(setup["num_bytes"]))]
     torch.set_num_threads(setup["num_threads"])
     base = load_training_base(
-        setup["model"], training_kind(setup["model"]), getattr(torch, setup["dtype"])
-    )
+        setup["model"], training_kind(setup["model"]), getattr(torch, setup["dtype"]),
+        setup["tokenizer"],
+    )  # fmt: skip
     base.model.to(setup["device"])
     trainer = Trainer(
         base, make_inline_tasks(base, inline), max_pass_tokens=setup["max_pass_tokens"]

@@ -55,7 +55,7 @@ def load_encoder(config: ServerConfig, choices: Choices) -> EncoderModel:
         raise FailedPreconditionError(
             f"quantization is {config.quantization}, which serves decoders; use none for an encoder"
         )
-    model, tokenizer = load_plain(config.model, choices.dtype)
+    model, tokenizer = load_plain(config.model, choices.dtype, config.tokenizer)
     identity = fingerprint(model)
     sites = with_layer_norms(editable_sites(model))
     model = model.to(choices.device)

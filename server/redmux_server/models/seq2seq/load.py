@@ -52,7 +52,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
             f"quantization is {config.quantization}, which serves decoders; use none for an "
             "encoder-decoder"
         )
-    model, tokenizer = load_seq2seq_base(config.model, choices.dtype)
+    model, tokenizer = load_seq2seq_base(config.model, choices.dtype, config.tokenizer)
     if model.config.model_type not in ("t5", "mt5"):
         raise FailedPreconditionError(
             f"{model.config.model_type!r} models cannot be served; of the encoder-decoders, "
