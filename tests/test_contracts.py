@@ -2,9 +2,12 @@
 
 import ast
 import asyncio
+import email
+import json
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -45,6 +48,13 @@ FLOORS = {
         "load_causal",
         "load",
     ],
+}
+# What is given out: each package with the folder that its distribution is built from.
+DISTRIBUTIONS = {
+    "redmux": ".",
+    "redmux_adapters": "adapters",
+    "redmux_server": "server",
+    "redmux_bench": "bench",
 }
 # Commands that hand over to another package where it is installed.
 HAND_OVERS = {"client/redmux/cli.py"}
@@ -92,19 +102,106 @@ def test_the_scheduler_leaves_torch_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_wheel_installs_four_packages_and_the_bundled_adapters(tmp_path):
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-         "--wheel-dir", tmp_path, ROOT], check=True,
-    )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
-    assert tops == {"redmux", "redmux_adapters", "redmux_bench", "redmux_server"}
-    for name in ("redmux/py.typed", "redmux/v1/inference_service_pb2.pyi"):
-        assert name in names
-    assert "redmux_adapters/zoo/pirate/adapter_model.safetensors" in names
-    assert "redmux_adapters/zoo/grammar/README.md" in names
+@pytest.fixture(scope="module")
+def artefacts(tmp_path_factory):
+    """The folder of all wheels and source archives, built as they are given out."""
+    folder = tmp_path_factory.mktemp("dist")
+    for source in DISTRIBUTIONS.values():
+        build(ROOT / source, folder)
+    return folder
+
+
+def build(source, target, *kinds):
+    command = [sys.executable, "-m", "hatchling", "build", "-d", target, *kinds]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+
+
+def files_of(wheel):
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def metadata_of(folder, name):
+    (wheel,) = folder.glob(f"{name}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(path))
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_each_wheel_holds_its_own_package_and_no_other(artefacts, name):
+    (wheel,) = artefacts.glob(f"{name}-*.whl")
+    package = ROOT / (DISTRIBUTIONS[name] if name != "redmux" else "client")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", name],
+        cwd=package, check=True, capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    existing = {path for path in tracked if (package / path).exists()}
+    assert files_of(wheel) == existing
+    assert ("redmux_adapters/zoo/pirate/adapter_model.safetensors" in existing) == (
+        name == "redmux_adapters"
+    )
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_source_archive_builds_the_same_wheel_elsewhere(artefacts, name, tmp_path):
+    (archive,) = artefacts.glob(f"{name}-*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    build(source, tmp_path / "dist", "-t", "wheel")
+    (here,), (there,) = artefacts.glob(f"{name}-*.whl"), (tmp_path / "dist").glob("*.whl")
+    assert zipfile.ZipFile(here).namelist() == zipfile.ZipFile(there).namelist()
+
+
+def test_the_client_needs_neither_torch_nor_the_server(artefacts):
+    needs = metadata_of(artefacts, "redmux").get_all("Requires-Dist")
+    always = {re.split(r"[<>=]", need)[0] for need in needs if "extra ==" not in need}
+    assert always == {"grpcio", "protobuf"}
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_all_distributions_have_one_version_and_need_each_other_in_it(artefacts, name):
+    found = metadata_of(artefacts, name)
+    assert found["Version"] == redmux.__version__
+    own = [need for need in found.get_all("Requires-Dist") if need.startswith("redmux")]
+    assert own
+    for need in own:
+        assert f"=={redmux.__version__}" in need
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_an_index_can_show_each_distribution(artefacts, name):
+    found = metadata_of(artefacts, name)
+    for field in ("Summary", "Author", "Keywords", "Project-URL", "License-Expression"):
+        assert found[field], field
+    assert len(found.get_all("Classifier")) > 5
+    assert "LICENSE" in found.get_all("License-File")
+    assert not re.findall(r"\]\((?!https://)", found.get_payload())  # links have no place there
+
+
+def test_every_copy_of_the_licence_is_the_same():
+    for source in DISTRIBUTIONS.values():
+        assert (ROOT / source / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_the_licence_of_every_bundled_adapter_is_listed_and_free(artefacts):
+    listed = dict(
+        re.findall(
+            r"^\| ([\w-]+) \| ([\w.-]+) \|", (ROOT / "adapters/LICENCES.md").read_text(), re.M
+        )
+    )
+    zoo = ROOT / "adapters/redmux_adapters/zoo"
+    stated = {
+        path.parent.name: json.loads(path.read_text())["license"]
+        for path in zoo.glob("*/adapter_config.json")
+    }
+    assert listed == stated
+    for name, licence in stated.items():
+        assert "-NC" not in licence
+        assert f"License of the vectors: {licence}" in (zoo / name / "README.md").read_text()
+    found = metadata_of(artefacts, "redmux_adapters")
+    assert set(found["License-Expression"].split(" AND ")) == {"Apache-2.0", *stated.values()}
+    assert "LICENCES.md" in found.get_all("License-File")
 
 
 def test_the_changelog_speaks_of_this_version():
@@ -113,7 +210,7 @@ def test_the_changelog_speaks_of_this_version():
 
 
 def test_links_in_the_documents_lead_somewhere():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
             assert (path.parent / link).exists(), (path, link)
 

@@ -205,6 +205,7 @@ def _show(arguments: argparse.Namespace) -> None:
         return
     sites = description.pop("sites")
     description.update(description.pop("metadata"), sites=len(sites))
+    description["license"] = description["license"] or "not stated"
     for key, value in description.items():
         if value:
             text = value if isinstance(value, str) else json.dumps(value)

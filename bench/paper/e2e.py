@@ -80,7 +80,8 @@ def _tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the tasks of the job: a method each."""
     tasks = []
     for method in options.methods.split(","):
-        values = {**RECIPES["methods"][method], **RECIPES["e2e"][options.recipe][method]}
+        recipe = RECIPES["e2e"][options.recipe]
+        values = {**RECIPES["methods"][method], **recipe["options"], **recipe[method]}
         values["eval_every"] = 500
         if options.steps:
             values |= {"steps": options.steps, "eval_every": options.steps}

@@ -72,9 +72,8 @@ def _tasks(
             tasks.append({
                 "name": f"{name}-{method}", "data": f"{name}.train.jsonl",
                 "valid": f"{name}.valid.jsonl", "seed": options.seed,
-                **({"labels": TASKS[name].labels, "metric": "accuracy"} if TASKS[name].labels
-                   else {"metric": "loss"}),
-                **values,
+                **({"labels": TASKS[name].labels} if TASKS[name].labels else {}),
+                "metric": TASKS[name].metrics[0], **values,
             })  # fmt: skip
     return tasks
 
@@ -143,12 +142,14 @@ def _is_as_trained(metrics: Path, task: str, row: Mapping[str, Any]) -> bool | N
     if "accuracy" not in row["valid"]:
         return None
     with metrics.open(newline="") as file:
-        counted = [
-            float(line["accuracy"])
+        lines = [
+            line
             for line in csv.DictReader(file)
             if line["task"] == task and line["split"] == "valid"
         ]
-    return round(max(counted) * row["num_valid"]) == round(
+    # The first of the best, as the trainer keeps it.
+    best = max(lines, key=lambda line: float(line["correlation"] or line["accuracy"]))
+    return round(float(best["accuracy"]) * row["num_valid"]) == round(
         row["valid"]["accuracy"] / 100 * row["num_valid"]
     )
 

@@ -19,6 +19,7 @@ from glue_metrics import score
 from recipe import write_results
 from tqdm import trange
 
+from redmux.training_data import Faults, Record
 from redmux_adapters.train import Example, Task, TrainingBase
 from redmux_adapters.train.examples import ExampleReader
 from redmux_adapters.train.job import read_job
@@ -26,7 +27,6 @@ from redmux_adapters.train.learner import Learner
 from redmux_adapters.train.objectives import attention_mask, padded
 from redmux_adapters.train.preparation import prepare
 from redmux_adapters.train.prompts import PromptWriter
-from redmux_adapters.train.records import Faults, Record
 from redmux_bench.lora import LoraTrainer
 
 

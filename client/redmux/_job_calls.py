@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar, get_args
 
@@ -12,6 +12,7 @@ from redmux import _calls
 from redmux._arguments import fill
 from redmux._nearest import nearest
 from redmux.errors import InvalidArgumentError, RedmuxError
+from redmux.training_data import Faults
 from redmux.types import (
     Job,
     JobEvent,
@@ -39,44 +40,54 @@ _FORMS = "prompt and completion; messages; text and label; text and score"
 def create_request(tasks: Iterable[TrainingTask], replace: bool) -> pb.CreateJobRequest:
     """Returns the message that creates a job, with an id so that it is created once.
 
-    Raises InvalidArgumentError for what no message can hold, naming task, record and field.
+    Raises InvalidArgumentError for what no message can hold, naming task, record and field; all
+    unusable records at once.
     """
-    return pb.CreateJobRequest(
-        tasks=[_task(f"tasks[{index}]", task) for index, task in enumerate(tasks)],
-        replace=replace,
-        request_id=secrets.token_hex(16),
-    )
+    faults = Faults()
+    messages = [_task(f"tasks[{index}]", task, faults) for index, task in enumerate(tasks)]
+    faults.raise_any()
+    return pb.CreateJobRequest(tasks=messages, replace=replace, request_id=secrets.token_hex(16))
 
 
-def _task(place: str, task: TrainingTask) -> pb.TrainingTask:
+def _task(place: str, task: TrainingTask, faults: Faults) -> pb.TrainingTask:
     return pb.TrainingTask(
         adapter=_calls.check_name(task.adapter),
-        records=_records(f"{place}.records", task.records),
-        valid=_records(f"{place}.valid", task.valid),
+        records=_records(f"{place}.records", task.records, faults),
+        valid=_records(f"{place}.valid", task.valid, faults),
         options=_options(place, task.options),
     )
 
 
-def _records(place: str, records: Sequence[Mapping[str, Any]]) -> list[pb.TrainingRecord]:
+def _records(
+    place: str, records: Sequence[Mapping[str, Any]], faults: Faults
+) -> Iterator[pb.TrainingRecord]:
     if isinstance(records, str | bytes | Mapping):
         raise InvalidArgumentError(f"{place} is {type(records).__name__}; give a list of records")
-    return [_record(f"{place}[{index}]", record) for index, record in enumerate(records)]
+    for index, record in enumerate(records):
+        try:
+            yield record_message(record)
+        except InvalidArgumentError as error:
+            faults.add(f"{place}[{index}]", error.message)
 
 
-def _record(place: str, record: Mapping[str, Any]) -> pb.TrainingRecord:
+def record_message(record: Mapping[str, Any]) -> pb.TrainingRecord:
+    """Returns the message of one record; raises InvalidArgumentError that names the field."""
     if not isinstance(record, Mapping):
-        raise InvalidArgumentError(f"{place} is {type(record).__name__}; a record is a mapping")
+        raise InvalidArgumentError(f"it is {type(record).__name__}; a record is a mapping")
     try:
         if "messages" in record:
             messages = [
                 _calls.chat_message(message, f"messages[{index}]: ")
                 for index, message in enumerate(record["messages"])
             ]
+            for message in messages:
+                _text({"content": message.content}, "content")
             return pb.TrainingRecord(chat=inference_pb2.Chat(messages=messages))
         if "prompt" in record or "completion" in record:
             pair = pb.PromptCompletion(
-                prompt=_text(record, "prompt"), completion=_text(record, "completion")
-            )
+                prompt=_text(record, "prompt"), completion=_text(record, "completion"),
+                prompt_pair=record.get("prompt_pair"),
+            )  # fmt: skip
             return pb.TrainingRecord(pair=pair)
         if "score" in record:
             scored = pb.ScoredText(text=_text(record, "text"))
@@ -86,10 +97,10 @@ def _record(place: str, record: Mapping[str, Any]) -> pb.TrainingRecord:
             labelled = pb.LabelledText(text=_text(record, "text"), label=str(record["label"]))
             fill(labelled, text_pair=record.get("text_pair"))
             return pb.TrainingRecord(labelled=labelled)
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"{place}: {error.message}") from None
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"a field has a wrong type: {error}") from None
     fields = ", ".join(map(str, record)) or "none"
-    raise InvalidArgumentError(f"{place} has the fields {fields}; known are {_FORMS}")
+    raise InvalidArgumentError(f"it has the fields {fields}; known are {_FORMS}")
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:
@@ -97,6 +108,8 @@ def _text(record: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         found = type(value).__name__ if name in record else "missing"
         raise InvalidArgumentError(f"{name} is {found}; it has to be a text")
+    if not value.strip():
+        raise InvalidArgumentError(f"{name} is empty")
     return value
 
 
@@ -181,8 +194,9 @@ def _job_task(message: pb.JobTask) -> JobTask:
 
 def _evaluation(message: pb.TrainingEvaluation) -> TrainingEvaluation:
     accuracy = message.accuracy if message.HasField("accuracy") else None
+    correlation = message.correlation if message.HasField("correlation") else None
     return TrainingEvaluation(
-        message.adapter, message.step, message.loss, accuracy, message.is_best
+        message.adapter, message.step, message.loss, accuracy, message.is_best, correlation
     )
 
 

@@ -1,45 +1,67 @@
 """Training data and descriptions of jobs, as files of the one who asks for the training."""
 
-import csv
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from redmux._job_calls import record_message
 from redmux.errors import InvalidArgumentError
+from redmux.training_data import Faults, read_file, renamed
 from redmux.types import TrainingTask
 
 _TASK_KEYS = ("name", "data", "valid", "columns")
+_PLACE = re.compile(r"tasks\[\d+\]\.(?:records|valid)\[\d+\]")
 
 
-def read_records(path: Path, columns: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """Returns the records of a .jsonl or .csv file; `columns` maps known names to the file's.
+class JobFiles:
+    """The tasks of a job as they are read from files, and where each of their records lies."""
 
-    Raises InvalidArgumentError, with file and line, for what is no record, OSError for a file that
-    cannot be read.
-    """
-    readers = {".jsonl": _from_jsonl, ".csv": _from_csv}
-    if path.suffix not in readers:
-        raise InvalidArgumentError(
-            f"cannot tell the format of {str(path)!r}; give a .jsonl or .csv file"
-        )
-    try:
-        records = readers[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise InvalidArgumentError(f"{path.name} is not UTF-8: {error}") from None
-    if not records:
-        raise InvalidArgumentError(f"{path} has no records")
-    for name, column in (columns or {}).items():
-        if not any(column in record for record in records):
-            raise InvalidArgumentError(f"{path.name} has no column {column!r} for {name}")
-        for record in records:
-            if column in record:
-                record[name] = record.pop(column)
-    return records
+    def __init__(self) -> None:
+        self.tasks: list[TrainingTask] = []
+        self._faults = Faults()
+        self._lines: dict[str, str] = {}  # "tasks[0].records[2]" -> "data.jsonl:4"
+
+    def add(
+        self,
+        name: str,
+        data: Path,
+        valid: Path | None,
+        options: Mapping[str, Any],
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        """Reads the files of one more task; raises InvalidArgumentError for what is no data."""
+        place = f"tasks[{len(self.tasks)}]"
+        records = self._read(f"{place}.records", data, columns or {})
+        held_out = () if valid is None else self._read(f"{place}.valid", valid, columns or {})
+        self.tasks.append(TrainingTask(name, records, held_out, options))  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Raises InvalidArgumentError that tells all lines which no message can hold."""
+        self._faults.raise_any()
+
+    def with_lines(self, text: str) -> str:
+        """Returns a message with file and line in place of the tasks' records."""
+        return _PLACE.sub(lambda found: self._lines.get(found[0], found[0]), text)
+
+    def _read(self, place: str, path: Path, columns: Mapping[str, str]) -> list[Mapping[str, Any]]:
+        faults = Faults()
+        records = renamed(path.name, read_file(path, faults), columns)
+        if not records and not faults.found:
+            raise InvalidArgumentError(f"{path} has no records")
+        for index, record in enumerate(records):
+            self._lines[f"{place}[{index}]"] = record.where
+            try:
+                record_message(record.fields)
+            except InvalidArgumentError as error:
+                faults.add(record.where, error.message)
+        self._faults.found += faults.found
+        return [record.fields for record in records]
 
 
-def read_tasks(path: Path, overrides: Mapping[str, Any]) -> list[TrainingTask]:
+def read_tasks(path: Path, overrides: Mapping[str, Any]) -> JobFiles:
     """Returns the tasks of a .toml or .json file: `defaults`, and `tasks` with name and data.
 
     Other keys of both are options of training; `overrides` come before them. Relative paths start
@@ -62,10 +84,13 @@ def read_tasks(path: Path, overrides: Mapping[str, Any]) -> list[TrainingTask]:
     defaults = value.get("defaults", {})
     if not isinstance(defaults, dict):
         raise InvalidArgumentError(f"defaults of {path.name} is {defaults!r}; give a table")
-    return [_task(path.parent, {**defaults, **item, **overrides}) for item in tasks]
+    files = JobFiles()
+    for item in tasks:
+        _add_task(files, path.parent, {**defaults, **item, **overrides})
+    return files
 
 
-def _task(folder: Path, values: dict[str, Any]) -> TrainingTask:
+def _add_task(files: JobFiles, folder: Path, values: dict[str, Any]) -> None:
     name, data = values.get("name"), values.get("data")
     if not isinstance(name, str) or not isinstance(data, str):
         raise InvalidArgumentError(f"a task has the name {name!r} and the data {data!r}; give both")
@@ -73,39 +98,10 @@ def _task(folder: Path, values: dict[str, Any]) -> TrainingTask:
     if columns is not None and not isinstance(columns, dict):
         raise InvalidArgumentError(f"columns of {name!r} is {columns!r}; give a table of names")
     options = {key: value for key, value in values.items() if key not in _TASK_KEYS}
-    return TrainingTask(
+    files.add(
         name,
-        read_records(folder / Path(data).expanduser(), columns),
-        read_records(folder / Path(valid).expanduser(), columns) if valid is not None else (),
-        options,  # type: ignore[arg-type]
+        folder / Path(data).expanduser(),
+        None if valid is None else folder / Path(valid).expanduser(),
+        options,
+        columns,
     )
-
-
-def _from_jsonl(path: Path) -> list[dict[str, Any]]:
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InvalidArgumentError(f"{path.name}:{number}: not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise InvalidArgumentError(f"{path.name}:{number}: not a JSON object")
-        records.append(record)
-    return records
-
-
-def _from_csv(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, restval=None)
-        try:
-            records: list[dict[str, Any]] = list(reader)
-        except csv.Error as error:
-            raise InvalidArgumentError(f"{path.name}:{reader.line_num}: {error}") from None
-    for index, record in enumerate(records, 1):
-        if None in record or None in record.values():
-            raise InvalidArgumentError(
-                f"record {index} of {path.name} has not as many columns as its header"
-            )
-    return records

@@ -10,10 +10,10 @@ from datetime import datetime
 from pathlib import Path
 
 from redmux._job_calls import OPTION_FIELDS
-from redmux._job_files import read_records, read_tasks
+from redmux._job_files import JobFiles, read_tasks
 from redmux.client import Client
 from redmux.errors import InvalidArgumentError
-from redmux.types import Job, JobEvent, JobTask, TrainingStep, TrainingTask
+from redmux.types import Job, JobEvent, JobTask, TrainingStep
 
 _Connect = Callable[[argparse.Namespace], Client]
 _STEP_EVERY_S = 2.0  # least time between two lines that tell a step
@@ -68,14 +68,20 @@ def _add_create(verb: argparse.ArgumentParser) -> None:
 
 def _create(options: argparse.Namespace, connect: _Connect) -> int:
     with connect(options) as client:
-        job = client.jobs.create(_tasks(options), replace=options.replace)
+        files = _files(options)
+        try:
+            files.check()
+            job = client.jobs.create(files.tasks, replace=options.replace)
+        except InvalidArgumentError as error:  # a line for each unusable record
+            print(f"redmux: {files.with_lines(error.message)}", file=sys.stderr)
+            return 1
         if not options.watch:
             return _print_job(job, options.json)
         print(job.id, file=sys.stderr)
         return _follow(client.jobs.watch(job.id), options.json)
 
 
-def _tasks(options: argparse.Namespace) -> list[TrainingTask]:
+def _files(options: argparse.Namespace) -> JobFiles:
     given = {name: getattr(options, name) for name in OPTION_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     if options.job is not None:
@@ -84,8 +90,10 @@ def _tasks(options: argparse.Namespace) -> list[TrainingTask]:
         return read_tasks(Path(options.job), given)
     if options.data is None:
         raise InvalidArgumentError("give NAME and DATA, or --job")
-    valid = [] if options.valid is None else read_records(Path(options.valid))
-    return [TrainingTask(options.name, read_records(Path(options.data)), valid, given)]  # type: ignore[arg-type]
+    files = JobFiles()
+    valid = None if options.valid is None else Path(options.valid)
+    files.add(options.name, Path(options.data), valid, given)
+    return files
 
 
 def _watch(options: argparse.Namespace, connect: _Connect) -> int:
@@ -132,6 +140,8 @@ class _Teller:
                 )
         else:
             accuracy = "" if event.accuracy is None else f", accuracy {100 * event.accuracy:.1f} %"
+            if event.correlation is not None:
+                accuracy += f", correlation {event.correlation:.3f}"
             best = ", best so far" if event.is_best else ""
             print(
                 f"{event.adapter} step {event.step}: held out {event.loss:.4f}{accuracy}{best}",

@@ -34,9 +34,16 @@ from redmux.types import Adapter, Classifications, Embeddings, GenerationOptions
 
 # Commands whose arguments another package parses: its function for them and the extra it needs.
 _SERVE = ("redmux_server.cli", "serve", "server")
-_BENCH = ("redmux_bench.cli", "main", "server,bench")
-_TRAIN = ("redmux_adapters.train.cli", "main", "server,train")
-_OFFLINE = ("redmux_adapters.cli", "main", "server")
+_BENCH = ("redmux_bench.cli", "main", "bench")
+_TRAIN = ("redmux_adapters.train.cli", "main", "train")
+_OFFLINE = ("redmux_adapters.cli", "main", "adapters")
+# What a checkout installs for an extra.
+_FOLDERS = {
+    "server": ". ./adapters ./server",
+    "bench": ". ./adapters ./server ./bench",
+    "train": ". './adapters[train]'",
+    "adapters": ". ./adapters",
+}
 _OFFLINE_VERBS = {
     "create": "make an adapter from vectors",
     "convert": "make an adapter from another checkpoint",
@@ -87,7 +94,7 @@ def _run_extra(module: str, function: str, extra: str, argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         print(
             f"redmux: this command needs {error.name}, which is not installed; "
-            f"pip install 'redmux[{extra}]'",
+            f"pip install 'redmux[{extra}]', or in a checkout: pip install {_FOLDERS[extra]}",
             file=sys.stderr,
         )
         return 2

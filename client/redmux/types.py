@@ -254,15 +254,16 @@ class TrainingOptions(TypedDict, total=False):
     batch_size: int
     schedule: Literal["linear", "cosine", "constant"]
     warmup: float
+    warmup_steps: int
     weight_decay: float
     clip_norm: float
     label_smoothing: float
     sites: str
     layers: str
-    train: Literal["both", "scale", "bias", "head"]
+    train: Literal["both", "scale", "bias", "ln", "head"]
     eval_every: int
     patience: int
-    metric: Literal["loss", "accuracy"]
+    metric: Literal["loss", "accuracy", "matthews", "pearson"]
     head: str
     seed: int
     valid_share: float
@@ -305,13 +306,17 @@ class TrainingStep:
 
 @dataclass(frozen=True, slots=True)
 class TrainingEvaluation:
-    """One evaluation on held-out records; step 0 is the base model, `accuracy` None for scores."""
+    """One evaluation on held-out records; step 0 is the base model, `accuracy` None for scores.
+
+    `correlation` is the task's metric where that is "matthews" or "pearson".
+    """
 
     adapter: str
     step: int
     loss: float
     accuracy: float | None
     is_best: bool
+    correlation: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,14 @@ def test_show_prints_a_table_in_the_order_of_layers(folder, capsys):
     assert [line.split()[0] for line in lines[-11:]] == [f"m.{i}.out" for i in range(11)]
 
 
+def test_show_tells_the_licence_also_where_none_is_stated(folder, tmp_path, capsys):
+    assert main(["show", str(folder)]) == 0
+    assert "license                 MIT\n" in capsys.readouterr().out
+    write_folder(Adapter(BASE, {"m": Edit.identity(3)}), tmp_path / "bare")
+    assert main(["show", str(tmp_path / "bare")]) == 0
+    assert "license                 not stated\n" in capsys.readouterr().out
+
+
 def test_show_json_is_complete(folder, capsys):
     assert main(["show", str(folder), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)

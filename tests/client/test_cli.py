@@ -330,18 +330,18 @@ def test_help_lists_every_command(capsys):
     ("arguments", "module", "function", "extra", "rest"),
     [
         (["serve", "--model", "x"], "redmux_server.cli", "serve", "server", ["--model", "x"]),
-        (["bench", "sweep", "-h"], "redmux_bench.cli", "main", "server,bench", ["sweep", "-h"]),
-        (["train", "d.csv"], "redmux_adapters.train.cli", "main", "server,train", ["d.csv"]),
+        (["bench", "sweep", "-h"], "redmux_bench.cli", "main", "bench", ["sweep", "-h"]),
+        (["train", "d.csv"], "redmux_adapters.train.cli", "main", "train", ["d.csv"]),
         (
             ["adapters", "show", "--x", "f"],
             "redmux_adapters.cli",
             "main",
-            "server",
+            "adapters",
             ["show", "--x", "f"],
         ),
-        (["adapters", "create", "-h"], "redmux_adapters.cli", "main", "server", ["create", "-h"]),
-        (["adapters", "convert"], "redmux_adapters.cli", "main", "server", ["convert"]),
-        (["adapters", "verify", "f"], "redmux_adapters.cli", "main", "server", ["verify", "f"]),
+        (["adapters", "create", "-h"], "redmux_adapters.cli", "main", "adapters", ["create", "-h"]),
+        (["adapters", "convert"], "redmux_adapters.cli", "main", "adapters", ["convert"]),
+        (["adapters", "verify", "f"], "redmux_adapters.cli", "main", "adapters", ["verify", "f"]),
     ],
     ids=str,
 )
@@ -366,6 +366,7 @@ def test_tools_of_the_extras_parse_their_own_arguments(
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert f"pip install 'redmux[{extra}]'" in err
+    assert "in a checkout: pip install . " in err
     assert err.count("\n") == 1
 
 

@@ -17,12 +17,13 @@ TIME = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 def test_a_job_is_sent_with_records_of_every_form(client, server):
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
     labels = [{"text": "x", "label": 3}, {"text": "y", "text_pair": "z", "label": "no", "id": 9}]
+    two = {**PAIR, "prompt_pair": "c"}
     options = {
         "learning_rate": 0.02, "steps": 5, "labels": ["no", "3"],
         "prompt_format": {"user": ["<u>", ""], "assistant": ["<a>", ""]},
     }  # fmt: skip
     tasks = [
-        TrainingTask("acme/pairs", [PAIR], valid=[PAIR], options=options),
+        TrainingTask("acme/pairs", [two], valid=[PAIR], options=options),
         TrainingTask("chat", [chat]),
         TrainingTask("labels", labels),
         TrainingTask("scores", [{"text": "x", "score": "2.5"}]),
@@ -36,6 +37,7 @@ def test_a_job_is_sent_with_records_of_every_form(client, server):
     assert [(r.pair.prompt, r.pair.completion) for r in (*pairs.records, *pairs.valid)] == [
         ("a", "b"), ("a", "b"),
     ]  # fmt: skip
+    assert [r.pair.HasField("prompt_pair") for r in (*pairs.records, *pairs.valid)] == [True, False]
     assert (pairs.options.learning_rate, pairs.options.steps) == (0.02, 5)
     assert json.loads(pairs.options.prompt_format) == options["prompt_format"]
     assert not pairs.options.HasField("epochs")
@@ -59,7 +61,10 @@ def test_every_job_has_an_id_of_its_own_so_that_it_may_be_sent_twice(client, ser
         (("a", [PAIR, {"prompt": "x"}]), r"tasks\[0\].records\[1\]: completion is missing"),
         (("a", [{"prompt": 3, "completion": "x"}]), "prompt is int; it has to be a text"),
         (("a", [{"question": "x"}]), "has the fields question; known are prompt and completion"),
-        (("a", ["x"]), r"records\[0\] is str; a record is a mapping"),
+        (("a", ["x"]), r"records\[0\]: it is str; a record is a mapping"),
+        (("a", [{"prompt": " ", "completion": "x"}]), "prompt is empty"),
+        (("a", [{**PAIR, "prompt_pair": 1}]), "a field has a wrong type"),
+        (("a", [{}, PAIR, 3]), r"(?s)2 unusable.*records\[0\].*records\[2\]"),
         (("a", "x"), "records is str; give a list"),
         (("a", [{"messages": [{"role": "user"}]}]), r"records\[0\]: messages\[0\]: a chat mess"),
         (("a", [{"text": "x", "score": "good"}]), r"records\[0\]: score is 'good', must be a num"),
@@ -166,7 +171,8 @@ def test_create_sends_the_tasks_of_a_job_file(run, server, tmp_path):
         ("d.jsonl", "{}\n{broken", "d.jsonl:2: not valid JSON"),
         ("d.jsonl", "[1]", "d.jsonl:1: not a JSON object"),
         ("d.jsonl", "\n", "has no records"),
-        ("d.csv", "prompt,completion\na\n", "not as many columns"),
+        ("d.csv", "prompt,completion\na\n", "d.csv:2: 1 columns, the header has 2"),
+        ("d.json", "[\n{},\n{}\n]", "d.json is one JSON array"),
         ("d.parquet", "x", "cannot tell the format"),
     ],
 )
@@ -176,6 +182,47 @@ def test_a_file_that_holds_no_records_is_refused(run, server, tmp_path, name, te
     assert code == 1
     assert message in err
     assert not server.calls
+
+
+def test_create_tells_all_unusable_lines_at_once(run, server, tmp_path):
+    lines = [
+        json.dumps(PAIR), "{broken", "[1]", "", json.dumps({"prompt": "a"}), json.dumps(PAIR),
+        json.dumps({**PAIR, "completion": " "}), json.dumps({"question": "a"}),
+    ]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    (tmp_path / "v.jsonl").write_text(json.dumps({**PAIR, "prompt": 3}))
+    files = str(tmp_path / "d.jsonl"), "--valid", str(tmp_path / "v.jsonl")
+    code, _, err = run("create", "a", *files)
+    assert code == 1
+    first, *told = err.splitlines()
+    assert first == "redmux: 6 unusable record(s) in the training data:"
+    expected = [
+        "d.jsonl:2: not valid JSON: ",
+        "d.jsonl:3: not a JSON object",
+        "d.jsonl:5: completion is missing",
+        "d.jsonl:7: completion is empty",
+        "d.jsonl:8: it has the fields question; known are ",
+        "v.jsonl:1: prompt is int; it has to be a text",
+    ]
+    assert [line[: len(start)] for line, start in zip(told, expected, strict=True)] == expected
+    assert not server.calls
+
+
+def test_what_the_server_refuses_is_told_by_file_and_line(run, tmp_path, monkeypatch):
+    def refuse(self, tasks, **options):
+        raise InvalidArgumentError(
+            "2 unusable record(s):\ntasks[0].records[1]: too long\ntasks[1].valid[0]: too long"
+        )
+
+    monkeypatch.setattr(redmux.Jobs, "create", refuse)
+    (tmp_path / "d.jsonl").write_text(f"{json.dumps(PAIR)}\n\n{json.dumps(PAIR)}\n")
+    task = 'data = "d.jsonl"\nvalid = "d.jsonl"\n'
+    (tmp_path / "job.toml").write_text(
+        f'[[tasks]]\nname = "a"\n{task}[[tasks]]\nname = "b"\n{task}'
+    )
+    code, _, err = run("create", "--job", str(tmp_path / "job.toml"))
+    assert code == 1
+    assert err.splitlines()[1:] == ["d.jsonl:3: too long", "d.jsonl:1: too long"]
 
 
 @pytest.mark.parametrize(

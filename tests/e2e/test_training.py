@@ -204,6 +204,8 @@ async def test_what_cannot_be_trained_is_refused_before_anything_starts(start_se
     cases = [
         ([*YES, {"prompt": "x", "completion": ""}], {}, InvalidArgumentError,
          r"tasks\[0\].records\[20\]: completion is empty"),
+        ([*YES, {"prompt": "x" * 600, "completion": "y"}], {"steps": 1, "valid_share": 0.0},
+         InvalidArgumentError, r"tasks\[0\].records\[20\]: too long: "),
         (YES, {"steps": -1}, InvalidArgumentError, r"tasks\[0\]: steps is -1"),
         (YES, {"prompt_format": "{"}, InvalidArgumentError, "prompt_format is not valid JSON"),
         (YES, {"steps": 10_000}, ResourceExhaustedError, "the limit is 5000"),

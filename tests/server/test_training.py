@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from redmux._job_calls import record_message
 from redmux.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -16,6 +17,7 @@ from redmux.errors import (
 )
 from redmux_adapters import to_bytes
 from redmux_adapters.train.inline import InlineTask
+from redmux_server.grpc_api.training import _record
 from redmux_server.metrics import Metrics
 from redmux_server.registry.names import check_name
 from redmux_server.registry.tenants import OPERATOR
@@ -410,3 +412,17 @@ async def test_a_reader_that_is_slow_misses_steps_but_never_the_end(rig):
     rest = [event async for event in events]
     assert rest[-1] is job
     assert 1 < len(rest) <= 4096
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "prompt_pair": "c", "completion": "b"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"text": "a", "label": "b"},
+        {"text": "a", "text_pair": "c", "score": 0.5},
+    ],
+)
+def test_a_record_arrives_as_it_was_sent(record):
+    assert _record("tasks[0].records[0]", record_message(record)) == record

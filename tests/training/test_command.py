@@ -150,6 +150,60 @@ def test_bad_data_is_told_before_anything_is_written(data, common, tmp_path, cap
     assert "left out data.jsonl:21: completion is empty" in capsys.readouterr().err
 
 
+async def test_a_training_goes_on_from_an_adapter_and_is_served(
+    data, common, tmp_path, base, client, put, capsys
+):
+    turns = {"user": ["<u>", ""], "assistant": ["<a>", ""]}
+    job = tmp_path / "job.json"
+    task = {"name": "first", "data": "data.jsonl", "prompt_format": turns, "learning_rate": 0.1}
+    job.write_text(
+        json.dumps({"output": "out", "base": common[1], "tasks": [{**task, "steps": 20}]})
+    )
+    assert main(["--job", str(job)]) == 0
+    first = read_adapter(tmp_path / "out")
+    capsys.readouterr()
+    more = [str(data), *common, "--start", str(tmp_path / "out"), "--steps", "8",
+            "--train", "ln", "--eval-every", "4"]  # fmt: skip
+    assert main([*more, "--output", str(tmp_path / "more")]) == 0
+    adapter = read_adapter(tmp_path / "more")
+    assert adapter.prompt_format == first.prompt_format  # as it was trained before
+    assert adapter.metadata.training.endswith(f", started from {first.digest}")
+    assert len(adapter.sites) == 2 * len(first.sites)
+    await put("more", adapter)
+    prompt = "<u>question 99<a>"
+    answer = await client.generate(prompt, adapter="more", max_tokens=6, ignore_eos=True)
+    ids = base.tokenizer(prompt)["input_ids"]
+    tokens, _ = generate(base.model, ids, 6, adapter.edits)
+    assert answer.text == base.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    plain = [part for part in more if part not in ("--train", "ln")]
+    assert main([*plain, "--layers", "0", "--output", str(tmp_path / "x")]) == 1
+    assert "edits model.layers.1.mlp.down_proj, which is not among" in capsys.readouterr().err
+
+
+def test_data_can_be_checked_without_the_weights(data, common, tmp_path, monkeypatch, capsys):
+    from redmux_adapters.train import preparation
+
+    monkeypatch.setattr(preparation, "load_training_base", None)
+    check = [str(data), *common, "--output", str(tmp_path / "out"), "--steps", "8", "--check-data"]
+    assert main(check) == 0
+    out = capsys.readouterr().out
+    assert "adapter: 18 examples, 2 held out, of at most " in out
+    assert out.endswith(" tokens, 3 sites, 8 steps of 4\n")
+    assert not (tmp_path / "out").exists()
+    assert main([*check, "--layers", "7"]) == 1
+    assert "no layer 7" in capsys.readouterr().err
+    assert main([*check, "--train", "head"]) == 1
+    assert "trains its head alone" in capsys.readouterr().err
+    data.write_text(data.read_text() + '\n{"prompt": "a"}\n' + json.dumps(
+        {"prompt": "x" * 600, "completion": "y"}
+    ))  # fmt: skip
+    assert main(check) == 1
+    err = capsys.readouterr().err
+    assert "data.jsonl:21: completion is missing" in err
+    assert "data.jsonl:22: too long" in err
+
+
 def test_a_dry_run_writes_nothing(data, common, tmp_path, capsys):
     assert main([str(data), "--output", str(tmp_path / "out"), *common, "--dry-run"]) == 0
     assert "estimate: " in capsys.readouterr().out

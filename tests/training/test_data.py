@@ -1,15 +1,17 @@
 """Data: what is read, and that everything unusable is told with its file and line."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from redmux.errors import InvalidArgumentError
+from redmux.training_data import Faults
 from redmux_adapters import PromptFormat, Turn
 from redmux_adapters.train.examples import Example, ExampleReader, form_of, labels_of
 from redmux_adapters.train.prompts import PromptWriter
-from redmux_adapters.train.records import Faults, read_records
+from redmux_adapters.train.records import read_records
 from redmux_server.models.text import TextCodec
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -52,7 +54,7 @@ def test_every_unusable_line_is_told_by_file_and_line(tokenizer, tmp_path):
     expected = [
         "d.jsonl:2: not valid JSON",
         "d.jsonl:4: not a JSON object",
-        "d.jsonl:10: not valid JSON",
+        "d.jsonl:10: not UTF-8 at byte 12; convert the file",
         "d.jsonl:5: prompt is empty",
         "d.jsonl:6: completion is missing",
         "d.jsonl:7: completion is 4; it has to be a text",
@@ -130,9 +132,12 @@ def test_conversations_have_to_end_with_the_answer(tokenizer, tmp_path, messages
         ("nothing.jsonl", "cannot read"),
         ("data.parquet", "cannot tell the format"),
         ("datasets:squad", "pip install datasets"),
+        ("array.json", "array.json is one JSON array"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_refused(source, message):
+def test_a_source_that_cannot_be_read_is_refused(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("array.json").write_text(json.dumps([{"prompt": "a", "completion": "b"}], indent=1))
     with pytest.raises(InvalidArgumentError, match=message):
         read_records(source, {}, Faults())
 
@@ -179,6 +184,29 @@ def test_special_tokens_of_raw_prompts_are_the_tokenizers(tokenizer):
     inputs, _ = PromptWriter(own, "raw").completion("ab", "c")
     assert inputs[0] == 0
     assert len(inputs) == 3  # the end token of the tokenizer would end the prompt
+
+
+def test_an_encoder_decoder_reads_two_texts_as_its_tokenizer_joins_them(tokenizer, tmp_path):
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    own = deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", pair="$A <eos> $B <eos>", special_tokens=[("<eos>", 0)]
+    )
+    path = tmp_path / "d.jsonl"
+    record = {"prompt": "ab", "prompt_pair": "cd", "completion": "e"}
+    path.write_text(json.dumps(record) + "\n" + json.dumps({**record, "prompt_pair": 3}))
+    (example,), faults = read(path, own, kind="seq2seq")
+    # What a server makes of the two with the end token between them.
+    assert example.inputs == tuple(own("ab<eos>cd")["input_ids"])
+    assert own.decode(example.inputs) == "ab<eos>cd<eos>"
+    assert own.decode(example.targets) == "e<eos>"
+    assert faults == ["d.jsonl:2: prompt_pair is 3; it has to be a text"]
+    examples, faults = read(path, own)
+    assert not examples
+    assert "d.jsonl:1: prompt_pair is for encoder-decoder models" in faults[0]
 
 
 def test_an_example_is_as_long_as_what_is_computed_for_it():

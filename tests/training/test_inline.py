@@ -75,6 +75,8 @@ def test_the_check_knows_without_weights_what_training_will_do(checker, training
 
 
 BAD = [
+    ([InlineTask("a", PAIRS, options={"train": "head"})], r"tasks\[0\]: task 'a' trains its head"),
+    ([InlineTask("a", PAIRS, options={"metric": "matthews"})], r"tasks\[0\]: .* it learns answers"),
     ([InlineTask("a", [])], r"tasks\[0\]: there are no records"),
     ([], "tasks: there are 0"),
     ([InlineTask("a", PAIRS, options={"steps": 0})], r"tasks\[0\]: steps is 0"),

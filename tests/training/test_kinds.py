@@ -134,6 +134,68 @@ def test_the_second_of_two_texts_is_told_by_its_types():
     assert first.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
+@pytest.mark.parametrize(("metric", "num_labels"), [("matthews", 2), ("pearson", 0)])
+def test_the_best_vectors_can_be_those_of_the_best_correlation(metric, num_labels):
+    _, base = whole_and_base("roberta")
+    task = classify("task", num_labels, steps=12, eval_every=1, metric=metric)
+    trainer = Trainer(base, [task])
+    events = [event for event in run(trainer) if isinstance(event, Evaluated)]
+    told = [-2.0, *(event.correlation for event in events)]
+    assert all(e.is_best == (told[i] > max(told[:i])) for i, e in enumerate(events, 1))
+    best = last_held_out(events, "task")
+    assert best.correlation == max(told) > told[1]
+    adapter = trainer.adapter("task")
+    assert f", {metric} {best.correlation:.3f}, at step {best.step};" in adapter.metadata.evaluation
+    head, valid = adapter.head.tensors, task.valid
+    with edited(base.model, adapter.edits):
+        states = [
+            base.model(input_ids=torch.tensor([e.inputs])).last_hidden_state[0, 0] for e in valid
+        ]
+    x = torch.tanh(F.linear(torch.stack(states), head["dense.weight"], head["dense.bias"]))
+    logits = F.linear(x, head["out_proj.weight"], head["out_proj.bias"])
+    predicted = logits.argmax(-1).float() if num_labels else logits[:, 0]
+    both = torch.stack((predicted, torch.tensor([float(e.label) for e in valid])))
+    assert best.correlation == pytest.approx(float(torch.corrcoef(both)[0, 1]), abs=1e-4)
+
+
+def test_a_classifier_goes_on_from_an_adapter_with_its_head_and_edits():
+    _, base = whole_and_base("roberta")
+    first = Trainer(base, [classify("first", 3, train="ln")])
+    run(first)
+    start = first.adapter("first")
+    options = {"train": "scale", "weight_decay": 0.5, "steps": 2, "seed": 9}
+    with pytest.raises(InvalidArgumentError, match="activation_ln, which is not among the sites"):
+        Trainer(base, [replace(classify("t", 3, **options), start=start)])
+    plain = Trainer(base, [classify("plain", 3)])
+    run(plain)
+    start = plain.adapter("plain")
+    trainer = Trainer(base, [replace(classify("t", 3, **options), start=start)])
+    events = run(trainer)
+    baseline = next(event for event in events if isinstance(event, Evaluated))
+    assert baseline.step == 0
+    other = Trainer(base, [replace(classify("o", 3, seed=9), start=start)])
+    (again,) = (e for e in other.step() if isinstance(e, Evaluated))
+    other.close()
+    assert again.loss == pytest.approx(baseline.loss)  # vectors and head are the adapter's
+    (learner,) = trainer.learners
+    for site, edit in trainer._bank.edits(learner._vectors()["values"], learner.sites).items():
+        assert torch.equal(edit.bias, start.edits[site].bias)  # frozen, decay or not
+        assert not torch.equal(edit.scale, start.edits[site].scale)
+    with pytest.raises(InvalidArgumentError, match="has a head for label 0, label 1, label 2"):
+        Trainer(base, [replace(classify("t", 2), start=start)])
+    with pytest.raises(InvalidArgumentError, match="has a head of kind 'roberta'"):
+        Trainer(base, [replace(classify("t", 3, head="mean"), start=start)])
+
+
+@pytest.mark.parametrize(
+    ("metric", "num_labels", "message"),
+    [("pearson", 3, "is for scores; it learns labels"), ("matthews", 0, "it learns scores")],
+)
+def test_a_metric_of_something_else_is_refused(metric, num_labels, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        classify("task", num_labels, metric=metric)
+
+
 def test_a_head_can_be_trained_without_an_edit():
     _, base = whole_and_base("bert")
     trainer = Trainer(base, [classify("alone", 2, train="head"), classify("edited", 2)])

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_adapters import Edit, ffn_sites
+from redmux_adapters.bases.sites import with_layer_norms
 from redmux_adapters.train import (
     Evaluated,
     Example,
@@ -29,7 +30,10 @@ from redmux_adapters.train.stream import BatchStream
 def by_hand(model, task):
     """Plain transformers, an example at a time, whole logits, tensors of its own."""
     options = task.options
-    edits = {site: Vectors(dim) for site, dim in ffn_sites(model).items()}
+    sites = ffn_sites(model)
+    if options.train == "ln":
+        sites = with_layer_norms(sites)
+    edits = {site: Vectors(dim) for site, dim in sites.items()}
     parameters = [p for edit in edits.values() for p in (edit.scale, edit.bias)]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0)
     stream = BatchStream([e.length for e in task.train], options.batch_size, options.seed)
@@ -61,15 +65,17 @@ def by_hand(model, task):
 
 class Vectors:
     def __init__(self, dim):
+        self.dim = dim
         self.scale = torch.ones(dim, requires_grad=True)
         self.bias = torch.zeros(dim, requires_grad=True)
 
 
-def test_three_adapters_in_one_pass_are_those_that_are_trained_by_hand(training_base):
+def test_four_adapters_in_one_pass_are_those_that_are_trained_by_hand(training_base):
     tasks = [
         make_task("plain"),
         make_task("smooth", seed=1, label_smoothing=0.2, batch_size=3, schedule="cosine"),
         make_task("large", seed=2, learning_rate=0.1, clip_norm=0.5, steps=4),
+        make_task("normed", seed=3, train="ln", steps=4),
     ]
     trainer = Trainer(training_base, tasks)
     events = run(trainer)
@@ -276,6 +282,8 @@ def test_what_cannot_be_trained_is_refused_before_it_starts(training_base, tasks
         ({"batch_size": True}, "batch_size is True"),
         ({"schedule": "cubic"}, "one of linear, cosine, constant"),
         ({"warmup": 1}, "warmup is 1"),
+        ({"warmup_steps": 0.5}, "warmup_steps is 0.5"),
+        ({"metric": "kendall"}, "one of loss, accuracy, matthews, pearson"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(values, message):
@@ -289,6 +297,9 @@ def test_the_rate_rises_then_falls_to_nothing():
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert factors[-1] == pytest.approx(1 / 8)
+    in_steps = dataclasses.replace(options, warmup_steps=2)
+    assert [rate_factor(in_steps, step, 10) for step in range(10)] == factors
+    assert rate_factor(in_steps, 2, 1000) == 1
     cosine = dataclasses.replace(options, schedule="cosine")
     assert rate_factor(cosine, 6, 10) == pytest.approx(0.5)
     assert default_learning_rate(135_000_000) == 0.02

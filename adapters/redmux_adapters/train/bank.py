@@ -5,9 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bases.sites import LAYER_NORM
 from ..format.adapter import Edit
+
+_EPS = 1e-5  # of the LayerNorm behind an edit, as servers compute it
 
 
 class VectorBank:
@@ -16,7 +20,9 @@ class VectorBank:
     While `editing` a batch, the output h of a site becomes h * scale + bias in the batch's rows,
     each with the scale and bias of its own adapter; gradients land in that adapter's row alone,
     whatever another row holds. What is kept is scale - 1 and bias, both 0 at the start, so that
-    small steps lose nothing to rounding and weight decay leads to no edit.
+    small steps lose nothing to rounding and weight decay leads to no edit. A site that ends in
+    `.activation_ln` is the LayerNorm behind the edit: its values are weight - 1 and bias, and only
+    the rows normalise there whose adapters have that site.
 
     Belongs to one thread. `close` takes the edits off the model.
     """
@@ -29,14 +35,23 @@ class VectorBank:
         self.grads = torch.zeros_like(self.values)
         self._rows: Tensor | None = None  # of the batch that is computed, [batch]
         self._places: dict[str, tuple[slice, slice]] = {}
-        self._handles = []
+        # Of each LayerNorm, which adapters have it, [K] of bool.
+        self._has_norm: dict[str, Tensor] = {}
+        leaves: dict[str, tuple[Tensor, Tensor]] = {}
         start = 0
         for site, dim in self.sites.items():
-            self._places[site] = slice(start, start + dim), slice(start + dim, start + 2 * dim)
-            leaves = [self._leaf(place) for place in self._places[site]]
-            module = model.get_submodule(site)
-            self._handles.append(module.register_forward_hook(self._hook(*leaves)))
+            scale, bias = slice(start, start + dim), slice(start + dim, start + 2 * dim)
+            self._places[site] = scale, bias
+            leaves[site] = self._leaf(scale), self._leaf(bias)
+            if site.endswith(LAYER_NORM):
+                self._has_norm[site] = torch.zeros(num_adapters, dtype=torch.bool, device=device)
             start += 2 * dim
+        self._handles = [
+            model.get_submodule(path).register_forward_hook(
+                self._hook(leaves.get(path), leaves.get(path + LAYER_NORM), path + LAYER_NORM)
+            )
+            for path in dict.fromkeys(site.removesuffix(LAYER_NORM) for site in self.sites)
+        ]
 
     def close(self) -> None:
         """Removes the edits from the model."""
@@ -52,13 +67,27 @@ class VectorBank:
         finally:
             self._rows = None
 
+    def normalise(self, row: int, sites: Mapping[str, int]) -> None:
+        """Lets an adapter normalise behind those of its sites that have a LayerNorm."""
+        for site in sites:
+            if site in self._has_norm:
+                self._has_norm[site][row] = True
+
+    @torch.no_grad()
+    def take(self, row: int, edits: Mapping[str, Edit]) -> None:
+        """Sets an adapter's values to those of edits at some of the sites."""
+        for site, edit in edits.items():
+            scale, bias = self._places[site]
+            self.values[row, scale] = (edit.scale - 1).to(self.values)
+            self.values[row, bias] = edit.bias.to(self.values)
+
     def mask(self, sites: Mapping[str, int], part: str) -> Tensor:
         """Returns which values [all sites' values] are trained: of these sites, of this part."""
         mask = torch.zeros(self.values.shape[1], dtype=torch.bool, device=self.values.device)
         for site in sites:
             scale, bias = self._places[site]
-            mask[scale] = part in ("both", "scale")
-            mask[bias] = part in ("both", "bias")
+            mask[scale] = part in ("both", "scale", "ln")
+            mask[bias] = part in ("both", "bias", "ln")
         return mask
 
     def edits(self, values: Tensor, sites: Mapping[str, int]) -> dict[str, Edit]:
@@ -79,7 +108,9 @@ class VectorBank:
         leaf.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return leaf
 
-    def _hook(self, shift: Tensor, bias: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+    def _hook(
+        self, own: tuple[Tensor, Tensor] | None, norm: tuple[Tensor, Tensor] | None, norm_site: str
+    ) -> Callable[[nn.Module, Any, Any], Any]:
         def edit(_module: nn.Module, _args: Any, h: Any) -> Any:
             if isinstance(h, tuple):  # T5's attentions put out their biases as well
                 return edit(_module, _args, h[0]), *h[1:]
@@ -87,9 +118,19 @@ class VectorBank:
             if rows is None:
                 return h
             # Some models fold batch and positions into one axis before their FFN.
-            by_row = h.reshape(len(rows), -1, h.shape[-1]).float()
-            scale = (1 + shift.index_select(0, rows))[:, None]  # [batch, 1, dim]
-            edited = torch.addcmul(bias.index_select(0, rows)[:, None], by_row, scale)
+            edited = h.reshape(len(rows), -1, h.shape[-1]).float()
+            if own is not None:
+                edited = _scaled(edited, own, rows)
+            if norm is not None:
+                normed = _scaled(F.layer_norm(edited, edited.shape[-1:], eps=_EPS), norm, rows)
+                edited = torch.where(self._has_norm[norm_site][rows, None, None], normed, edited)
             return edited.to(h.dtype).view(h.shape)
 
         return edit
+
+
+def _scaled(h: Tensor, vectors: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+    """Returns h [batch, positions, dim] times 1 + shift, plus bias, of each row's own adapter."""
+    shift, bias = vectors
+    scale = (1 + shift.index_select(0, rows))[:, None]  # [batch, 1, dim]
+    return torch.addcmul(bias.index_select(0, rows)[:, None], h, scale)

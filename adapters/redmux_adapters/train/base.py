@@ -1,5 +1,6 @@
 """The frozen base model that adapters are trained on."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -10,9 +11,17 @@ import torch
 from redmux.errors import InvalidArgumentError
 
 from ..bases.fingerprint import fingerprint
-from ..bases.load import load_base, load_encoder, load_seq2seq_base
-from ..bases.sites import POSITIONS, linear_sites, red_sites
+from ..bases.load import (
+    load_base,
+    load_encoder,
+    load_seq2seq_base,
+    load_tokenizer,
+    read_config,
+    resolve,
+)
+from ..bases.sites import POSITIONS, linear_sites, red_sites, with_layer_norms
 from .examples import Kind
+from .options import TrainingOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +54,11 @@ class TrainingBase:
         eos = None if config is None else config.eos_token_id
         ids = eos if isinstance(eos, list) else [eos]
         return sorted({i for i in (*ids, self.tokenizer.eos_token_id) if i is not None})
+
+    def sites_of(self, options: TrainingOptions) -> dict[str, int]:
+        """Returns {site: size} of what an adapter with these options edits; see `choose_sites`."""
+        sites = self.choose_sites(options.sites, options.layers)
+        return with_layer_norms(sites) if options.train == "ln" else sites
 
     def choose_sites(self, sites: str, layers: str) -> dict[str, int]:
         """Returns {module path: output size} of the sites that the two options name.
@@ -83,6 +97,30 @@ def load_training_base(
     # Adapters are passed on, folders of this machine mean nothing elsewhere.
     name = Path(spec).resolve().name if Path(spec).expanduser().exists() else spec
     return TrainingBase.of(model, tokenizer, name, kind)
+
+
+def load_without_weights(
+    spec: str, kind: Kind, fingerprint: str = "", tokenizer: str = ""
+) -> TrainingBase:
+    """Returns a base whose weights have shapes and no values, which is enough for checks.
+
+    Raises what `redmux_adapters.load_base` does.
+    """
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        GenerationConfig,
+    )
+
+    classes: dict[Kind, Any] = {
+        "causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "classifier": AutoModel
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = classes[kind].from_config(read_config(spec))
+    with suppress(OSError):  # where the checkpoint has none, the model's own stays
+        model.generation_config = GenerationConfig.from_pretrained(resolve(spec))
+    return TrainingBase("", kind, model, load_tokenizer(spec, tokenizer), fingerprint)
 
 
 def _parse_layers(layers: str) -> set[int] | None:

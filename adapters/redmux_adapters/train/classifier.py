@@ -66,6 +66,22 @@ class TrainedHead:
         """Returns the head of an adapter with these values of the parameters."""
         return Head(self.config, {name: tensors[name] for name in self.parameters})
 
+    @torch.no_grad()
+    def take(self, head: Head) -> None:
+        """Sets the values to those of an adapter's head of the same labels.
+
+        Raises InvalidArgumentError for a head of another kind or size.
+        """
+        sizes = {name: list(values.shape) for name, values in self.parameters.items()}
+        theirs = {name: list(values.shape) for name, values in head.tensors.items()}
+        if head.config.kind != self.config.kind or sizes != theirs:
+            raise InvalidArgumentError(
+                f"the adapter to start from has a head of kind {head.config.kind!r} and shapes "
+                f"{theirs}; here it is {self.config.kind!r} and {sizes}"
+            )
+        for name, values in head.tensors.items():
+            self.parameters[name].copy_(values)
+
     def _layer(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"])
 
@@ -119,14 +135,17 @@ class ClassifierObjective:
             targets = torch.tensor(labels, device=self._device)
             losses = trained = (logits[:, 0] - targets) ** 2
             right = [0] * len(rows)
+            predicted = logits[:, 0].tolist()
         else:
             classes = torch.tensor(labels, device=self._device).long()
             losses = F.cross_entropy(logits, classes, reduction="none")
             smoothing = rows[0].smoothing
             trained = F.cross_entropy(logits, classes, reduction="none", label_smoothing=smoothing)
-            right = (logits.argmax(-1) == classes).long().tolist()
-        for row, loss, is_right in zip(rows, losses.tolist(), right, strict=True):
-            row.loss, row.num_right = loss, is_right
+            likeliest = logits.argmax(-1)
+            right = (likeliest == classes).long().tolist()
+            predicted = likeliest.tolist()
+        for row, *found in zip(rows, losses.tolist(), right, predicted, strict=True):
+            row.loss, row.num_right, row.predicted = found
         return (trained * weights).sum()
 
 

@@ -40,9 +40,12 @@ def _train(job: Job, arguments: argparse.Namespace) -> int:
         if options["threads"] < 1:
             raise InvalidArgumentError(f"threads is {options['threads']}; at least 1")
         torch.set_num_threads(options["threads"])
-    base, tasks, skipped = prepare(job)
+    is_check = "check_data" in options
+    base, tasks, skipped = prepare(job, weights=not is_check)
     for where, what in skipped:
         print(f"left out {where}: {what}", file=sys.stderr)
+    if is_check:
+        return _print_check(job, base, tasks)
     trainer = Trainer(base, tasks, max_pass_tokens=job.max_pass_tokens, autocast=job.autocast)
     is_dry = "dry_run" in options
     run = None if is_dry else Run(
@@ -54,6 +57,25 @@ def _train(job: Job, arguments: argparse.Namespace) -> int:
     endings = _drive(run)
     run.close()
     return _conclude(job, trainer, endings, is_sweep="sweep" in options)
+
+
+def _print_check(job: Job, base: Any, tasks: Any) -> int:
+    """Checks what the trainer would, and tells what it would train on."""
+    from .classifier import TrainedHead
+    from .fit import check_task
+
+    for task in tasks:
+        sites = check_task(base, task, job.max_pass_tokens)
+        if base.kind == "classifier":
+            TrainedHead(base, task.head_kind, task.labels, task.options.seed)
+        longest = max(example.length for example in (*task.train, *task.valid))
+        labels = f", labels {', '.join(task.labels)}" if task.labels else ""
+        print(
+            f"{task.name}: {len(task.train):,} examples, {len(task.valid):,} held out, of at most "
+            f"{longest} tokens, {len(sites)} sites, {task.num_steps:,} steps of "
+            f"{task.options.batch_size}{labels}"
+        )
+    return 0
 
 
 def _print_plan(trainer: Any) -> None:
@@ -107,6 +129,8 @@ def _take(
         bar.update()
     elif isinstance(event, Evaluated):
         accuracy = "" if event.accuracy is None else f", accuracy {100 * event.accuracy:.1f} %"
+        if event.correlation is not None:
+            accuracy += f", correlation {event.correlation:.3f}"
         best = ", best so far" if event.is_best else ""
         since = losses.pop(event.task, [])
         trained = f"loss {sum(since) / len(since):.4f}, " if since else ""

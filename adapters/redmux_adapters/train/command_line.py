@@ -64,6 +64,10 @@ def _add_run(group: _Group) -> None:
     group.add_argument(
         "--dry-run", action="store_true", help="check the data and print the estimate only"
     )
+    group.add_argument(
+        "--check-data", action="store_true",
+        help="check data and options only, without loading the base's weights",
+    )  # fmt: skip
     group.add_argument("--checkpoint-every", type=int, metavar="N", help="steps; default: 50")
     group.add_argument(
         "--max-pass-tokens", type=int, metavar="N",
@@ -92,7 +96,8 @@ def _add_data(group: _Group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--columns", type=_pairs, metavar="NAME=COLUMN,...",
-        help="the data's own names for prompt, completion, messages, text, label or score",
+        help="the data's own names for prompt, prompt_pair, completion, messages, text, text_pair, "
+        "label or score",
     )  # fmt: skip
     group.add_argument(
         "--prompt-format", choices=("auto", "template", "chatml", "raw"),
@@ -106,6 +111,9 @@ def _add_data(group: _Group) -> None:
         "--labels", type=lambda text: tuple(text.split(",")), metavar="NAME,...",
         help="of a classifier; default: those that occur",
     )  # fmt: skip
+    group.add_argument(
+        "--start", metavar="PATH", help="an adapter whose vectors and head the training starts from"
+    )
     group.add_argument(
         "--skip-bad", action="store_true", help="leave unusable records out instead of refusing"
     )
@@ -125,6 +133,7 @@ def _add_training(group: _Group) -> None:
         ("epochs", float, "times through the data"),
         ("batch-size", int, "examples per optimizer step"),
         ("warmup", float, "share of the steps in which the rate rises"),
+        ("warmup-steps", int, "number of these steps, instead of --warmup"),
         ("weight-decay", float, "pull of scales to 1 and biases to 0"),
         ("clip-norm", float, "largest norm of a step's gradient, 0: any"),
         ("label-smoothing", float, "share of the loss that goes to all tokens or labels alike"),
@@ -135,8 +144,18 @@ def _add_training(group: _Group) -> None:
     for name, kind, text in numbers:
         _add(group, name, text, type=kind, metavar="N" if kind is int else "X")
     _add(group, "schedule", "of the rate behind the warm-up", choices=SCHEDULES)
-    _add(group, "metric", "by which the best vectors are kept", choices=METRICS)
-    _add(group, "train", "the vectors that are trained", choices=PARTS)
+    _add(
+        group,
+        "metric",
+        "by which the best vectors are kept; matthews is for labels, pearson for scores",
+        choices=METRICS,
+    )
+    _add(
+        group,
+        "train",
+        "the vectors that are trained; ln: both, and a LayerNorm behind them",
+        choices=PARTS,
+    )
     _add(group, "head", "kind of a classification head", choices=HEADS)
     _add(
         group,

@@ -28,6 +28,7 @@ class Evaluated:
     loss: float
     accuracy: float | None  # share of right tokens or labels; None for scores
     is_best: bool  # so far, by the task's metric
+    correlation: float | None = None  # the task's metric, where that is matthews or pearson
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from redmux.errors import InvalidArgumentError
+from redmux.training_data import Faults, Record
 
 from ..format.strictjson import shown
 from .prompts import PromptWriter
-from .records import Faults, Record
 
 # What a base model does: generates behind a prompt, maps one text to another, or labels a text.
 Kind = Literal["causal", "seq2seq", "classifier"]
@@ -51,7 +51,7 @@ def form_of(records: Sequence[Record]) -> Form:
     known = "; ".join(" and ".join(form) for form in _FORMS)
     raise InvalidArgumentError(
         f"{records[0].where} has the fields {', '.join(map(str, records[0].fields))}; known are "
-        f"{known} (rename columns with columns)"
+        f"{known} (--columns prompt=NAME,completion=NAME, or columns in a job file, renames)"
     )
 
 
@@ -137,8 +137,14 @@ class ExampleReader:
 
     def _read_completion(self, fields: Mapping[str, Any]) -> Example:
         prompt, completion = _text(fields, "prompt"), _text(fields, "completion")
+        pair = _text(fields, "prompt_pair") if fields.get("prompt_pair") is not None else None
         if self._kind == "seq2seq":
-            return Example(*self._writer.pair(prompt, completion))
+            return Example(*self._writer.pair(prompt, completion, pair))
+        if pair is not None:
+            raise InvalidArgumentError(
+                "prompt_pair is for encoder-decoder models, which read two texts; write both into "
+                "prompt"
+            )
         return Example(*self._writer.completion(prompt, completion))
 
     def _read_text(self, fields: Mapping[str, Any]) -> Example:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redmux.errors import InvalidArgumentError
+from redmux.training_data import Faults, Record
 
 from .base import TrainingBase
 from .examples import check_form
 from .job import split_options
 from .learner import Task
 from .preparation import Source, task_of
-from .records import Faults, Record
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,14 @@ class DataOptions:
     prompt_format: str | PromptFormat = "auto"
     max_length: int = 512  # tokens of an example; longer ones are refused
     labels: tuple[str, ...] = ()  # of a classifier, in their order; (): those that occur
+    start: str = ""  # adapter whose vectors and head the training starts from; "": no edit
     skip_bad: bool = False  # leave unusable records out instead of refusing the data
     description: str = ""
     license: str = ""
     training_data: str = ""  # what the data is, for the adapter's metadata
 
     def __post_init__(self) -> None:
-        for name in ("data", "description", "license", "training_data"):
+        for name in ("data", "start", "description", "license", "training_data"):
             _require(isinstance(getattr(self, name), str), name, getattr(self, name), "a text")
         _require(bool(self.data), "data", self.data, "a file or datasets:NAME")
         _require(self.valid is None or isinstance(self.valid, str), "valid", self.valid, "a file")
@@ -158,9 +159,10 @@ def read_job(path: str | Path, overrides: Mapping[str, Any]) -> Job:
     for number, item in enumerate(value["tasks"], 1):
         _check_keys(item, ("name", *DATA_KEYS, *OPTION_NAMES), f"task {number} of {path.name}")
         values = {**defaults, **item}
-        for name in ("data", "valid"):
-            if isinstance(values.get(name), str) and not values[name].startswith(DATASETS_PREFIX):
-                values[name] = str(path.parent / Path(values[name]).expanduser())
+        for name in ("data", "valid", "start"):
+            place = values.get(name)
+            if place and isinstance(place, str) and not place.startswith(DATASETS_PREFIX):
+                values[name] = str(path.parent / Path(place).expanduser())
         tasks.append(make_task(values.pop("name", ""), values))
     run = {key: value[key] for key in RUN_KEYS if key in value}
     if "output" in run and isinstance(run["output"], str):

@@ -13,16 +13,20 @@ from torch import Tensor, nn
 
 from redmux.errors import InvalidArgumentError
 
+from ..format.adapter import Adapter
 from ..format.config import AdapterMetadata
 from ..format.prompt import PromptFormat
 from ..format.vectors import MAX_MAGNITUDE
 from .bank import VectorBank
 from .classifier import TrainedHead
+from .correlation import matthews, pearson
 from .events import Ending, Evaluated, Event, Finished, Stepped
 from .examples import Example
 from .objectives import Row
 from .options import TrainingOptions, rate_factor
 from .stream import BatchStream
+
+_LEARNS = {"matthews": "labels", "pearson": "scores"}  # what a metric is for
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +39,7 @@ class Task:
     valid: Sequence[Example] = ()  # held out, for choosing the best vectors
     prompt_format: PromptFormat | None = None
     labels: tuple[str, ...] = ()  # of a classifier; none for scores
+    start: Adapter | None = None  # whose vectors and head it begins with, instead of no edit
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
 
     def __post_init__(self) -> None:
@@ -47,6 +52,20 @@ class Task:
                 f"task {self.name!r} has patience={self.options.patience} but no held-out data; "
                 "give valid or valid_share"
             )
+        metric, train = self.options.metric, self.train[0]
+        learns = "labels" if self.labels else "answers" if train.targets else "scores"
+        if metric in _LEARNS and learns != _LEARNS[metric]:
+            raise InvalidArgumentError(
+                f"task {self.name!r} has metric={metric}, which is for {_LEARNS[metric]}; it "
+                f"learns {learns}"
+            )
+
+    @property
+    def head_kind(self) -> str:
+        """The kind of a classifier's head: that of the adapter to start from, if not another."""
+        start = None if self.start is None else self.start.head
+        is_open = start is not None and self.options.head == "auto"
+        return start.config.kind if start is not None and is_open else self.options.head
 
     @property
     def has_accuracy(self) -> bool:
@@ -62,7 +81,8 @@ class Task:
     def identity(self) -> dict[str, str]:
         """Returns everything that decides the result, as texts to compare."""
         data = hashlib.sha256(repr((self.train, self.valid)).encode()).hexdigest()
-        values = asdict(self.options) | {"data": data, "labels": self.labels}
+        start = None if self.start is None else self.start.digest
+        values = asdict(self.options) | {"data": data, "labels": self.labels, "start": start}
         return {name: json.dumps(value) for name, value in values.items()}
 
 
@@ -94,6 +114,13 @@ class Learner:
         self._values = nn.Parameter(bank.values[row])  # the bank's own memory
         self._values.grad = bank.grads[row]
         self._frozen = ~bank.mask(sites, task.options.train)
+        bank.normalise(row, sites)
+        self._kept: Tensor | None = None  # what an adapter to start from had where nothing learns
+        if task.start is not None:
+            bank.take(row, task.start.edits)
+            self._kept = self._values.detach().clone()
+            if head is not None and task.start.head is not None:
+                head.take(task.start.head)
         self._stream = BatchStream(
             [e.length for e in task.train], task.options.batch_size, task.options.seed
         )
@@ -129,6 +156,8 @@ class Learner:
         norm = nn.utils.clip_grad_norm_(parameters, options.clip_norm or math.inf).item()
         if math.isfinite(loss) and math.isfinite(norm):
             self._optimizer.step()
+            if self._kept is not None:  # weight decay pulls at all values
+                self._values.data.copy_(torch.where(self._frozen, self._kept, self._values.data))
         self.clear_gradients()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return [self._diverge(f"loss {loss:g}, gradient norm {norm:g}")]
@@ -169,8 +198,9 @@ class Learner:
         terms = sum(_num_terms(row.example) for row in rows)
         loss = sum(row.loss for row in rows) / terms
         accuracy = sum(row.num_right for row in rows) / terms if self.task.has_accuracy else None
-        is_best = self._is_better(loss, accuracy)
-        result = Evaluated(self.task.name, self.step, loss, accuracy, is_best)
+        correlation = self._correlation(rows)
+        is_best = self._is_better(loss, accuracy, correlation)
+        result = Evaluated(self.task.name, self.step, loss, accuracy, is_best, correlation)
         self._num_worse = 0 if is_best else self._num_worse + 1
         if is_best:
             self.best, self._best_state = result, self._vectors()
@@ -226,9 +256,20 @@ class Learner:
     def _diverge(self, what: str) -> Finished:
         return self.end("diverged", f"{what} at step {self.step + 1}; try a lower learning rate")
 
-    def _is_better(self, loss: float, accuracy: float | None) -> bool:
+    def _correlation(self, rows: Sequence[Row]) -> float | None:
+        correlations = {"matthews": matthews, "pearson": pearson}
+        metric = self.task.options.metric
+        if metric not in correlations:
+            return None
+        return correlations[metric](
+            [row.predicted for row in rows], [row.example.label for row in rows]
+        )
+
+    def _is_better(self, loss: float, accuracy: float | None, correlation: float | None) -> bool:
         if self.best is None:
             return True
+        if correlation is not None and self.best.correlation is not None:
+            return correlation > self.best.correlation
         if self.task.options.metric == "accuracy" and accuracy is not None:
             return accuracy > (self.best.accuracy or 0.0)
         return loss < self.best.loss

@@ -12,8 +12,8 @@ from .events import Evaluated, Event, Stepped
 
 METRICS_NAME = "metrics.csv"
 _COLUMNS = (
-    "task", "step", "split", "loss", "accuracy", "learning_rate", "grad_norm", "num_tokens",
-    "tokens_per_s", "elapsed_s",
+    "task", "step", "split", "loss", "accuracy", "correlation", "learning_rate", "grad_norm",
+    "num_tokens", "tokens_per_s", "elapsed_s",
 )  # fmt: skip
 
 
@@ -39,14 +39,15 @@ class MetricsLog:
             if isinstance(event, Stepped):
                 values = {"loss": event.loss, "lr": event.learning_rate, "norm": event.grad_norm}
                 cells: tuple[object, ...] = (
-                    "train", f"{event.loss:.6g}", "", f"{event.learning_rate:.6g}",
+                    "train", f"{event.loss:.6g}", "", "", f"{event.learning_rate:.6g}",
                     f"{event.grad_norm:.6g}", event.num_tokens, *times,
                 )  # fmt: skip
             elif isinstance(event, Evaluated):
-                accuracy = "" if event.accuracy is None else f"{event.accuracy:.6g}"
-                cells = ("valid", f"{event.loss:.6g}", accuracy, "", "", "", *times)
+                found = {"accuracy": event.accuracy, "correlation": event.correlation}
+                shown = ("" if value is None else f"{value:.6g}" for value in found.values())
+                cells = ("valid", f"{event.loss:.6g}", *shown, "", "", "", *times)
                 values = {"loss": event.loss}
-                values |= {} if event.accuracy is None else {"accuracy": event.accuracy}
+                values |= {name: value for name, value in found.items() if value is not None}
             else:
                 continue
             self._writer.writerow((event.task, event.step, *cells))

@@ -30,6 +30,7 @@ class Row:
     smoothing: float = 0.0
     loss: float = field(default=0.0, init=False)  # sum over its terms, without smoothing
     num_right: int = field(default=0, init=False)  # terms whose most likely class is right
+    predicted: float = field(default=0.0, init=False)  # class or score, of texts with a head
 
 
 class _Batch(NamedTuple):

@@ -11,9 +11,9 @@ from ..bases.sites import POSITIONS
 from ..format.head import KINDS
 
 SCHEDULES = ("linear", "cosine", "constant")
-PARTS = ("both", "scale", "bias", "head")
+PARTS = ("both", "scale", "bias", "ln", "head")
 HEADS = ("auto", *KINDS)
-METRICS = ("loss", "accuracy")
+METRICS = ("loss", "accuracy", "matthews", "pearson")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class TrainingOptions:
     batch_size: int = 16  # examples per optimizer step
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.06  # share of the steps in which the rate rises
+    warmup_steps: int | None = None  # number of these steps, instead of a share of all
     weight_decay: float = 0.0  # pulls scales to 1 and biases to 0
     clip_norm: float = 1.0  # 0: gradients are not clipped
     label_smoothing: float = 0.0
@@ -37,17 +38,19 @@ class TrainingOptions:
         "ffn"  # a position of the paper, "all", or patterns of module paths with *, and commas
     )
     layers: str = "all"  # "all", or numbers and ranges, as in "0-5,11"
-    train: Literal["both", "scale", "bias", "head"] = "both"  # "head": no edit, to compare with
+    # "ln" is both and a LayerNorm behind them; "head" is no edit, to compare with.
+    train: Literal["both", "scale", "bias", "ln", "head"] = "both"
     eval_every: int = 50  # steps between evaluations, where there is held-out data
     patience: int = 0  # evaluations without improvement before an early stop; 0: never
-    metric: Literal["loss", "accuracy"] = "loss"  # what is best on held-out data
+    # What is best on held-out data.
+    metric: Literal["loss", "accuracy", "matthews", "pearson"] = "loss"
     head: str = "auto"  # kind of a classification head; auto: as transformers has it
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, (kinds, is_right, right) in _RULES.items():
             value = getattr(self, name)
-            if value is None and name in ("learning_rate", "steps"):
+            if value is None and name in _MAY_BE_NONE:
                 continue
             if isinstance(value, bool) or not isinstance(value, kinds) or not is_right(value):
                 raise InvalidArgumentError(f"{name} is {value!r}; it has to be {right}")
@@ -55,8 +58,9 @@ class TrainingOptions:
     def describe(self) -> str:
         """Returns the options that decide the vectors, in one line, for an adapter's metadata."""
         rate = f"{self.learning_rate:g}" if self.learning_rate is not None else "default"
+        warmup = f"{100 * self.warmup:g} %" if self.warmup_steps is None else self.warmup_steps
         text = (
-            f"AdamW, lr {rate}, {self.schedule}, warm-up {100 * self.warmup:g} %, batches of "
+            f"AdamW, lr {rate}, {self.schedule}, warm-up {warmup}, batches of "
             f"{self.batch_size}, clip {self.clip_norm:g}, weight decay {self.weight_decay:g}, "
             f"seed {self.seed}"
         )
@@ -70,6 +74,7 @@ class TrainingOptions:
 
 _Rule = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
 _NUMBER = (int, float)
+_MAY_BE_NONE = ("learning_rate", "steps", "warmup_steps")
 _RULES: dict[str, _Rule] = {
     "learning_rate": (_NUMBER, lambda x: 0 < x < 10, "above 0 and below 10, such as 0.02"),
     "head_learning_rate": (_NUMBER, lambda x: 0 < x < 10, "above 0 and below 10"),
@@ -78,6 +83,7 @@ _RULES: dict[str, _Rule] = {
     "batch_size": (int, lambda x: x > 0, "a whole number above 0"),
     "schedule": (str, lambda x: x in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "warmup": (_NUMBER, lambda x: 0 <= x < 1, "a share from 0 to below 1"),
+    "warmup_steps": (int, lambda x: x >= 0, "a whole number from 0 on"),
     "weight_decay": (_NUMBER, lambda x: 0 <= x < 1, "from 0 to below 1"),
     "clip_norm": (_NUMBER, lambda x: 0 <= x < float("inf"), "0 or above"),
     "label_smoothing": (_NUMBER, lambda x: 0 <= x < 1, "from 0 to below 1"),
@@ -117,7 +123,9 @@ def rate_factor(options: TrainingOptions, step: int, num_steps: int) -> float:
     It rises in a line over the warm-up and then falls to 0, which the step after the last would
     have.
     """
-    num_warmup = round(options.warmup * num_steps)
+    num_warmup = options.warmup_steps
+    if num_warmup is None:
+        num_warmup = round(options.warmup * num_steps)
     if step < num_warmup:
         return (step + 1) / (num_warmup + 1)
     if options.schedule == "constant":

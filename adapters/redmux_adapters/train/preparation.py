@@ -1,24 +1,26 @@
 """From a job to tasks that can be trained: reads the data, loads the base, reports what is bad."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from redmux.errors import InvalidArgumentError
+from redmux.training_data import Faults, Record
 
 from ..bases.kind import ModelKind, model_kind
 from ..bases.load import check_tokenizer, read_config
 from ..format.config import AdapterMetadata
-from .base import TrainingBase, load_training_base
+from ..format.files import read_adapter
+from .base import TrainingBase, load_training_base, load_without_weights
 from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
 from .job import DataOptions, Job, TaskSpec
 from .learner import Task
 from .options import TrainingOptions, default_learning_rate
 from .prompts import PromptWriter
-from .records import Faults, Record, read_records
+from .records import read_records
 
 _MOST_HELD_OUT = 200
 
@@ -59,21 +61,24 @@ class Source(NamedTuple):
         return cls(name, data, options, train, valid, form, faults)
 
 
-def prepare(job: Job) -> Prepared:
-    """Returns what the job trains on.
+def prepare(job: Job, *, weights: bool = True) -> Prepared:
+    """Returns what the job trains on; without `weights` the base is good for checks alone.
 
     Raises InvalidArgumentError that lists unusable records by file and line, unless they are to be
     left out; for a base model that cannot be loaded; and for data that does not fit it.
     """
-    if job.device != "cpu" and not torch.cuda.is_available():
+    if weights and job.device != "cpu" and not torch.cuda.is_available():
         raise InvalidArgumentError(f"device is {job.device!r}, but torch finds no CUDA device here")
     sources = [_read(spec) for spec in job.tasks]
     check_tokenizer(job.base, job.tokenizer)
     kind = training_kind(job.base)
     for source in sources:
         check_form(kind, source.form)
-    base = load_training_base(job.base, kind, getattr(torch, job.dtype), job.tokenizer)
-    base.model.to(job.device)
+    if weights:
+        base = load_training_base(job.base, kind, getattr(torch, job.dtype), job.tokenizer)
+        base.model.to(job.device)
+    else:
+        base = load_without_weights(job.base, kind, tokenizer=job.tokenizer)
     tasks, skipped = make_tasks(base, sources)
     return Prepared(base, tasks, skipped)
 
@@ -93,8 +98,6 @@ def make_tasks(
             skipped += source.faults.found
         else:
             refused.found += source.faults.found
-    # The tasks of a sweep share their data: each fault is told once.
-    refused.found = list(dict.fromkeys(refused.found))
     refused.raise_any()
     return tasks, list(dict.fromkeys(skipped))
 
@@ -130,10 +133,15 @@ def task_of(base: TrainingBase, source: Source) -> Task:
     Raises InvalidArgumentError where no record is usable, or for options that the base lacks.
     """
     data = source.data
-    labels: Sequence[str] = data.labels or (
-        labels_of(source.train) if "label" in source.form else ()
-    )
-    writer = PromptWriter(base.tokenizer, data.prompt_format, base.eos_ids)
+    start = read_adapter(data.start) if data.start else None
+    labels = data.labels
+    if "label" in source.form and not labels:
+        head = None if start is None else start.head
+        labels = labels_of(source.train) if head is None else tuple(head.config.labels)
+    prompt_format = data.prompt_format
+    if prompt_format == "auto" and start is not None and start.prompt_format is not None:
+        prompt_format = start.prompt_format
+    writer = PromptWriter(base.tokenizer, prompt_format, base.eos_ids)
     reader = ExampleReader(base.kind, source.form, writer, _limit(base, data.max_length), labels)
     train = reader.read(source.train, source.faults)
     valid = reader.read(source.valid, source.faults)
@@ -147,7 +155,7 @@ def task_of(base: TrainingBase, source: Source) -> Task:
         )
     return Task(
         source.name, train, options, valid,
-        writer.prompt_format if base.kind == "causal" else None, tuple(labels),
+        writer.prompt_format if base.kind == "causal" else None, labels, start,
         AdapterMetadata(
             description=data.description, license=data.license, training_data=data.training_data
         ),

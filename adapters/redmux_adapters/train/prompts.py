@@ -66,9 +66,12 @@ class PromptWriter:
         ends = [i for i in range(len(ids)) if ids[i] in self._eos_ids]
         return prompt, tuple(ids[: ends[-1] + 1])
 
-    def pair(self, source: str, target: str) -> tuple[_Ids, _Ids]:
-        """Returns the ids of an encoder's text and of the decoder's, which ends with the end."""
-        return self.texts(source)[0], self._ids(target) + self._end()
+    def pair(self, source: str, target: str, second: str | None = None) -> tuple[_Ids, _Ids]:
+        """Returns the ids of an encoder's text and of the decoder's, which ends with the end.
+
+        A second text of the encoder follows as its tokenizer joins two, as T5's `A</s> B</s>`.
+        """
+        return self.texts(source, second)[0], self._ids(target) + self._end()
 
     def texts(self, text: str, pair: str | None = None) -> tuple[_Ids, _Ids]:
         """Returns the ids of a text, or of two, as a server gives them to an encoder.

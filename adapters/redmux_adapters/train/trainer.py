@@ -17,6 +17,7 @@ from .bank import VectorBank
 from .base import TrainingBase
 from .classifier import ClassifierObjective, TrainedHead
 from .events import Event, Finished
+from .fit import check_task
 from .learner import Learner, Task
 from .objectives import GenerationObjective, Row
 
@@ -54,23 +55,16 @@ class Trainer:
         max_pass_tokens: int = 2048,
         autocast: bool = False,
     ) -> None:
-        _check_tasks(tasks, max_pass_tokens)
-        for task in tasks:
-            if task.options.train == "head" and base.kind != "classifier":
-                raise InvalidArgumentError(
-                    f"task {task.name!r} trains its head alone, which only encoders' adapters have"
-                )
+        _check_names(tasks)
         self.base = base
         self._max_pass_tokens = max_pass_tokens
-        sites = [base.choose_sites(t.options.sites, t.options.layers) for t in tasks]
+        sites = [check_task(base, task, max_pass_tokens) for task in tasks]
         union = {site: dim for chosen in sites for site, dim in chosen.items()}
         self._bank = VectorBank(base.model, union, len(tasks))
         self._heads: list[TrainedHead] = []
         self._objective: GenerationObjective | ClassifierObjective
         if base.kind == "classifier":
-            self._heads = [
-                TrainedHead(base, t.options.head, t.labels, t.options.seed) for t in tasks
-            ]
+            self._heads = [TrainedHead(base, t.head_kind, t.labels, t.options.seed) for t in tasks]
             self._objective = ClassifierObjective(base, self._bank, self._heads, autocast)
         else:
             self._objective = GenerationObjective(base, self._bank, autocast)
@@ -209,11 +203,15 @@ class Trainer:
             evaluation = f"{len(task.valid)} held-out examples: loss {best.loss:.4f}"
             if best.accuracy is not None:
                 evaluation += f", accuracy {100 * best.accuracy:.1f} %"
+            if best.correlation is not None:
+                evaluation += f", {task.options.metric} {best.correlation:.3f}"
             evaluation += f", at step {best.step}; the best of the evaluations"
         training = (
             f"{learner.step} steps, {learner.num_tokens} tokens, {len(task.train)} examples, "
             f"{task.options.describe()}"
         )
+        if task.start is not None:
+            training += f", started from {task.start.digest}"
         return replace(
             task.metadata,
             base_model_name_or_path=task.metadata.base_model_name_or_path or self.base.name,
@@ -224,18 +222,13 @@ class Trainer:
         )
 
 
-def _check_tasks(tasks: Sequence[Task], max_pass_tokens: int) -> None:
+def _check_names(tasks: Sequence[Task]) -> None:
     if not tasks:
         raise InvalidArgumentError("no tasks; give at least one")
     names = [task.name for task in tasks]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise InvalidArgumentError(f"task names occur twice: {', '.join(sorted(twice))}")
-    longest = max(example.length for task in tasks for example in (*task.train, *task.valid))
-    if longest > max_pass_tokens:
-        raise InvalidArgumentError(
-            f"max_pass_tokens is {max_pass_tokens}, the longest example has {longest} tokens"
-        )
 
 
 def _num_tokens(learner: Learner) -> int:

@@ -26,57 +26,57 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from redmux.v1 import inference_service_pb2 as redmux_dot_v1_dot_inference__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n redmux/v1/training_service.proto\x12\tredmux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!redmux/v1/inference_service.proto\"\xa2\x01\n\x0cTrainingTask\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12*\n\x07records\x18\x02 \x03(\x0b\x32\x19.redmux.v1.TrainingRecord\x12(\n\x05valid\x18\x03 \x03(\x0b\x32\x19.redmux.v1.TrainingRecord\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.redmux.v1.TrainingOptions\"\xbc\x01\n\x0eTrainingRecord\x12+\n\x04pair\x18\x01 \x01(\x0b\x32\x1b.redmux.v1.PromptCompletionH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.redmux.v1.ChatH\x00\x12+\n\x08labelled\x18\x03 \x01(\x0b\x32\x17.redmux.v1.LabelledTextH\x00\x12\'\n\x06scored\x18\x04 \x01(\x0b\x32\x15.redmux.v1.ScoredTextH\x00\x42\x06\n\x04\x66orm\"6\n\x10PromptCompletion\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\ncompletion\x18\x02 \x01(\t\"Q\n\x0cLabelledText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x16\n\ttext_pair\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0c\n\n_text_pair\"O\n\nScoredText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x16\n\ttext_pair\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0c\n\n_text_pair\"\x81\x07\n\x0fTrainingOptions\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12head_learning_rate\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x13\n\x06\x65pochs\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x17\n\nbatch_size\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x15\n\x08schedule\x18\x06 \x01(\tH\x05\x88\x01\x01\x12\x13\n\x06warmup\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x16\n\tclip_norm\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1c\n\x0flabel_smoothing\x18\n \x01(\x01H\t\x88\x01\x01\x12\x12\n\x05sites\x18\x0b \x01(\tH\n\x88\x01\x01\x12\x13\n\x06layers\x18\x0c \x01(\tH\x0b\x88\x01\x01\x12\x12\n\x05train\x18\r \x01(\tH\x0c\x88\x01\x01\x12\x17\n\neval_every\x18\x0e \x01(\x05H\r\x88\x01\x01\x12\x15\n\x08patience\x18\x0f \x01(\x05H\x0e\x88\x01\x01\x12\x13\n\x06metric\x18\x10 \x01(\tH\x0f\x88\x01\x01\x12\x11\n\x04head\x18\x11 \x01(\tH\x10\x88\x01\x01\x12\x11\n\x04seed\x18\x12 \x01(\x03H\x11\x88\x01\x01\x12\x18\n\x0bvalid_share\x18\x13 \x01(\x01H\x12\x88\x01\x01\x12\x1a\n\rprompt_format\x18\x14 \x01(\tH\x13\x88\x01\x01\x12\x17\n\nmax_length\x18\x15 \x01(\x05H\x14\x88\x01\x01\x12\x0e\n\x06labels\x18\x16 \x03(\t\x12\x18\n\x0b\x64\x65scription\x18\x17 \x01(\tH\x15\x88\x01\x01\x12\x14\n\x07license\x18\x18 \x01(\tH\x16\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x15\n\x13_head_learning_rateB\x08\n\x06_stepsB\t\n\x07_epochsB\r\n\x0b_batch_sizeB\x0b\n\t_scheduleB\t\n\x07_warmupB\x0f\n\r_weight_decayB\x0c\n\n_clip_normB\x12\n\x10_label_smoothingB\x08\n\x06_sitesB\t\n\x07_layersB\x08\n\x06_trainB\r\n\x0b_eval_everyB\x0b\n\t_patienceB\t\n\x07_metricB\x07\n\x05_headB\x07\n\x05_seedB\x0e\n\x0c_valid_shareB\x10\n\x0e_prompt_formatB\r\n\x0b_max_lengthB\x0e\n\x0c_descriptionB\n\n\x08_license\"\x89\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.redmux.v1.JobState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12!\n\x05tasks\x18\x04 \x03(\x0b\x32\x12.redmux.v1.JobTask\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnum_ahead\x18\x08 \x01(\x05\"\x89\x02\n\x07JobTask\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.redmux.v1.TaskState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x05\x12\x11\n\tnum_steps\x18\x05 \x01(\x05\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12+\n\x04\x62\x65st\x18\x07 \x01(\x0b\x32\x1d.redmux.v1.TrainingEvaluation\x12\x12\n\nnum_tokens\x18\x08 \x01(\x03\x12\x14\n\x0cnum_examples\x18\t \x01(\x05\x12\x14\n\x0cnum_held_out\x18\n \x01(\x05\x12\x0e\n\x06\x64igest\x18\x0b \x01(\tB\x07\n\x05_loss\"\x8c\x01\n\x0cTrainingStep\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x11\n\tnum_steps\x18\x03 \x01(\x05\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x11\n\tgrad_norm\x18\x06 \x01(\x01\x12\x12\n\nnum_tokens\x18\x07 \x01(\x05\"v\n\x12TrainingEvaluation\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07is_best\x18\x05 \x01(\x08\x42\x0b\n\t_accuracy\"_\n\x10\x43reateJobRequest\x12&\n\x05tasks\x18\x01 \x03(\x0b\x32\x17.redmux.v1.TrainingTask\x12\x0f\n\x07replace\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"0\n\x11\x43reateJobResponse\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.Job\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"-\n\x0eGetJobResponse\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.Job\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"I\n\x10ListJobsResponse\x12\x1c\n\x04jobs\x18\x01 \x03(\x0b\x32\x0e.redmux.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\x0fWatchJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x98\x01\n\x10WatchJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.JobH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.redmux.v1.TrainingStepH\x00\x12\x33\n\nevaluation\x18\x03 \x01(\x0b\x32\x1d.redmux.v1.TrainingEvaluationH\x00\x42\x07\n\x05\x65vent\"0\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x02 \x03(\t\"0\n\x11\x43\x61ncelJobResponse\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.Job*\x99\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x16\n\x12JOB_STATE_FINISHED\x10\x03\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05*\xd8\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STATE_QUEUED\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x18\n\x14TASK_STATE_COMPLETED\x10\x03\x12\x1c\n\x18TASK_STATE_STOPPED_EARLY\x10\x04\x12\x17\n\x13TASK_STATE_DIVERGED\x10\x05\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x06\x12\x15\n\x11TASK_STATE_FAILED\x10\x07\x32\xec\x02\n\x0fTrainingService\x12\x46\n\tCreateJob\x12\x1b.redmux.v1.CreateJobRequest\x1a\x1c.redmux.v1.CreateJobResponse\x12=\n\x06GetJob\x12\x18.redmux.v1.GetJobRequest\x1a\x19.redmux.v1.GetJobResponse\x12\x43\n\x08ListJobs\x12\x1a.redmux.v1.ListJobsRequest\x1a\x1b.redmux.v1.ListJobsResponse\x12\x45\n\x08WatchJob\x12\x1a.redmux.v1.WatchJobRequest\x1a\x1b.redmux.v1.WatchJobResponse0\x01\x12\x46\n\tCancelJob\x12\x1b.redmux.v1.CancelJobRequest\x1a\x1c.redmux.v1.CancelJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n redmux/v1/training_service.proto\x12\tredmux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!redmux/v1/inference_service.proto\"\xa2\x01\n\x0cTrainingTask\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12*\n\x07records\x18\x02 \x03(\x0b\x32\x19.redmux.v1.TrainingRecord\x12(\n\x05valid\x18\x03 \x03(\x0b\x32\x19.redmux.v1.TrainingRecord\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.redmux.v1.TrainingOptions\"\xbc\x01\n\x0eTrainingRecord\x12+\n\x04pair\x18\x01 \x01(\x0b\x32\x1b.redmux.v1.PromptCompletionH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.redmux.v1.ChatH\x00\x12+\n\x08labelled\x18\x03 \x01(\x0b\x32\x17.redmux.v1.LabelledTextH\x00\x12\'\n\x06scored\x18\x04 \x01(\x0b\x32\x15.redmux.v1.ScoredTextH\x00\x42\x06\n\x04\x66orm\"`\n\x10PromptCompletion\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x12\n\ncompletion\x18\x02 \x01(\t\x12\x18\n\x0bprompt_pair\x18\x46 \x01(\tH\x00\x88\x01\x01\x42\x0e\n\x0c_prompt_pair\"Q\n\x0cLabelledText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x16\n\ttext_pair\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0c\n\n_text_pair\"O\n\nScoredText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x01\x12\x16\n\ttext_pair\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x0c\n\n_text_pair\"\xad\x07\n\x0fTrainingOptions\x12\x1a\n\rlearning_rate\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12head_learning_rate\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x13\n\x06\x65pochs\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x17\n\nbatch_size\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x15\n\x08schedule\x18\x06 \x01(\tH\x05\x88\x01\x01\x12\x13\n\x06warmup\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x16\n\tclip_norm\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x1c\n\x0flabel_smoothing\x18\n \x01(\x01H\t\x88\x01\x01\x12\x12\n\x05sites\x18\x0b \x01(\tH\n\x88\x01\x01\x12\x13\n\x06layers\x18\x0c \x01(\tH\x0b\x88\x01\x01\x12\x12\n\x05train\x18\r \x01(\tH\x0c\x88\x01\x01\x12\x17\n\neval_every\x18\x0e \x01(\x05H\r\x88\x01\x01\x12\x15\n\x08patience\x18\x0f \x01(\x05H\x0e\x88\x01\x01\x12\x13\n\x06metric\x18\x10 \x01(\tH\x0f\x88\x01\x01\x12\x11\n\x04head\x18\x11 \x01(\tH\x10\x88\x01\x01\x12\x11\n\x04seed\x18\x12 \x01(\x03H\x11\x88\x01\x01\x12\x18\n\x0bvalid_share\x18\x13 \x01(\x01H\x12\x88\x01\x01\x12\x1a\n\rprompt_format\x18\x14 \x01(\tH\x13\x88\x01\x01\x12\x17\n\nmax_length\x18\x15 \x01(\x05H\x14\x88\x01\x01\x12\x0e\n\x06labels\x18\x16 \x03(\t\x12\x18\n\x0b\x64\x65scription\x18\x17 \x01(\tH\x15\x88\x01\x01\x12\x14\n\x07license\x18\x18 \x01(\tH\x16\x88\x01\x01\x12\x19\n\x0cwarmup_steps\x18\x46 \x01(\x05H\x17\x88\x01\x01\x42\x10\n\x0e_learning_rateB\x15\n\x13_head_learning_rateB\x08\n\x06_stepsB\t\n\x07_epochsB\r\n\x0b_batch_sizeB\x0b\n\t_scheduleB\t\n\x07_warmupB\x0f\n\r_weight_decayB\x0c\n\n_clip_normB\x12\n\x10_label_smoothingB\x08\n\x06_sitesB\t\n\x07_layersB\x08\n\x06_trainB\r\n\x0b_eval_everyB\x0b\n\t_patienceB\t\n\x07_metricB\x07\n\x05_headB\x07\n\x05_seedB\x0e\n\x0c_valid_shareB\x10\n\x0e_prompt_formatB\r\n\x0b_max_lengthB\x0e\n\x0c_descriptionB\n\n\x08_licenseB\x0f\n\r_warmup_steps\"\x89\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.redmux.v1.JobState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12!\n\x05tasks\x18\x04 \x03(\x0b\x32\x12.redmux.v1.JobTask\x12.\n\ncreated_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnum_ahead\x18\x08 \x01(\x05\"\x89\x02\n\x07JobTask\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.redmux.v1.TaskState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x0c\n\x04step\x18\x04 \x01(\x05\x12\x11\n\tnum_steps\x18\x05 \x01(\x05\x12\x11\n\x04loss\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12+\n\x04\x62\x65st\x18\x07 \x01(\x0b\x32\x1d.redmux.v1.TrainingEvaluation\x12\x12\n\nnum_tokens\x18\x08 \x01(\x03\x12\x14\n\x0cnum_examples\x18\t \x01(\x05\x12\x14\n\x0cnum_held_out\x18\n \x01(\x05\x12\x0e\n\x06\x64igest\x18\x0b \x01(\tB\x07\n\x05_loss\"\x8c\x01\n\x0cTrainingStep\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x11\n\tnum_steps\x18\x03 \x01(\x05\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x15\n\rlearning_rate\x18\x05 \x01(\x01\x12\x11\n\tgrad_norm\x18\x06 \x01(\x01\x12\x12\n\nnum_tokens\x18\x07 \x01(\x05\"\xa0\x01\n\x12TrainingEvaluation\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07is_best\x18\x05 \x01(\x08\x12\x18\n\x0b\x63orrelation\x18\x46 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_accuracyB\x0e\n\x0c_correlation\"_\n\x10\x43reateJobRequest\x12&\n\x05tasks\x18\x01 \x03(\x0b\x32\x17.redmux.v1.TrainingTask\x12\x0f\n\x07replace\x18\x02 \x01(\x08\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"0\n\x11\x43reateJobResponse\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.Job\"\x1b\n\rGetJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"-\n\x0eGetJobResponse\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.Job\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"I\n\x10ListJobsResponse\x12\x1c\n\x04jobs\x18\x01 \x03(\x0b\x32\x0e.redmux.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1d\n\x0fWatchJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x98\x01\n\x10WatchJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.JobH\x00\x12\'\n\x04step\x18\x02 \x01(\x0b\x32\x17.redmux.v1.TrainingStepH\x00\x12\x33\n\nevaluation\x18\x03 \x01(\x0b\x32\x1d.redmux.v1.TrainingEvaluationH\x00\x42\x07\n\x05\x65vent\"0\n\x10\x43\x61ncelJobRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x02 \x03(\t\"0\n\x11\x43\x61ncelJobResponse\x12\x1b\n\x03job\x18\x01 \x01(\x0b\x32\x0e.redmux.v1.Job*\x99\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x16\n\x12JOB_STATE_FINISHED\x10\x03\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05*\xd8\x01\n\tTaskState\x12\x1a\n\x16TASK_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11TASK_STATE_QUEUED\x10\x01\x12\x16\n\x12TASK_STATE_RUNNING\x10\x02\x12\x18\n\x14TASK_STATE_COMPLETED\x10\x03\x12\x1c\n\x18TASK_STATE_STOPPED_EARLY\x10\x04\x12\x17\n\x13TASK_STATE_DIVERGED\x10\x05\x12\x18\n\x14TASK_STATE_CANCELLED\x10\x06\x12\x15\n\x11TASK_STATE_FAILED\x10\x07\x32\xec\x02\n\x0fTrainingService\x12\x46\n\tCreateJob\x12\x1b.redmux.v1.CreateJobRequest\x1a\x1c.redmux.v1.CreateJobResponse\x12=\n\x06GetJob\x12\x18.redmux.v1.GetJobRequest\x1a\x19.redmux.v1.GetJobResponse\x12\x43\n\x08ListJobs\x12\x1a.redmux.v1.ListJobsRequest\x1a\x1b.redmux.v1.ListJobsResponse\x12\x45\n\x08WatchJob\x12\x1a.redmux.v1.WatchJobRequest\x1a\x1b.redmux.v1.WatchJobResponse0\x01\x12\x46\n\tCancelJob\x12\x1b.redmux.v1.CancelJobRequest\x1a\x1c.redmux.v1.CancelJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'redmux.v1.training_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=3033
-  _globals['_JOBSTATE']._serialized_end=3186
-  _globals['_TASKSTATE']._serialized_start=3189
-  _globals['_TASKSTATE']._serialized_end=3405
+  _globals['_JOBSTATE']._serialized_start=3162
+  _globals['_JOBSTATE']._serialized_end=3315
+  _globals['_TASKSTATE']._serialized_start=3318
+  _globals['_TASKSTATE']._serialized_end=3534
   _globals['_TRAININGTASK']._serialized_start=116
   _globals['_TRAININGTASK']._serialized_end=278
   _globals['_TRAININGRECORD']._serialized_start=281
   _globals['_TRAININGRECORD']._serialized_end=469
   _globals['_PROMPTCOMPLETION']._serialized_start=471
-  _globals['_PROMPTCOMPLETION']._serialized_end=525
-  _globals['_LABELLEDTEXT']._serialized_start=527
-  _globals['_LABELLEDTEXT']._serialized_end=608
-  _globals['_SCOREDTEXT']._serialized_start=610
-  _globals['_SCOREDTEXT']._serialized_end=689
-  _globals['_TRAININGOPTIONS']._serialized_start=692
-  _globals['_TRAININGOPTIONS']._serialized_end=1589
-  _globals['_JOB']._serialized_start=1592
-  _globals['_JOB']._serialized_end=1857
-  _globals['_JOBTASK']._serialized_start=1860
-  _globals['_JOBTASK']._serialized_end=2125
-  _globals['_TRAININGSTEP']._serialized_start=2128
-  _globals['_TRAININGSTEP']._serialized_end=2268
-  _globals['_TRAININGEVALUATION']._serialized_start=2270
-  _globals['_TRAININGEVALUATION']._serialized_end=2388
-  _globals['_CREATEJOBREQUEST']._serialized_start=2390
-  _globals['_CREATEJOBREQUEST']._serialized_end=2485
-  _globals['_CREATEJOBRESPONSE']._serialized_start=2487
-  _globals['_CREATEJOBRESPONSE']._serialized_end=2535
-  _globals['_GETJOBREQUEST']._serialized_start=2537
-  _globals['_GETJOBREQUEST']._serialized_end=2564
-  _globals['_GETJOBRESPONSE']._serialized_start=2566
-  _globals['_GETJOBRESPONSE']._serialized_end=2611
-  _globals['_LISTJOBSREQUEST']._serialized_start=2613
-  _globals['_LISTJOBSREQUEST']._serialized_end=2669
-  _globals['_LISTJOBSRESPONSE']._serialized_start=2671
-  _globals['_LISTJOBSRESPONSE']._serialized_end=2744
-  _globals['_WATCHJOBREQUEST']._serialized_start=2746
-  _globals['_WATCHJOBREQUEST']._serialized_end=2775
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2778
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2930
-  _globals['_CANCELJOBREQUEST']._serialized_start=2932
-  _globals['_CANCELJOBREQUEST']._serialized_end=2980
-  _globals['_CANCELJOBRESPONSE']._serialized_start=2982
-  _globals['_CANCELJOBRESPONSE']._serialized_end=3030
-  _globals['_TRAININGSERVICE']._serialized_start=3408
-  _globals['_TRAININGSERVICE']._serialized_end=3772
+  _globals['_PROMPTCOMPLETION']._serialized_end=567
+  _globals['_LABELLEDTEXT']._serialized_start=569
+  _globals['_LABELLEDTEXT']._serialized_end=650
+  _globals['_SCOREDTEXT']._serialized_start=652
+  _globals['_SCOREDTEXT']._serialized_end=731
+  _globals['_TRAININGOPTIONS']._serialized_start=734
+  _globals['_TRAININGOPTIONS']._serialized_end=1675
+  _globals['_JOB']._serialized_start=1678
+  _globals['_JOB']._serialized_end=1943
+  _globals['_JOBTASK']._serialized_start=1946
+  _globals['_JOBTASK']._serialized_end=2211
+  _globals['_TRAININGSTEP']._serialized_start=2214
+  _globals['_TRAININGSTEP']._serialized_end=2354
+  _globals['_TRAININGEVALUATION']._serialized_start=2357
+  _globals['_TRAININGEVALUATION']._serialized_end=2517
+  _globals['_CREATEJOBREQUEST']._serialized_start=2519
+  _globals['_CREATEJOBREQUEST']._serialized_end=2614
+  _globals['_CREATEJOBRESPONSE']._serialized_start=2616
+  _globals['_CREATEJOBRESPONSE']._serialized_end=2664
+  _globals['_GETJOBREQUEST']._serialized_start=2666
+  _globals['_GETJOBREQUEST']._serialized_end=2693
+  _globals['_GETJOBRESPONSE']._serialized_start=2695
+  _globals['_GETJOBRESPONSE']._serialized_end=2740
+  _globals['_LISTJOBSREQUEST']._serialized_start=2742
+  _globals['_LISTJOBSREQUEST']._serialized_end=2798
+  _globals['_LISTJOBSRESPONSE']._serialized_start=2800
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2873
+  _globals['_WATCHJOBREQUEST']._serialized_start=2875
+  _globals['_WATCHJOBREQUEST']._serialized_end=2904
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2907
+  _globals['_WATCHJOBRESPONSE']._serialized_end=3059
+  _globals['_CANCELJOBREQUEST']._serialized_start=3061
+  _globals['_CANCELJOBREQUEST']._serialized_end=3109
+  _globals['_CANCELJOBRESPONSE']._serialized_start=3111
+  _globals['_CANCELJOBRESPONSE']._serialized_end=3159
+  _globals['_TRAININGSERVICE']._serialized_start=3537
+  _globals['_TRAININGSERVICE']._serialized_end=3901
 # @@protoc_insertion_point(module_scope)

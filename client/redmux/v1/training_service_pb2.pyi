@@ -67,12 +67,14 @@ class TrainingRecord(_message.Message):
     def __init__(self, pair: _Optional[_Union[PromptCompletion, _Mapping]] = ..., chat: _Optional[_Union[_inference_service_pb2.Chat, _Mapping]] = ..., labelled: _Optional[_Union[LabelledText, _Mapping]] = ..., scored: _Optional[_Union[ScoredText, _Mapping]] = ...) -> None: ...
 
 class PromptCompletion(_message.Message):
-    __slots__ = ("prompt", "completion")
+    __slots__ = ("prompt", "completion", "prompt_pair")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_PAIR_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     completion: str
-    def __init__(self, prompt: _Optional[str] = ..., completion: _Optional[str] = ...) -> None: ...
+    prompt_pair: str
+    def __init__(self, prompt: _Optional[str] = ..., completion: _Optional[str] = ..., prompt_pair: _Optional[str] = ...) -> None: ...
 
 class LabelledText(_message.Message):
     __slots__ = ("text", "label", "text_pair")
@@ -95,7 +97,7 @@ class ScoredText(_message.Message):
     def __init__(self, text: _Optional[str] = ..., score: _Optional[float] = ..., text_pair: _Optional[str] = ...) -> None: ...
 
 class TrainingOptions(_message.Message):
-    __slots__ = ("learning_rate", "head_learning_rate", "steps", "epochs", "batch_size", "schedule", "warmup", "weight_decay", "clip_norm", "label_smoothing", "sites", "layers", "train", "eval_every", "patience", "metric", "head", "seed", "valid_share", "prompt_format", "max_length", "labels", "description", "license")
+    __slots__ = ("learning_rate", "head_learning_rate", "steps", "epochs", "batch_size", "schedule", "warmup", "weight_decay", "clip_norm", "label_smoothing", "sites", "layers", "train", "eval_every", "patience", "metric", "head", "seed", "valid_share", "prompt_format", "max_length", "labels", "description", "license", "warmup_steps")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     HEAD_LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +122,7 @@ class TrainingOptions(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     LICENSE_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     head_learning_rate: float
     steps: int
@@ -144,7 +147,8 @@ class TrainingOptions(_message.Message):
     labels: _containers.RepeatedScalarFieldContainer[str]
     description: str
     license: str
-    def __init__(self, learning_rate: _Optional[float] = ..., head_learning_rate: _Optional[float] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., schedule: _Optional[str] = ..., warmup: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., sites: _Optional[str] = ..., layers: _Optional[str] = ..., train: _Optional[str] = ..., eval_every: _Optional[int] = ..., patience: _Optional[int] = ..., metric: _Optional[str] = ..., head: _Optional[str] = ..., seed: _Optional[int] = ..., valid_share: _Optional[float] = ..., prompt_format: _Optional[str] = ..., max_length: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ..., license: _Optional[str] = ...) -> None: ...
+    warmup_steps: int
+    def __init__(self, learning_rate: _Optional[float] = ..., head_learning_rate: _Optional[float] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., schedule: _Optional[str] = ..., warmup: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., sites: _Optional[str] = ..., layers: _Optional[str] = ..., train: _Optional[str] = ..., eval_every: _Optional[int] = ..., patience: _Optional[int] = ..., metric: _Optional[str] = ..., head: _Optional[str] = ..., seed: _Optional[int] = ..., valid_share: _Optional[float] = ..., prompt_format: _Optional[str] = ..., max_length: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ..., license: _Optional[str] = ..., warmup_steps: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "state", "detail", "tasks", "created_at", "started_at", "ended_at", "num_ahead")
@@ -211,18 +215,20 @@ class TrainingStep(_message.Message):
     def __init__(self, adapter: _Optional[str] = ..., step: _Optional[int] = ..., num_steps: _Optional[int] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., grad_norm: _Optional[float] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class TrainingEvaluation(_message.Message):
-    __slots__ = ("adapter", "step", "loss", "accuracy", "is_best")
+    __slots__ = ("adapter", "step", "loss", "accuracy", "is_best", "correlation")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     ACCURACY_FIELD_NUMBER: _ClassVar[int]
     IS_BEST_FIELD_NUMBER: _ClassVar[int]
+    CORRELATION_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     step: int
     loss: float
     accuracy: float
     is_best: bool
-    def __init__(self, adapter: _Optional[str] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., accuracy: _Optional[float] = ..., is_best: bool = ...) -> None: ...
+    correlation: float
+    def __init__(self, adapter: _Optional[str] = ..., step: _Optional[int] = ..., loss: _Optional[float] = ..., accuracy: _Optional[float] = ..., is_best: bool = ..., correlation: _Optional[float] = ...) -> None: ...
 
 class CreateJobRequest(_message.Message):
     __slots__ = ("tasks", "replace", "request_id")

@@ -138,6 +138,7 @@ def _evaluation(event: Evaluated) -> pb.TrainingEvaluation:
         loss=event.loss,
         accuracy=event.accuracy,
         is_best=event.is_best,
+        correlation=event.correlation,
     )
 
 
@@ -158,7 +159,12 @@ def _records(place: str, messages: Sequence[pb.TrainingRecord]) -> Sequence[Mapp
 def _record(place: str, message: pb.TrainingRecord) -> dict[str, Any]:
     form = message.WhichOneof("form")
     if form == "pair":
-        return {"prompt": message.pair.prompt, "completion": message.pair.completion}
+        pair: dict[str, Any] = {
+            "prompt": message.pair.prompt, "completion": message.pair.completion
+        }  # fmt: skip
+        if message.pair.HasField("prompt_pair"):
+            pair["prompt_pair"] = message.pair.prompt_pair
+        return pair
     if form == "chat":
         turns = message.chat.messages
         return {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}

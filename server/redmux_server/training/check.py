@@ -1,17 +1,15 @@
 """JobChecker: refuses what cannot be trained before it is queued, without the base's weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
-
-import torch
 
 from redmux.errors import InvalidArgumentError, ResourceExhaustedError
-from redmux_adapters.bases.load import load_tokenizer, read_config
 from redmux_adapters.train import Task, TrainingBase
+from redmux_adapters.train.base import load_without_weights
 from redmux_adapters.train.classifier import TrainedHead
+from redmux_adapters.train.fit import check_task
 from redmux_adapters.train.inline import InlineTask, make_inline_tasks
 from redmux_adapters.train.preparation import training_kind
 from redmux_server.training.job import JobTask
@@ -64,18 +62,10 @@ class JobChecker:
 
     @cached_property
     def _base(self) -> TrainingBase:
-        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-        kind = training_kind(self._setup.model)
-        classes: Mapping[str, Any] = {
-            "causal": AutoModelForCausalLM,
-            "seq2seq": AutoModelForSeq2SeqLM,
-            "classifier": AutoModel,
-        }
-        with torch.device("meta"):
-            model = classes[kind].from_config(read_config(self._setup.model))
-        tokenizer = load_tokenizer(self._setup.model, self._setup.tokenizer)
-        return TrainingBase("", kind, model, tokenizer, self._setup.fingerprint)
+        setup = self._setup
+        return load_without_weights(
+            setup.model, training_kind(setup.model), setup.fingerprint, setup.tokenizer
+        )
 
     def _check_fit(self, index: int, task: Task) -> None:
         longest = max(example.length for example in (*task.train, *task.valid))
@@ -83,11 +73,12 @@ class JobChecker:
             raise InvalidArgumentError(
                 f"tasks[{index}]: an example has {longest} tokens; the limit is {MAX_PASS_TOKENS}"
             )
-        if self._base.kind == "classifier":
-            try:
-                TrainedHead(self._base, task.options.head, task.labels, task.options.seed)
-            except InvalidArgumentError as err:
-                raise InvalidArgumentError(f"tasks[{index}]: {err.message}") from None
+        try:
+            check_task(self._base, task, MAX_PASS_TOKENS)
+            if self._base.kind == "classifier":
+                TrainedHead(self._base, task.head_kind, task.labels, task.options.seed)
+        except InvalidArgumentError as err:
+            raise InvalidArgumentError(f"tasks[{index}]: {err.message}") from None
 
     def _check_cost(self, tasks: Sequence[Task]) -> None:
         num_tokens = sum(map(_num_tokens, tasks))

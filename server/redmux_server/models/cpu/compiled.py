@@ -84,11 +84,11 @@ class _Locator:
         return str(self._line)
 
 
-class _Implementation(CompileResultCacheImpl):
+class _Implementation(CompileResultCacheImpl):  # type: ignore[misc]
     _locator_classes = [_Locator]  # noqa: RUF012
 
 
-class _Kept(FunctionCache):
+class _Kept(FunctionCache):  # type: ignore[misc]
     """numba's cache of a function, which only saves work: where it is broken, it is as if empty."""
 
     _impl_class = _Implementation
