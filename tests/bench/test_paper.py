@@ -1,9 +1,11 @@
 """The paper's recipes: their table, splits and metrics, and GLUE and E2E from end to end, tiny."""
 
+import argparse
 import json
 import math
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from encoders import save_tiny_encoder
 from tokenizers_at_hand import BOS, EOS, make
 
-from redmux_adapters.train.job import read_job
+from redmux_adapters.train.job import make_task, read_job
 from redmux_adapters.train.prompts import PromptWriter
 
 FOLDER = Path(__file__).parents[2] / "bench" / "paper"
@@ -128,6 +130,44 @@ def test_glue_runs_to_the_scores_of_served_adapters(paper, tmp_path, monkeypatch
             assert rows[task, method]["num_test"] == num_test
             assert rows[task, method]["as_trained"] is True
     assert rows["rte", "majority"]["valid"].keys() == {"accuracy"}
+
+
+def test_the_server_is_compared_with_the_evaluation_that_was_kept(paper, tmp_path):
+    is_as_trained = paper("glue")._is_as_trained
+    log = tmp_path / "metrics.csv"
+    log.write_text(
+        "task,step,split,accuracy,correlation\n"
+        "cola,0,valid,0.7,0.1\ncola,5,train,,\ncola,5,valid,0.6,0.3\ncola,9,valid,0.8,0.3\n"
+        "sst2,0,valid,0.5,\nsst2,5,valid,0.9,\n"
+    )
+
+    def row(accuracy):
+        return {"valid": {"accuracy": accuracy}, "num_valid": 10}
+
+    assert is_as_trained(log, "cola", row(60)) is True  # the best correlation, and its first
+    assert is_as_trained(log, "cola", row(80)) is False
+    assert is_as_trained(log, "sst2", row(90)) is True
+    assert is_as_trained(log, "stsb", {"valid": {"pearson": 0.5}}) is None
+
+
+def test_glue_chooses_by_the_first_metric_of_the_papers_table(paper):
+    options = argparse.Namespace(recipe="roberta-base", steps=None, seed=1, model="m", device="cpu")
+    split = types.SimpleNamespace(train=[{}] * 64)
+    tasks = paper("glue")._job(options, dict.fromkeys(("cola", "stsb", "rte"), split), ["red"])
+    chosen = {task["name"]: task["metric"] for task in tasks["tasks"]}
+    assert chosen == {"cola-red": "matthews", "stsb-red": "pearson", "rte-red": "accuracy"}
+
+
+@pytest.mark.parametrize("recipe", ["gpt2-medium", "gpt2-large"])
+def test_e2e_on_gpt2_warms_up_for_500_steps_as_the_authors_do(paper, recipe):
+    options = argparse.Namespace(
+        recipe=recipe, methods="red,redpp", steps=None, seed=1, is_chat=False, model="m",
+        device="cpu",
+    )  # fmt: skip
+    job = paper("e2e")._job(options)
+    for task in job["tasks"]:
+        values = {key: value for key, value in task.items() if key != "name"}
+        assert make_task(task["name"], values).options.warmup_steps == 500
 
 
 @pytest.mark.slow
