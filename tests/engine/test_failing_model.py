@@ -84,3 +84,13 @@ def test_a_probe_that_finds_no_free_block_is_left_out():
     assert all(isinstance(caller.error, RedmuxError) for caller in bad)
     assert good.tokens == [1, 2, 3, 0]
     assert parts.is_idle
+
+
+def test_a_model_that_breaks_after_it_was_found_sound_is_found_out_as_well():
+    parts = make_parts()
+    submit(parts, *(Caller([POISON]) for _ in range(4)))
+    run(parts)
+    parts.runner.before = break_down
+    submit(parts, *(Caller([0]) for _ in range(4)))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        parts.step()

@@ -149,6 +149,26 @@ def test_whoever_takes_a_place_pays_for_what_is_computed_again():
     assert max(waits[1:]) > BUDGET
 
 
+def test_what_is_computed_again_is_not_charged_again():
+    engine = scheduler()
+    flood = [request("flood", 4, 300) for _ in range(4)]
+    for one in flood:
+        engine.submit(one)
+    for _ in range(50):
+        step(engine)
+    late = request("late", 4, 1)
+    engine.submit(late)
+    steps_until_running(engine, late, 20)
+    (gone,) = set(flood) - set(engine.running)
+    length, before = len(gone.token_ids), engine._served["flood"]
+    engine.submit(request("late", 4, 1))  # so that counters go on
+    num_steps = 0
+    while gone.num_computed < length:
+        step(engine)
+        num_steps += 1
+    assert engine._served["flood"] - before <= 4 * num_steps
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(2, 6), st.integers(0, 60), st.integers(1, 40), st.integers(1, 30),
