@@ -166,9 +166,10 @@ def test_a_classifier_goes_on_from_an_adapter_with_its_head_and_edits():
     options = {"train": "scale", "weight_decay": 0.5, "steps": 2, "seed": 9}
     with pytest.raises(InvalidArgumentError, match="activation_ln, which is not among the sites"):
         Trainer(base, [replace(classify("t", 3, **options), start=start)])
-    plain = Trainer(base, [classify("plain", 3)])
+    plain = Trainer(base, [replace(classify("plain", 3), valid=())])  # its last vectors, then
     run(plain)
     start = plain.adapter("plain")
+    assert all(edit.bias.any() for edit in start.edits.values())
     trainer = Trainer(base, [replace(classify("t", 3, **options), start=start)])
     events = run(trainer)
     baseline = next(event for event in events if isinstance(event, Evaluated))
