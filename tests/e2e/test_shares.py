@@ -60,18 +60,19 @@ async def test_an_encoder_decoder_encodes_anew_what_lost_its_row(start_server, t
 
     folder = save_tiny_model(tmp_path, t5_config("t5"), kind=AutoModelForSeq2SeqLM)
     server = await start_server(
-        model=str(folder), max_running=2, max_batch_tokens=64, max_context=512,
+        model=str(folder), max_running=2, max_batch_tokens=8, max_context=64,
         api_keys=("key-of-alice", "key-of-bob"),
     )  # fmt: skip
+    short = FLOOD | {"max_tokens": 50, "timeout_s": 300}
     target = f"127.0.0.1:{server.port}"
     async with (
         AsyncClient(target, api_key="key-of-alice") as alice,
         AsyncClient(target, api_key="key-of-bob") as bob,
     ):
-        alone = await alice.generate("a source", **FLOOD)
-        flood = [asyncio.create_task(alice.generate("a source", **FLOOD)) for _ in range(4)]
-        for _ in range(3):
-            await bob.generate("hello", max_tokens=2, ignore_eos=True)
+        alone = await alice.generate("a source", **short)
+        flood = [asyncio.create_task(alice.generate("a source", **short)) for _ in range(3)]
+        for _ in range(2):
+            await bob.generate("hello", max_tokens=2, ignore_eos=True, timeout_s=300)
         results = await asyncio.gather(*flood)
     assert server.metrics.registry.get_sample_value("redmux_requests_sent_back_total") >= 1
     for result in results:
