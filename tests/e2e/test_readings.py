@@ -90,7 +90,7 @@ async def test_impossible_inputs_are_refused_before_anything_is_queued(client, s
         (["x", [1, 300]], r"inputs\[1\].token_ids\[1\] = 300 is outside \[0, 300\)"),
         (["x", "y" * 129], r"inputs\[1\] has 131 tokens; limit 130"),
         (["y" * 2081], r"inputs\[0\] has 2081 bytes; limit 2080"),
-        (["x"] * 13, "13 inputs; limit 12"),
+        (["x"] * 11, "11 inputs; limit 10"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             await client.embed(inputs)

@@ -103,6 +103,7 @@ class GrpcDoor:
 
     async def close(self) -> None:
         """Takes no more calls, and ends as unavailable what is still open after a second."""
+        await self._ending.refuse_calls()
         stopping = asyncio.ensure_future(self._server.stop(2 * _CLOSE_S))
         await asyncio.wait([stopping], timeout=_CLOSE_S)
         self._ending.end_calls()

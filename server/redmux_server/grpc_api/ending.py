@@ -2,26 +2,42 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
 from redmux.errors import UnavailableError
 
+_MOMENT_S = 0.05
+_MOST_MOMENTS = 20
+
 
 class Ending(grpc.aio.ServerInterceptor):
     """Knows the calls that are under way and ends them as unavailable.
 
-    gRPC's own way to end them when a server stops tells clients CANCELLED, which nobody tries
-    again, and which reads as if the caller had cancelled.
+    When a server stops, gRPC tells clients CANCELLED, of calls that are open after the grace and of
+    those that have come but were not looked at. Nobody tries these again, and it reads as if the
+    caller had cancelled.
     """
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._num_calls = 0
+        self._is_refusing = False
         self._is_closing = False
 
+    async def refuse_calls(self) -> None:
+        """Ends every further call at once; returns when none has come for a moment."""
+        self._is_refusing = True
+        num_calls = -1
+        for _ in range(_MOST_MOMENTS):
+            if num_calls == self._num_calls:
+                return
+            num_calls = self._num_calls
+            await asyncio.sleep(_MOMENT_S)
+
     def end_calls(self) -> None:
-        """Ends all calls, and every one that may still come."""
+        """Ends all calls."""
         self._is_closing = True
         for task in self._tasks:
             task.cancel()
@@ -48,22 +64,24 @@ class Ending(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Any) -> Any:
             task = asyncio.current_task()
             assert task is not None
+            self._num_calls += 1
+            if self._is_refusing:
+                await _abort(context)
             self._tasks.add(task)
             try:
-                if self._is_closing:
-                    raise asyncio.CancelledError
                 return await method(request, context)
             except asyncio.CancelledError:
                 if not self._is_closing:
                     raise
                 task.uncancel()
-                name = UnavailableError.__name__
-                await context.abort(
-                    UnavailableError.status,
-                    "the server is shutting down",
-                    (("redmux-error", name),),
-                )
+                await _abort(context)
             finally:
                 self._tasks.discard(task)
 
         return call
+
+
+async def _abort(context: Any) -> NoReturn:
+    metadata = (("redmux-error", UnavailableError.__name__),)
+    await context.abort(UnavailableError.status, "the server is shutting down", metadata)
+    raise AssertionError("abort does not return")
