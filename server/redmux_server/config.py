@@ -73,7 +73,7 @@ class ServerConfig:
     allow_other_base: bool = _option(
         False,
         "true or false: whether adapters are taken that were made for other weights or another "
-        "vocabulary of the same architecture and size, such as those of a fine-tuned relative",
+        "vocabulary of the same architecture and size, such as those of a relative",
     )
     training: bool = _option(True, "true or false: whether TrainingService takes jobs")
     training_share: float = _option(

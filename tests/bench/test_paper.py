@@ -153,8 +153,8 @@ def test_the_server_is_compared_with_the_evaluation_that_was_kept(paper, tmp_pat
 def test_glue_chooses_by_the_first_metric_of_the_papers_table(paper):
     options = argparse.Namespace(recipe="roberta-base", steps=None, seed=1, model="m", device="cpu")
     split = types.SimpleNamespace(train=[{}] * 64)
-    tasks = paper("glue")._job(options, dict.fromkeys(("cola", "stsb", "rte"), split), ["red"])
-    chosen = {task["name"]: task["metric"] for task in tasks["tasks"]}
+    tasks = paper("glue")._tasks(options, dict.fromkeys(("cola", "stsb", "rte"), split), ["red"])
+    chosen = {task["name"]: task["metric"] for task in tasks}
     assert chosen == {"cola-red": "matthews", "stsb-red": "pearson", "rte-red": "accuracy"}
 
 
@@ -164,8 +164,7 @@ def test_e2e_on_gpt2_warms_up_for_500_steps_as_the_authors_do(paper, recipe):
         recipe=recipe, methods="red,redpp", steps=None, seed=1, is_chat=False, model="m",
         device="cpu",
     )  # fmt: skip
-    job = paper("e2e")._job(options)
-    for task in job["tasks"]:
+    for task in paper("e2e")._tasks(options):
         values = {key: value for key, value in task.items() if key != "name"}
         assert make_task(task["name"], values).options.warmup_steps == 500
 

@@ -159,8 +159,9 @@ async def test_callers_with_other_keys_find_nothing(base, start_server):
     cached = []
     for key in ("one", "two", "one", "two"):
         async with AsyncClient(f"127.0.0.1:{server.port}", api_key=key) as client:
-            await client.adapters.put("x", to_bytes(base.adapter(1)))
-            for adapter in (None, "x"):
+            name = f"x-{key}"  # the same adapter: a name belongs to one key
+            await client.adapters.put(name, to_bytes(base.adapter(1)))
+            for adapter in (None, name):
                 got = await client.generate(SYSTEM, adapter=adapter, max_tokens=1)
                 cached.append(got.usage.cached_prompt_tokens)
     assert cached == [0] * 4 + [2 * BLOCK] * 4

@@ -70,8 +70,8 @@ async def test_an_encoder_decoder_encodes_anew_what_lost_its_row(start_server, t
         AsyncClient(target, api_key="key-of-bob") as bob,
     ):
         alone = await alice.generate("a source", **short)
-        flood = [asyncio.create_task(alice.generate("a source", **short)) for _ in range(3)]
-        for _ in range(2):
+        flood = [asyncio.create_task(alice.generate("a source", **short)) for _ in range(24)]
+        for _ in range(4):
             await bob.generate("hello", max_tokens=2, ignore_eos=True, timeout_s=300)
         results = await asyncio.gather(*flood)
     assert server.metrics.registry.get_sample_value("redmux_requests_sent_back_total") >= 1

@@ -6,7 +6,7 @@ import pytest
 
 from redmux.v1 import adapter_service_pb2 as pb
 from redmux_server.grpc_api.converted import PAGE_BYTES, Converted, fill_page
-from redmux_server.grpc_api.door import message_limits
+from redmux_server.grpc_api.methods import message_limits
 
 
 def test_items_are_converted_when_they_are_asked_for():

@@ -40,7 +40,7 @@ NAMES = [f"{'abcd' * 15}-{i:03d}/{'dcba' * 15}" for i in range(200)]
 class FullEngine:
     """Takes nothing, so that a request costs what comes before it is queued."""
 
-    max_open = 64
+    most_for_one = 64
 
     def submit(self, *requests):
         raise ResourceExhaustedError("full")
@@ -237,7 +237,7 @@ def long(item, num):
 
 LONG = {
     "token_ids has 257 tokens": lambda v: v.prompt(long(1, CONTEXT + 1)),
-    "chat has 257 messages": lambda v: v.prompt(Chat(long({}, CONTEXT + 1))),
+    "chat has 4097 messages": lambda v: v.prompt(Chat(long({}, 4097))),
     "17 stop strings": lambda v: v.stops(GenerationSpec("x", stop=long("x", 17))),
     "65 tokens; limit 64": lambda v: v.stops(GenerationSpec("x", stop_token_ids=long(1, 65))),
     "129 continuations": lambda v: v.continuations(ScoreSpec("x", long("x", 129))),

@@ -50,7 +50,7 @@ REFUSED = {
     "long stop": ({"stop": ["ok", "x" * 129]}, "129 bytes"),
     "long stop in bytes": ({"stop": ["é" * 65]}, "130 bytes"),
     "empty stop": ({"stop": ["a", ""]}, "0 bytes"),
-    "too many stop ids": ({"stop_token_ids": [1] * 65}, "65 stop_token_ids"),
+    "too many stop ids": ({"stop_token_ids": [1] * 65}, "stop_token_ids has 65 tokens; limit 64"),
     "stop id beyond the vocabulary": (
         {"stop_token_ids": [3, VOCAB]}, r"stop_token_ids\[1\] = 100 is outside \[0, 100\)",
     ),
@@ -66,7 +66,7 @@ REFUSED = {
         {"prompt": Chat([{"role": "user", "content": "x" * 600}] * 2)}, "1200 bytes",
     ),
     "prompt fills the context": ({"prompt": [1] * CONTEXT}, "64 tokens"),
-    "prompt exceeds the context": ({"prompt": [1] * 90}, "90 tokens .* at most 64"),
+    "prompt exceeds the context": ({"prompt": [1] * 90}, "token_ids has 90 tokens; limit 64"),
     "max_tokens zero": ({"max_tokens": 0}, "max_tokens is 0"),
     "max_tokens negative": ({"max_tokens": -5}, "max_tokens is -5"),
     "max_tokens beyond the context": ({"max_tokens": 60}, "max_tokens is 60"),
