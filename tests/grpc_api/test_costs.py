@@ -1,8 +1,8 @@
 """What a request costs the event loop: in proportion to its bytes, whatever it is made of."""
 
 import asyncio
+import contextlib
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,9 @@ from redmux.v1 import adapter_service_pb2 as adapter_pb
 from redmux.v1 import inference_service_pb2 as pb
 from redmux.v1 import training_service_pb2 as training_pb
 from redmux_adapters import Adapter, Edit, to_bytes
+from redmux_adapters.text.encoder import Encoded
 from redmux_server.engine.request import Pooling
+from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.grpc_api.servicers import AdapterServicer, InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
@@ -53,16 +55,18 @@ class Codec:
 
     eos_token_ids = frozenset()
 
-    def encode(self, text):
-        return [1] * len(text)
+    def encode(self, text, most):
+        return Encoded([1] * len(text))
 
-    def encode_chat(self, messages, prompt_format):
-        return [1] * len(messages)
+    encode_input = encode
 
-    def encode_pair(self, first, second):
-        return [1], [0]
+    def encode_chat(self, messages, prompt_format, *, parse_special, most):
+        return Encoded([1] * len(messages))
 
-    def encode_continuation(self, prompt, prompt_ids, text):
+    def encode_pair(self, first, second, most):
+        return Encoded([1]), [0]
+
+    def encode_continuation(self, prompt, prompt_ids, text, most):
         return [1] * len(text)
 
 
@@ -74,7 +78,7 @@ def servicers():
     for name in NAMES:
         asyncio.run(registry.put(name, data, "", replace=False))
     validator, metrics, engine = Validator(260, CONTEXT), Metrics(), FullEngine()
-    with ThreadPoolExecutor(1) as tokenizing:
+    with contextlib.closing(FairThread("tokenizer")) as tokenizing:
         parts = engine, registry, Codec(), validator, metrics, tokenizing
         generation = GenerationService(*parts)
         reading = ReadingService(ReadableModel("encoder", "X", 4, Pooling.MEAN), *parts)
@@ -88,7 +92,7 @@ def servicers():
             inference=InferenceServicer(
                 generation, ScoringService(engine, generation, validator, metrics), reading, keys
             ),
-            adapters=AdapterServicer(registry, lambda: None),
+            adapters=AdapterServicer(registry, lambda: None, keys),
             training=TrainingServicer(training, keys),
         )
 
