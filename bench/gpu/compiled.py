@@ -30,7 +30,7 @@ from rig import SHAPES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from redmux_server.models import paged_triton, triton_layers, triton_products
+from redmux_server.models.cuda import paged_triton, triton_layers, triton_products
 from redmux_server.models.cuda.paged_cache import AttentionRule
 from redmux_server.models.cuda.paged_step import HostIndex, PagedStep
 from redmux_server.models.cuda.triton_tiles import Device

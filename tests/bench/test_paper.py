@@ -24,12 +24,17 @@ def paper(monkeypatch):
     """Imports a module of bench/paper, which is no package."""
     monkeypatch.syspath_prepend(FOLDER)
 
+    names = ("glue", "glue_data", "glue_metrics", "e2e")
+    hidden = {name: sys.modules.pop(name, None) for name in names}  # a folder of tests is e2e, too
+
     def load(name):
         return __import__(name)
 
     yield load
-    for name in ("glue", "glue_data", "glue_metrics", "e2e"):
+    for name, module in hidden.items():
         sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
 
 
 @pytest.mark.parametrize(
