@@ -26,7 +26,8 @@ from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
-from redmux_server.services.validation import Chat, GenerationSpec, ScoreSpec, Validator
+from redmux_server.services.spec import Chat, GenerationSpec, ScoreSpec
+from redmux_server.services.validation import Validator
 from redmux_server.training.check import MAX_TASKS
 from redmux_server.training.service import TrainingService
 

@@ -19,7 +19,7 @@ from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import Delta, Finish, GenerationService
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
-from redmux_server.services.validation import (
+from redmux_server.services.spec import (
     Chat,
     GenerationSpec,
     Message,
@@ -27,8 +27,8 @@ from redmux_server.services.validation import (
     ReadInput,
     ScoreSpec,
     TextPair,
-    check_num_messages,
 )
+from redmux_server.services.validation import check_num_messages
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000

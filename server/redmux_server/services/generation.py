@@ -16,7 +16,8 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.validation import Chat, GenerationSpec, Prompt, Validator
+from redmux_server.services.spec import Chat, GenerationSpec, Prompt
+from redmux_server.services.validation import Validator
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.validation import ReadInput, TextPair, Validator
+from redmux_server.services.spec import ReadInput, TextPair
+from redmux_server.services.validation import Validator
 
 MAX_INPUTS = 1024
 _ANSWER_BYTES = 3 << 20  # of values, so that a message stays below gRPC's usual limit

@@ -10,7 +10,8 @@ from redmux_server.engine.request import Failed, Finished, Request, SamplingPara
 from redmux_server.metrics import Metrics
 from redmux_server.registry.published import Published
 from redmux_server.services.generation import EventInbox, GenerationService, Prepared
-from redmux_server.services.validation import ScoreSpec, Validator
+from redmux_server.services.spec import ScoreSpec
+from redmux_server.services.validation import Validator
 
 _AT_ONCE = 32  # continuations of one call that are open at the same time
 

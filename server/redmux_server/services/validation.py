@@ -2,13 +2,21 @@
 
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
 from redmux_server.engine.request import SamplingParams
 from redmux_server.models.text import MAX_BYTES_PER_TOKEN
+from redmux_server.services.spec import (
+    Chat,
+    GenerationSpec,
+    Prompt,
+    ReadInput,
+    ScoreSpec,
+    TextPair,
+)
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS = 16
@@ -18,60 +26,6 @@ MAX_TEMPERATURE = 100.0
 MAX_CONTINUATIONS = 128
 MAX_SCORED_TOKENS = 300_000  # of all continuations; up to ten bytes each in the answer
 MAX_MESSAGES = 4096
-
-Message = Mapping[str, str]  # "role" and "content"
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A prompt of messages, not yet rendered.
-
-    With `parse_special`, special tokens that are written out in contents are these tokens.
-    """
-
-    messages: Sequence[Message]
-    parse_special: bool = False
-
-
-Prompt = str | Sequence[int] | Chat
-
-
-@dataclass(frozen=True, slots=True)
-class TextPair:
-    """Two texts that are one input."""
-
-    first: str
-    second: str
-
-
-ReadInput = str | Sequence[int] | TextPair
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationSpec:
-    """What a caller asks for, as it came in; None is unset."""
-
-    prompt: Prompt
-    adapter: str = ""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    logprobs: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreSpec:
-    """What a caller wants scored, as it came in."""
-
-    prompt: Prompt
-    continuations: Sequence[str | Sequence[int]]
-    adapter: str = ""
-    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
