@@ -22,6 +22,7 @@ from redmux_server.descriptors import max_connections
 from redmux_server.grpc_api.ending import Ending
 from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
 from redmux_server.grpc_api.loading import LateMethods
+from redmux_server.grpc_api.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,9 @@ class GrpcDoor:
     loop that serves.
     """
 
-    def __init__(self, config: ServerConfig, keys: ApiKeys) -> None:
+    def __init__(self, config: ServerConfig, keys: ApiKeys, refusals: Refusals) -> None:
         self._config = config
-        self._interceptor = Interceptor(keys)
+        self._interceptor = Interceptor(keys, refusals=refusals)
         self.health = HealthServicer()
         self._ending = Ending()
         self.methods = LateMethods()
