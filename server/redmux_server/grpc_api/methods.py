@@ -28,7 +28,8 @@ def add_methods(
 ) -> None:  # fmt: skip
     """Adds every method to what takes methods as a server of gRPC does.
 
-    `info` is asked for every GetServerInfo, with the tenant; `on_change` is told of every change of adapters.
+    `info` is asked for every GetServerInfo, with the tenant; `on_change` is told of every change of
+    adapters.
     """
     add_InferenceServiceServicer_to_server(
         InferenceServicer(services.generation, services.scoring, services.reading, keys), server
