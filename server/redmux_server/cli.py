@@ -1,6 +1,7 @@
 """The command `redmux serve`."""
 
 import asyncio
+import functools
 import gc
 import importlib
 import logging
@@ -37,12 +38,14 @@ async def _serve(config: ServerConfig) -> bool:
     logger.info("redmux %s starts with model %s", redmux.__version__, config.model)
     loop = asyncio.get_running_loop()
     # In a container, where the process is the first one, these do nothing unless they are handled.
-    # The app will; by then torch has taken its seconds.
+    # The app will; by then torch has taken its seconds. None is the loop's: closing, it would let
+    # those that still come kill the process.
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _leave)
+        signal.signal(number, _leave)
     doors = await Doors.open(config)
     if config.api_keys_file:
-        loop.add_signal_handler(signal.SIGHUP, doors.read_keys_again)
+        read_keys = functools.partial(loop.call_soon_threadsafe, doors.read_keys_again)
+        signal.signal(signal.SIGHUP, lambda *_: read_keys())
     logger.info(
         "listening on %s:%d, metrics on port %d; health is NOT_SERVING until the model is loaded",
         config.host, doors.port, doors.metrics_port,
@@ -53,6 +56,6 @@ async def _serve(config: ServerConfig) -> bool:
     return is_well
 
 
-def _leave() -> None:
+def _leave(*_: object) -> None:
     logger.info("stopped while loading")
     os._exit(0)

@@ -123,7 +123,7 @@ async def test_a_certificate_that_cannot_be_used_is_told_as_such(which, tmp_path
     config = ServerConfig(
         port=0, metrics_port=0, tls_cert=str(tmp_path / cert), tls_key=str(tmp_path / key)
     )
-    with pytest.raises(InvalidArgumentError, match="tls_cert .* and tls_key"):
+    with pytest.raises(InvalidArgumentError, match=r"tls_cert .* and tls_key"):
         await Doors.open(config)
 
 

@@ -254,6 +254,48 @@ async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve,
             await new.info()
 
 
+# Gets SIGHUP and SIGTERM when its event loop has been closed.
+AFTER_THE_END = """
+import asyncio, os, signal, sys
+from redmux_server import cli
+
+run = asyncio.run
+
+def signalled(main):
+    try:
+        return run(main)
+    finally:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+asyncio.run = signalled
+from redmux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_signals_that_come_when_all_is_over_do_not_change_how_it_ended(tiny_folder, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("the-first-key\n")
+    flags = ("--model", str(tiny_folder), "--api-keys-file", str(path))
+    async with Process(*flags, start=("-c", AFTER_THE_END)) as server:
+        await server.ready()
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert "Exception" not in text
+
+
+async def test_sighup_reads_the_keys_while_the_server_loads(endless_model, serve, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("the-first-key\n")
+    async with serve("--model", str(endless_model), "--api-keys-file", str(path)) as server:
+        for when in ("listening", "loading"):
+            await server.tells(when)
+            server.process.send_signal(signal.SIGHUP)
+            await server.tells("keys read again: 1")
+
+
 async def test_the_images_health_check_needs_neither_port_nor_certificate(serve, tmp_path):
     text = DOCKERFILE.read_text().replace("/dev/shm", str(tmp_path))
     environ = dict(re.findall(r"^ +(REDMUX_(?!ADAPTERS)\w+)=(\S+)", text, re.M))
