@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from redmux_server.models.load import load
 from redmux_server.registry.folder_lock import FolderLock
 from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.registry.tenants import sees_all
 from redmux_server.wiring import make_engine, make_services, make_training, open_registry, readable
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,9 @@ class Server:
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
+        # Where the model lies is the operator's to know.
+        is_file = Path(config.model).expanduser().exists()
+        self._model_name = Path(config.model).name if is_file else config.model
         self._is_draining = False
         self._is_stuck = False
         self._started_s = time.monotonic()
@@ -74,15 +79,16 @@ class Server:
         try:
             choices = choose(config)
             # What can be wrong with adapters is told before the model takes its time.
-            given = read_given(config.adapters)
-            lock = FolderLock(Path(config.adapter_dir)) if config.adapter_dir else None
             # The thread ends with the loading: compute threads that wait for its next call would
             # count as competitors of the engine's, which OpenMP then puts to sleep after every
-            # product.
+            # product. Adapters are read in it, too, so that the doors answer meanwhile.
             with ThreadPoolExecutor(1, "loader") as loader:
-                loading = asyncio.get_running_loop().run_in_executor(loader, load, config, choices)
-                model = await loading
-            server = cls(config, doors, model, open_registry(config, model, given), lock)
+                in_loader = functools.partial(asyncio.get_running_loop().run_in_executor, loader)
+                given = await in_loader(read_given, config.adapters)
+                lock = FolderLock(Path(config.adapter_dir)) if config.adapter_dir else None
+                model = await in_loader(load, config, choices)
+                registry = await in_loader(open_registry, config, model, given)
+            server = cls(config, doors, model, registry, lock)
             await server._serve()
         except BaseException:
             await doors.close()
@@ -111,7 +117,7 @@ class Server:
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop(_STEP_S)
         await self.doors.close()
-        await asyncio.to_thread(self.registry.save_index)
+        await self.registry.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -161,12 +167,12 @@ class Server:
                 if is_stuck and self.engine.is_alive:
                     self.engine.give_up_step()
 
-    def info(self) -> admin_service_pb2.ServerInfo:
-        """Returns what GetServerInfo tells."""
+    def info(self, tenant: str = "") -> admin_service_pb2.ServerInfo:
+        """Returns what GetServerInfo tells a tenant."""
         config, model = self.config, self.model
         return admin_service_pb2.ServerInfo(
             version=redmux.__version__,
-            model=config.model,
+            model=config.model if sees_all(tenant) else self._model_name,
             base_fingerprint=model.fingerprint,
             architecture=model.architecture,
             device=str(model.device),
@@ -181,7 +187,7 @@ class Server:
             kv_cache_tokens=(
                 model.num_blocks * model.block_size if isinstance(model, BaseModel) else 0
             ),
-            num_adapters=len(self.registry),
+            num_adapters=self.registry.count(tenant),
             num_running=self.engine.num_running,
             num_waiting=max(0, self.engine.num_open - self.engine.num_running),
             uptime_s=time.monotonic() - self._started_s,
@@ -199,18 +205,22 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     """
     raise_limit()
     loop = asyncio.get_running_loop()
-    signalled: asyncio.Queue[None] = asyncio.Queue()
+    # Events, not a queue: whoever waits for two things at once could take a signal and lose it.
+    leave, leave_now = asyncio.Event(), asyncio.Event()
 
-    def tell() -> None:
+    def hear() -> None:
+        (leave_now if leave.is_set() else leave).set()
+
+    def in_loop(callback: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended already
-            loop.call_soon_threadsafe(signalled.put_nowait, None)
+            loop.call_soon_threadsafe(callback)
 
-    def read_keys() -> None:
-        loop.call_soon_threadsafe(doors.read_keys_again)
-
-    leaving = Leaving(config.drain_s, tell, read_keys if config.api_keys_file else None)
+    leaving = Leaving(
+        config.drain_s, lambda: in_loop(hear),
+        (lambda: in_loop(doors.read_keys_again)) if config.api_keys_file else None,
+    )  # fmt: skip
     starting = asyncio.create_task(Server.start(config, doors))
-    await _first(asyncio.shield(starting), signalled.get())
+    await _first(asyncio.shield(starting), leave.wait())
     if not starting.done():
         logger.info("stopped while loading")
         os._exit(0)  # nobody is served yet, and the thread that loads cannot be interrupted
@@ -218,13 +228,14 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     # What is there now stays: a search through it for garbage would stop all streams for 0.2 s.
     gc.freeze()
     gc.enable()
-    await _first(signalled.get(), server.engine.died.wait())
+    await _first(leave.wait(), server.engine.died.wait())
     if server.engine.died.is_set():
         leaving.begin()
+        leave.set()  # as if somebody had said so
     else:
         logger.info("draining, at most %g s", config.drain_s)
     stopping = asyncio.create_task(server.stop())
-    await _first(asyncio.shield(stopping), signalled.get())
+    await _first(asyncio.shield(stopping), leave_now.wait())
     server.engine.cut_draining()
     await stopping
     logger.info("stopped")

@@ -1,9 +1,11 @@
 """The command `redmux serve`."""
 
 import asyncio
+import functools
 import gc
 import importlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,9 +36,16 @@ def serve(argv: Sequence[str]) -> int:
 
 async def _serve(config: ServerConfig) -> bool:
     logger.info("redmux %s starts with model %s", redmux.__version__, config.model)
+    loop = asyncio.get_running_loop()
+    # In a container, where the process is the first one, these do nothing unless they are handled.
+    # The app will; by then torch has taken its seconds. None is the loop's: closing, it would let
+    # those that still come kill the process.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     doors = await Doors.open(config)
     if config.api_keys_file:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, doors.read_keys_again)
+        read_keys = functools.partial(loop.call_soon_threadsafe, doors.read_keys_again)
+        signal.signal(signal.SIGHUP, lambda *_: read_keys())
     logger.info(
         "listening on %s:%d, metrics on port %d; health is NOT_SERVING until the model is loaded",
         config.host, doors.port, doors.metrics_port,
@@ -45,3 +54,8 @@ async def _serve(config: ServerConfig) -> bool:
     app = await asyncio.to_thread(importlib.import_module, "redmux_server.app")
     is_well: bool = await app.run(config, doors)
     return is_well
+
+
+def _leave(*_: object) -> None:
+    logger.info("stopped while loading")
+    os._exit(0)

@@ -7,6 +7,7 @@ from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_server.config import ServerConfig
 from redmux_server.grpc_api.door import GrpcDoor
 from redmux_server.grpc_api.interceptor import ApiKeys
+from redmux_server.grpc_api.refusals import Refusals
 from redmux_server.keys import read_keys
 from redmux_server.metrics import Metrics
 from redmux_server.metrics_port import MetricsPort, State
@@ -24,7 +25,7 @@ class Doors:
         # What the metrics port tells of the server; its owner sets another one.
         self.state: Callable[[], State] = lambda: State.LOADING
         self._metrics = MetricsPort(self.metrics.registry, lambda: self.state())
-        self.grpc = GrpcDoor(config, keys)
+        self.grpc = GrpcDoor(config, keys, Refusals(self.metrics.refused))
         self.port = 0
         self.metrics_port = 0
 

@@ -42,7 +42,7 @@ class Leaving:
         self._code: int | None = None  # to end with, once everything has stopped
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        for number in _ENDING:
+        for number in _ENDING if on_hangup is None else (*_ENDING, signal.SIGHUP):
             signal.signal(number, lambda *_: None)  # what counts is the byte that it leaves
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="leaving", daemon=True).start()

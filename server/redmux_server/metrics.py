@@ -94,7 +94,7 @@ class Metrics:
         )
 
     def refused(self, code: str) -> None:
-        """Counts a request that was not accepted, by its status code."""
+        """Counts a request that was not accepted, at the door or later, by its status code."""
         self._refused.labels(code).inc()
 
     def ended(self, event: Event, duration_s: float) -> None:

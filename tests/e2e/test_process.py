@@ -191,6 +191,46 @@ async def test_a_signal_ends_a_start_at_once(serve, endless_model, number):
     assert "stopped while loading" in text
 
 
+async def test_a_signal_that_comes_while_the_interpreter_imports_is_heard(serve):
+    """By default the first process of a container would not hear it."""
+    async with serve() as server:
+        await server.tells("listening")
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert "stopped while loading" in text
+
+
+# Gets SIGTERM in the very moment in which the start is done.
+AT_THE_END = """
+import os, signal, sys, threading
+from redmux_server import app
+
+serve, heard = app.Server._serve, threading.Event()
+
+class Leaving(app.Leaving):
+    def __init__(self, drain_s, on_signal, on_hangup):
+        super().__init__(drain_s, lambda: (on_signal(), heard.set()), on_hangup)
+
+async def signalled(self):
+    await serve(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard.wait(60)
+
+app.Leaving, app.Server._serve = Leaving, signalled
+from redmux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_a_signal_that_comes_with_the_end_of_the_start_is_not_lost(tiny_folder):
+    flags = ("--model", str(tiny_folder), "--drain-s", "0")
+    async with Process(*flags, start=("-c", AT_THE_END)) as server:
+        code, text = await server.ended()
+    assert code == 0
+    assert "draining" in text
+
+
 async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve, tmp_path):
     path = tmp_path / "keys"
     path.write_text("the-first-key\n")
@@ -212,6 +252,48 @@ async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve,
             server.process.send_signal(signal.SIGHUP)
             await server.tells("keys stay as they are.*holds no key")
             await new.info()
+
+
+# Gets SIGHUP and SIGTERM when its event loop has been closed.
+AFTER_THE_END = """
+import asyncio, os, signal, sys
+from redmux_server import cli
+
+run = asyncio.run
+
+def signalled(main):
+    try:
+        return run(main)
+    finally:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+asyncio.run = signalled
+from redmux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_signals_that_come_when_all_is_over_do_not_change_how_it_ended(tiny_folder, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("the-first-key\n")
+    flags = ("--model", str(tiny_folder), "--api-keys-file", str(path))
+    async with Process(*flags, start=("-c", AFTER_THE_END)) as server:
+        await server.ready()
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert "Exception" not in text
+
+
+async def test_sighup_reads_the_keys_while_the_server_loads(endless_model, serve, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("the-first-key\n")
+    async with serve("--model", str(endless_model), "--api-keys-file", str(path)) as server:
+        for when in ("listening", "loading"):
+            await server.tells(when)
+            server.process.send_signal(signal.SIGHUP)
+            await server.tells("keys read again: 1")
 
 
 async def test_the_images_health_check_needs_neither_port_nor_certificate(serve, tmp_path):

@@ -239,14 +239,16 @@ class AdapterServicer(AdapterServiceServicer):
 class AdminServicer(AdminServiceServicer):
     """What the server is."""
 
-    def __init__(self, info: Callable[[], admin_pb.ServerInfo]) -> None:
+    def __init__(self, info: Callable[[str], admin_pb.ServerInfo], keys: ApiKeys) -> None:
+        """`info` returns what a tenant is told."""
         self._info = info
+        self._keys = keys
 
     async def GetServerInfo(
         self, request: admin_pb.GetServerInfoRequest, context: Any
     ) -> admin_pb.GetServerInfoResponse:
         """Returns model, choices, limits and load."""
-        return admin_pb.GetServerInfoResponse(info=self._info())
+        return admin_pb.GetServerInfoResponse(info=self._info(self._keys.tenant(context)))
 
 
 def _spec(message: inference_pb.Generation) -> GenerationSpec:
