@@ -50,6 +50,7 @@ _OFFLINE_VERBS = {
     "fold": "write a base model with an adapter in its weights",
     "show": "tell what an adapter file holds",
     "verify": "check an adapter file",
+    "stamp": "write an older adapter with the fingerprint of its base",
 }
 
 
