@@ -12,7 +12,7 @@ import redmux
 from redmux.errors import RedmuxError
 from redmux_server.config import ServerConfig, load_config
 from redmux_server.doors import Doors
-from redmux_server.leaving import EXIT_SOFTWARE
+from redmux_server.leaving import EXIT_SOFTWARE, heed_signals
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ def serve(argv: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    heed_signals()
     try:
         config = load_config(argv)
         logging.getLogger().setLevel(config.log_level.upper())

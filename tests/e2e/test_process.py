@@ -181,14 +181,24 @@ async def test_a_start_says_what_it_does_before_anything_is_loaded(serve, endles
     assert "starts with model" in server.lines[0]
 
 
+@pytest.mark.parametrize("line", ["starts with model", ": loading "])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_a_start_at_once(serve, endless_model, number):
+async def test_a_signal_ends_a_start_at_once(serve, endless_model, number, line):
     async with serve("--model", str(endless_model)) as server:
-        await server.tells("loading")
+        await server.tells(line)
         server.process.send_signal(number)
         code, text = await server.ended()
     assert code == 0
     assert "stopped while loading" in text
+
+
+async def test_the_last_line_of_a_stop_says_so(serve):
+    async with serve() as server:
+        await server.ready()
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert text.splitlines()[-1].endswith("redmux_server.app: stopped")
 
 
 async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve, tmp_path):
