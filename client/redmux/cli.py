@@ -85,8 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RedmuxError, OSError) as error:
-        print(f"redmux: {shell_line(str(error))}", file=sys.stderr)
+        print(f"redmux: {shell_line(_told(error))}", file=sys.stderr)
         return 1
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot open {error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _run_extra(module: str, function: str, extra: str, argv: list[str]) -> int:

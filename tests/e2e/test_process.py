@@ -255,7 +255,7 @@ CASES = {
     "base": (["--adapters", "{tmp}/stranger"], "other-1x1-00"),
     "cut adapter": (["--adapters", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors: the tensors"),
     "folder in use": (["--adapter-dir", "{tmp}/held"], "{tmp}/held belongs to another server"),
-    "port": (["--port", "{port}"], "cannot listen"),
+    "port": (["--port", "{port}"], "cannot listen on 127.0.0.1:{port}; is it taken by another"),
     "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
     "threads": (["--threads", "many"], "--threads is 'many'"),
     "cache": (["--kv-cache-tokens", "32"], "kv_cache_tokens is too small"),
@@ -264,6 +264,9 @@ CASES = {
         "kv_cache_tokens is 99999999999, which takes",
     ),
     "model": (["--model", "{tmp}/no.gguf"], "no.gguf"),
+    "model folder": (["--model", "{tmp}/none"], "'{tmp}/none': there is no such folder"),
+    "model folder beside": (["--model", "./none"], "'./none': there is no such folder"),
+    "model file": (["--model", "{tmp}/cut.safetensors"], "it is a file; give a folder"),
 }
 
 
@@ -284,7 +287,7 @@ def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_pa
         assert serve([*common, *flags]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("redmux serve: ")
-    assert message.format(tmp=tmp_path) in last
+    assert message.format(tmp=tmp_path, port=port) in last
 
 
 async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anything(serve):
