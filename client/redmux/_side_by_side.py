@@ -41,9 +41,12 @@ class SideBySide:
         try:
             for queue, adapter in zip(queues, self.adapters, strict=True):
                 self._print_heading(adapter)
+                num_chunks = 0
                 while isinstance(item := await queue.get(), Chunk):
                     print(item.text, end="", flush=True)
-                print()
+                    num_chunks += 1
+                if num_chunks or item is None:
+                    print()
                 if item is not None:
                     num_failed += self._report(adapter, item)
         finally:

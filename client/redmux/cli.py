@@ -50,6 +50,7 @@ _OFFLINE_VERBS = {
     "fold": "write a base model with an adapter in its weights",
     "show": "tell what an adapter file holds",
     "verify": "check an adapter file",
+    "stamp": "write an older adapter with the fingerprint of its base",
 }
 
 
@@ -84,8 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RedmuxError, OSError) as error:
-        print(f"redmux: {shell_line(str(error))}", file=sys.stderr)
+        print(f"redmux: {shell_line(_told(error))}", file=sys.stderr)
         return 1
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot open {error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _run_extra(module: str, function: str, extra: str, argv: list[str]) -> int:

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import gc
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
-from redmux_server.leaving import EXIT_SOFTWARE, Leaving
+from redmux_server.leaving import EXIT_SOFTWARE, Leaving, stop_loading
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
@@ -222,8 +221,7 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     starting = asyncio.create_task(Server.start(config, doors))
     await _first(asyncio.shield(starting), leave.wait())
     if not starting.done():
-        logger.info("stopped while loading")
-        os._exit(0)  # nobody is served yet, and the thread that loads cannot be interrupted
+        stop_loading()
     server = starting.result()
     # What is there now stays: a search through it for garbage would stop all streams for 0.2 s.
     gc.freeze()
@@ -239,6 +237,7 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     server.engine.cut_draining()
     await stopping
     logger.info("stopped")
+    gc.unfreeze()  # else libraries find their objects left at the end, and say so
     is_well = not server.engine.died.is_set() and not server.engine.is_alive
     leaving.stopped(0 if is_well else EXIT_SOFTWARE)
     return is_well

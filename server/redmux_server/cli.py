@@ -5,7 +5,6 @@ import functools
 import gc
 import importlib
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import redmux
 from redmux.errors import RedmuxError
 from redmux_server.config import ServerConfig, load_config
 from redmux_server.doors import Doors
-from redmux_server.leaving import EXIT_SOFTWARE
+from redmux_server.leaving import EXIT_SOFTWARE, heed_signals
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +23,7 @@ def serve(argv: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    heed_signals()
     try:
         config = load_config(argv)
         logging.getLogger().setLevel(config.log_level.upper())
@@ -37,13 +37,8 @@ def serve(argv: Sequence[str]) -> int:
 async def _serve(config: ServerConfig) -> bool:
     logger.info("redmux %s starts with model %s", redmux.__version__, config.model)
     loop = asyncio.get_running_loop()
-    # In a container, where the process is the first one, these do nothing unless they are handled.
-    # The app will; by then torch has taken its seconds. None is the loop's: closing, it would let
-    # those that still come kill the process.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
     doors = await Doors.open(config)
-    if config.api_keys_file:
+    if config.api_keys_file:  # not by the loop: closing, it would let those that still come kill
         read_keys = functools.partial(loop.call_soon_threadsafe, doors.read_keys_again)
         signal.signal(signal.SIGHUP, lambda *_: read_keys())
     logger.info(
@@ -54,8 +49,3 @@ async def _serve(config: ServerConfig) -> bool:
     app = await asyncio.to_thread(importlib.import_module, "redmux_server.app")
     is_well: bool = await app.run(config, doors)
     return is_well
-
-
-def _leave(*_: object) -> None:
-    logger.info("stopped while loading")
-    os._exit(0)

@@ -19,6 +19,21 @@ _AT_ONCE_S = 3.0
 _EXIT_S = 2.0  # for the interpreter itself, once everything has stopped
 
 
+def stop_loading(*_: object) -> None:
+    """Ends the process at once; for as long as nobody is served yet."""
+    logger.info("stopped while loading")
+    os._exit(0)  # a thread that loads cannot be interrupted
+
+
+def heed_signals() -> None:
+    """Lets SIGTERM and SIGINT end the process at once, until there is a `Leaving`.
+
+    The first process of a container is ended by no signal that it does not handle.
+    """
+    for number in _ENDING:
+        signal.signal(number, stop_loading)
+
+
 class Leaving:
     """Hears of SIGTERM and SIGINT in a thread of its own, which ends the process if need be.
 

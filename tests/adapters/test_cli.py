@@ -2,11 +2,13 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import sys
 
 import pytest
 import torch
 
+from redmux.cli import main as redmux_command
 from redmux_adapters import (
     Adapter,
     AdapterMetadata,
@@ -336,3 +338,16 @@ def test_a_file_that_takes_too_long_is_an_error_with_advice(tmp_path, capsys):
     assert "within 0.001 s; on a busy machine, try again with a larger --timeout" in (
         capsys.readouterr().err
     )
+
+
+def test_the_command_redmux_knows_every_command_for_adapter_files(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    verbs = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert "stamp" in verbs
+    for verb in verbs:
+        assert redmux_command(["adapters", verb, "--help"]) == 0, verb
+    capsys.readouterr()
+    redmux_command(["adapters", "--help"])
+    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert set(verbs) < set(listed)

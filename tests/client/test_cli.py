@@ -156,8 +156,16 @@ def test_one_failing_adapter_does_not_disturb_the_others(run, server, form):
 
 def test_an_error_is_one_line_on_stderr(run, server):
     server.fail = fail_for("acme/none")
-    code, _, err = run("generate", "--adapter", "acme/none", "Hi")
+    code, out, err = run("generate", "--adapter", "acme/none", "Hi")
     assert (code, err) == (1, "redmux: no adapter 'acme/none'; see `redmux adapters list`\n")
+    assert out == ""
+
+
+def test_a_file_that_cannot_be_read_is_named_without_its_error_number(run, tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    code, _, err = run("adapters", "put", "acme/a", str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    assert (code, err) == (1, f"redmux: cannot open {path}: No such file or directory\n")
 
 
 @pytest.mark.parametrize(

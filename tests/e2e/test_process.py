@@ -164,15 +164,25 @@ async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, 
     }  # fmt: skip
 
 
+# Its thread that loads never comes back.
+ENDLESS = """
+import sys, threading
+from redmux_server.registry import given
+
+given.read_given = lambda adapters: threading.Event().wait()
+from redmux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture
-def endless_model(tmp_path):
-    """A model that nobody has finished loading: its configuration is a pipe without a writer."""
-    os.mkfifo(tmp_path / "config.json")
-    return tmp_path
+def serve_endless(serve):
+    """Starts servers that load for ever."""
+    return lambda *flags: serve(*flags, start=("-c", ENDLESS))
 
 
-async def test_a_start_says_what_it_does_before_anything_is_loaded(serve, endless_model):
-    async with serve("--model", str(endless_model)) as server:
+async def test_a_start_says_what_it_does_before_anything_is_loaded(serve_endless):
+    async with serve_endless() as server:
         target = await server.tells(r"listening on [^ ]+:(\d+), .*NOT_SERVING until")
         async with AsyncClient(target) as client:
             assert await client.health() == "not_serving"
@@ -181,10 +191,11 @@ async def test_a_start_says_what_it_does_before_anything_is_loaded(serve, endles
     assert "starts with model" in server.lines[0]
 
 
+@pytest.mark.parametrize("line", ["starts with model", ": loading "])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_a_start_at_once(serve, endless_model, number):
-    async with serve("--model", str(endless_model)) as server:
-        await server.tells("loading")
+async def test_a_signal_ends_a_start_at_once(serve_endless, number, line):
+    async with serve_endless() as server:
+        await server.tells(line)
         server.process.send_signal(number)
         code, text = await server.ended()
     assert code == 0
@@ -229,6 +240,15 @@ async def test_a_signal_that_comes_with_the_end_of_the_start_is_not_lost(tiny_fo
         code, text = await server.ended()
     assert code == 0
     assert "draining" in text
+
+
+async def test_the_last_line_of_a_stop_says_so(serve):
+    async with serve() as server:
+        await server.ready()
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert text.splitlines()[-1].endswith("redmux_server.app: stopped")
 
 
 async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve, tmp_path):
@@ -286,10 +306,10 @@ async def test_signals_that_come_when_all_is_over_do_not_change_how_it_ended(tin
     assert "Exception" not in text
 
 
-async def test_sighup_reads_the_keys_while_the_server_loads(endless_model, serve, tmp_path):
+async def test_sighup_reads_the_keys_while_the_server_loads(serve_endless, tmp_path):
     path = tmp_path / "keys"
     path.write_text("the-first-key\n")
-    async with serve("--model", str(endless_model), "--api-keys-file", str(path)) as server:
+    async with serve_endless("--api-keys-file", str(path)) as server:
         for when in ("listening", "loading"):
             await server.tells(when)
             server.process.send_signal(signal.SIGHUP)
@@ -327,7 +347,7 @@ CASES = {
     "base": (["--adapters", "{tmp}/stranger"], "other-1x1-00"),
     "cut adapter": (["--adapters", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors: the tensors"),
     "folder in use": (["--adapter-dir", "{tmp}/held"], "{tmp}/held belongs to another server"),
-    "port": (["--port", "{port}"], "cannot listen"),
+    "port": (["--port", "{port}"], "cannot listen on 127.0.0.1:{port}; is it taken by another"),
     "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
     "threads": (["--threads", "many"], "--threads is 'many'"),
     "cache": (["--kv-cache-tokens", "32"], "kv_cache_tokens is too small"),
@@ -336,6 +356,9 @@ CASES = {
         "kv_cache_tokens is 99999999999, which takes",
     ),
     "model": (["--model", "{tmp}/no.gguf"], "no.gguf"),
+    "model folder": (["--model", "{tmp}/none"], "'{tmp}/none': there is no such folder"),
+    "model folder beside": (["--model", "./none"], "'./none': there is no such folder"),
+    "model file": (["--model", "{tmp}/cut.safetensors"], "it is a file; give a folder"),
 }
 
 
@@ -356,7 +379,7 @@ def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_pa
         assert serve([*common, *flags]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("redmux serve: ")
-    assert message.format(tmp=tmp_path) in last
+    assert message.format(tmp=tmp_path, port=port) in last
 
 
 async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anything(serve):

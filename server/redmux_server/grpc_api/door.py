@@ -83,8 +83,11 @@ class GrpcDoor:
             if config.socket:
                 address = f"unix:{config.socket}"
                 self._server.add_insecure_port(address)
-        except RuntimeError as err:
-            raise FailedPreconditionError(f"cannot listen on {address}: {err}") from err
+        except RuntimeError as err:  # gRPC's own, which names a variable for the reason
+            raise FailedPreconditionError(
+                f"cannot listen on {address}; is it taken by another server, or not an address of "
+                "this machine? --host, --port and --socket choose others"
+            ) from err
         if not config.is_local and not config.tls_cert:
             logger.warning(
                 "%s is not a loopback address; without tls_cert others can read along", config.host
