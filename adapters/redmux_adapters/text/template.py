@@ -58,7 +58,9 @@ class ChatTemplate:
         named = {text for text in control.others if text in self.source}
         looked_for = {text for text in named if _looks_for(self.source, text)}
         self.control = frozenset(control.special) | (named - looked_for)
-        self._pattern = any_of({*self.control, *_OPENS, *_CLOSES})
+        hidden = any_of({*self.control, _OPEN, _CLOSE}).pattern
+        # Not the backslash, which templates may have to double.
+        self._pattern = re.compile(rf"{hidden}|(?<=\\)ue00[01]")
         self._beginnings = {text[:n] for text in self.control for n in range(1, len(text))}
         self._longest = max(map(len, self._beginnings), default=0)
 
