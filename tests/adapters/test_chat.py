@@ -46,16 +46,17 @@ TALKS = {
     "a result": [USER, CALLED, RESULT],
     "an answer": [USER, CALLED, RESULT, {"role": "assistant", "content": "It is."}, USER],
 }
+WITHOUT_CALLS = ("a question", "a system message")  # one of the templates writes none
 
 
 @pytest.mark.parametrize("is_open", [True, False])
 @pytest.mark.parametrize("tools", [[], TOOLS], ids=["bare", "tools"])
-@pytest.mark.parametrize("talk", TALKS)
-@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize(
+    ("family", "talk"),
+    [(f, t) for f in TEMPLATES for t in TALKS if f != "smollm" or t in WITHOUT_CALLS],
+)
 def test_a_chat_is_what_transformers_makes_of_it(family, talk, tools, is_open):
     messages = TALKS[talk]
-    if family == "smollm" and CALLED["role"] in [m["role"] for m in messages if "tool_calls" in m]:
-        pytest.skip("writes no calls")
     expected = TOKENIZERS[family].apply_chat_template(
         list(map(parsed, messages)), tools=tools or None, add_generation_prompt=is_open,
         tokenize=True, return_dict=False,

@@ -8,12 +8,13 @@ from redmux.errors import InvalidArgumentError
 from redmux_adapters.text.encoder import TextEncoder
 from redmux_adapters.text.tool_format import ToolFormat
 
-TAGGED = ToolFormat("<tool_call>", "<tool_call>\n", "\n</tool_call>")
+TOKENS = frozenset({"<tool_call>", "</tool_call>"})
+TAGGED = ToolFormat("<tool_call>", "<tool_call>\n", "\n</tool_call>", tokens=TOKENS)
 FORMATS = {
     "qwen": TAGGED,
     "hermes": TAGGED,
     "llama": ToolFormat(arguments_key="parameters"),
-    "smollm": ToolFormat("<tool_call>", "<tool_call>[", "]</tool_call>", is_list=True),
+    "smollm": ToolFormat("<tool_call>", "<tool_call>[", "]</tool_call>", True, tokens=TOKENS),
 }
 
 
@@ -39,18 +40,22 @@ def test_a_format_that_the_template_only_describes_is_found():
 def test_a_python_tag_is_a_tag():
     tagged = LLAMA.replace("""assistant\\n\\n{"name": "' +""", """assistant\\n\\n<|python_tag|>{"name": "' +""")
     form = TextEncoder(with_tools(tagged)).tool_format(None)
-    assert form == ToolFormat("<|python_tag|>", "<|python_tag|>", arguments_key="parameters")
+    assert form == ToolFormat(
+        "<|python_tag|>", "<|python_tag|>", arguments_key="parameters",
+        tokens=frozenset({"<|python_tag|>"}),
+    )  # fmt: skip
 
 
 def test_a_list_between_tags_is_found():
     listed = QWEN.replace("""<tool_call>\\n{"name": "' +""", """<tool_call>[{"name": "' +""")
     listed = listed.replace("""'}\\n</tool_call>'""", """'}]\\n</tool_call>'""")
     assert TextEncoder(with_tools(listed)).tool_format(None) == ToolFormat(
-        "<tool_call>", "<tool_call>[", "]\n</tool_call>", is_list=True
+        "<tool_call>", "<tool_call>[", "]\n</tool_call>", is_list=True, tokens=TOKENS
     )
 
 
-def test_a_tag_that_is_a_special_token_is_told():
+def test_whether_tags_are_tokens_is_told():
+    assert TextEncoder(make(template=QWEN)).tool_format(None).tokens == set()
     tokenizer = make(template=QWEN)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
     assert TextEncoder(tokenizer).tool_format(None).is_special

@@ -186,8 +186,14 @@ class TextEncoder:
             options = ChatOptions(parse_special=True, tools=tools, is_open=is_open)
             return "".join(part.text for part in template.render(messages, options))
 
-        found = find_format(render)
-        return found and replace(found, is_special=found.tag in self._control.special)
+        if (found := find_format(render)) is None:
+            return None
+        tokens = self._control.special.keys() | self._control.others.keys()
+        return replace(
+            found,
+            is_special=found.tag in self._control.special,
+            tokens=tokens & {found.tag, found.end_tag},
+        )
 
     def _found_in(self, prompt_format: PromptFormat) -> dict[str, int]:
         found: dict[str, int] = {}

@@ -49,6 +49,7 @@ class ToolFormat:
     is_list: bool = False
     arguments_key: str = "arguments"
     is_special: bool = False  # whether the tag is a special token, which no text has
+    tokens: frozenset[str] = frozenset()  # those of the tags that are tokens of their own
 
     @property
     def end_tag(self) -> str:

@@ -1,7 +1,8 @@
 """Calls of tools as a grammar: what a model may write that has to call one."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from redmux_adapters.text.tool_format import ToolFormat
@@ -33,10 +34,7 @@ def tool_grammar(
     if choice != "required":
         functions = [function for function in functions if function["name"] == choice]
     is_one = choice != "required" or not is_parallel
-    before = json.dumps(form.before)
-    if form.is_special:
-        before = f"{form.tag} {json.dumps(form.before.removeprefix(form.tag))}"
-    after = json.dumps(form.after)
+    before, after = _markup(form.before, form.tokens), _markup(form.after, form.tokens)
     if not form.tag:
         lines = ["start: call"]
     elif form.is_list:
@@ -51,3 +49,9 @@ def tool_grammar(
         lines.append(f'call_{i}: {json.dumps(begin)} arguments_{i} "}}"')
         lines.append(f"arguments_{i}: %json {json.dumps(schema | {'x-guidance': _OPTIONS})}")
     return Grammar(GrammarKind.LARK, "\n".join(lines) + "\n")
+
+
+def _markup(text: str, tokens: Collection[str]) -> str:
+    """Returns a text for Lark, in which the grammar's compiler wants tokens to be named."""
+    apart = re.split(f"({'|'.join(map(re.escape, tokens))})" if tokens else "$^", text)
+    return " ".join(part if part in tokens else json.dumps(part) for part in apart if part)
