@@ -8,7 +8,7 @@ from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_adapters.format.strictjson import shown
 from redmux_adapters.text.request_template import MAX_TEMPLATE_BYTES
 from redmux_adapters.text.template import ChatOptions
-from redmux_server.services.spec import Chat
+from redmux_server.services.spec import Chat, Message
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -36,7 +36,7 @@ def check_chat(chat: Chat, *, allow_template: bool) -> int:
     if len(names) < len(chat.tools):
         raise InvalidArgumentError("two tools have one name; give each its own")
     _check_choice(chat.tool_choice, names)
-    return num_bytes(chat.messages) + num_bytes(chat.tools) + num_bytes(chat.template_args)
+    return said_bytes(chat.messages) + num_bytes(chat.tools) + num_bytes(chat.template_args)
 
 
 def options_of(chat: Chat) -> ChatOptions:
@@ -67,6 +67,14 @@ def check_num_tools(number: int) -> None:
         raise InvalidArgumentError(f"the chat has {number} tools; limit {MAX_TOOLS}")
 
 
+def said_bytes(messages: Sequence[Message]) -> int:
+    """Returns the bytes of all texts in messages, but for what tells their roles; see `num_bytes`."""
+    return sum(
+        num_bytes(value, 1) for message in messages for key, value in message.items()
+        if key != "role"
+    )  # fmt: skip
+
+
 def num_bytes(value: Any, depth: int = 0) -> int:
     """Returns the bytes of all texts in a value of JSON, keys of objects included.
 
@@ -80,7 +88,9 @@ def num_bytes(value: Any, depth: int = 0) -> int:
         return num_bytes(list(value), depth) + num_bytes(list(value.values()), depth)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return sum(num_bytes(item, depth + 1) for item in value)
-    if value is None or isinstance(value, bool | int | float):
+    if value is None:
+        return 0
+    if isinstance(value, bool | int | float):
         return _NUMBER_BYTES
     raise InvalidArgumentError(f"the chat holds {shown(value)}, which is no JSON")
 

@@ -17,7 +17,7 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.chat import num_bytes, options_of
+from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
 from redmux_server.services.tool_grammar import tool_grammar
 from redmux_server.services.tools import ToolCallParser
@@ -270,7 +270,7 @@ class GenerationService:
         if not isinstance(prompt, Chat):
             return Encoded(list(prompt)), None
         chat = functools.partial(self._encode_chat, prompt, prompt_format)
-        return await self._tokenizing.run(tenant, num_bytes(prompt.messages), chat)
+        return await self._tokenizing.run(tenant, said_bytes(prompt.messages), chat)
 
     def _encode_chat(
         self, chat: Chat, prompt_format: PromptFormat | None
