@@ -69,10 +69,12 @@ def check_num_tools(number: int) -> None:
 
 def said_bytes(messages: Sequence[Message]) -> int:
     """Returns the bytes of all texts in messages, but for what tells their roles; see `num_bytes`."""
-    return sum(
-        num_bytes(value, 1) for message in messages for key, value in message.items()
-        if key != "role"
-    )  # fmt: skip
+    total = 0
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InvalidArgumentError(f"message {i} is {shown(message)}; it has to be an object")
+        total += sum(num_bytes(value, 1) for key, value in message.items() if key != "role")
+    return total
 
 
 def num_bytes(value: Any, depth: int = 0) -> int:
