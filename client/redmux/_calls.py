@@ -143,7 +143,9 @@ def _set_prompt(
             f"not {type(prompt).__name__}"
         )
     if prompt and all(isinstance(item, Mapping) for item in prompt):
-        message.chat.CopyFrom(_chats.chat(cast(Sequence[Mapping[str, object]], prompt), of_chat or {}))
+        message.chat.CopyFrom(
+            _chats.chat(cast(Sequence[Mapping[str, object]], prompt), of_chat or {})
+        )
         put(message.chat, "parse_special_tokens", parse_special_tokens, "parse_special_tokens")
         return
     if prompt and all(isinstance(item, str) for item in prompt):

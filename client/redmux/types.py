@@ -52,7 +52,7 @@ class GenerationOptions(TypedDict, total=False):
     parse_special_tokens: bool
     """Takes what is written like a special token in a chat message for that token."""
     template: str | None
-    """Jinja template of the chat instead of the adapter's or the model's, if the server takes any."""
+    """Jinja template instead of the adapter's or the model's, where the server takes any."""
     template_args: Mapping[str, Any] | None
     """Further variables of the template, such as {"enable_thinking": False}."""
     add_generation_prompt: bool | None

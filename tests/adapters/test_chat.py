@@ -73,7 +73,9 @@ def test_a_chat_is_what_transformers_makes_of_it(family, talk, tools, is_open):
 
 def test_text_parts_are_joined_by_line_breaks_and_a_developer_is_the_system():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    got = text_of(ENCODERS["qwen"], [{"role": "developer", "content": "S"}, {**USER, "content": parts}])
+    got = text_of(
+        ENCODERS["qwen"], [{"role": "developer", "content": "S"}, {**USER, "content": parts}]
+    )
     assert got == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -102,7 +104,7 @@ WRONG = {
         "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}],
     },
     "message 1 has a content part 0 of type None": {"role": "user", "content": ["a"]},
-    "message 1 has a content part 0 with text None": {"role": "user", "content": [{"type": "text"}]},
+    "message 1 has a content part 0 with text None": {**USER, "content": [{"type": "text"}]},
     "message 1 has name 3": {**USER, "name": 3},
     "message 1 has tool_calls; only an assistant's may": {**CALLED, "role": "user", "content": ""},
     "message 1 has tool_calls 'x'": {"role": "assistant", "tool_calls": "x"},

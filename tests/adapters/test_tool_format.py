@@ -38,7 +38,9 @@ def test_a_format_that_the_template_only_describes_is_found():
 
 
 def test_a_python_tag_is_a_tag():
-    tagged = LLAMA.replace("""assistant\\n\\n{"name": "' +""", """assistant\\n\\n<|python_tag|>{"name": "' +""")
+    tagged = LLAMA.replace(
+        """assistant\\n\\n{"name": "' +""", """assistant\\n\\n<|python_tag|>{"name": "' +"""
+    )
     form = TextEncoder(with_tools(tagged)).tool_format(None)
     assert form == ToolFormat(
         "<|python_tag|>", "<|python_tag|>", arguments_key="parameters",

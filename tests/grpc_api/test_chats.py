@@ -21,7 +21,10 @@ from redmux_server.services.spec import Chat
 from redmux_server.services.tools import ToolCallParser
 
 USER = {"role": "user", "content": "x"}
-PARTS = {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+PARTS = {
+    "role": "developer",
+    "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+}
 TALK = [PARTS, USER, {**CALLED, "content": None}, RESULT]
 FORM = ToolFormat("<tool_call>", "<tool_call>\n", "\n</tool_call>")
 PIECES = ["Let me see. <tool", '_call>{"name": "clock", "argu', 'ments": {"a"', ": 1}}</tool_call>",
@@ -91,7 +94,7 @@ WRONG = {
     ),
     "template_args is 3, must be a mapping": ([USER], {"template_args": 3}),
     "template_args cannot be written as JSON": ([USER], {"template_args": {"a": b"x"}}),
-    "tool_choice is {}; give none, auto": ([USER], {"tool_choice": {}}),
+    "tool_choice is {}; give auto, none": ([USER], {"tool_choice": {}}),
     "tool_choice is 3, must be a text": ([USER], {"tool_choice": 3}),
     "tools is for chats": ("Hi", {"tools": TOOLS}),
     "continue_final_message is for chats": ([1, 2], {"continue_final_message": True}),

@@ -147,7 +147,7 @@ chats = st.builds(
             )
         ]
         * n,
-        tools=[pb.Tool(name=f"f{i}", parameters_json='{"a":{"b":[1]}}' * bool(text)) for i in range(m)],
+        tools=[pb.Tool(name=f"f{i}", parameters_json='{"a":{"b":[1]}}') for i in range(m)],
         tool_choice="none",
     ),
     counts, counts, texts,
@@ -216,7 +216,8 @@ MANY = 5000
 TOO_MANY = {
     "messages": ("Complete", {"chat": pb.Chat(messages=[pb.ChatMessage()] * MANY)}),
     "tools": (
-        "Complete", {"chat": pb.Chat(messages=[pb.ChatMessage()], tools=[pb.Tool()] * MANY)},
+        "Complete",
+        {"chat": pb.Chat(messages=[pb.ChatMessage()], tools=[pb.Tool()] * MANY)},
     ),
     "token ids": ("Complete", {"token_ids": pb.TokenIds(ids=[7] * MANY)}),
     "stop texts": ("Complete", {"text": "x", "stopping": pb.Stopping(stop=[""] * MANY)}),

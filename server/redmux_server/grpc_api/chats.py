@@ -53,9 +53,7 @@ _PLAIN = {"role", "content"}
 
 def tool_calls_of(deltas: Iterable[ToolCallDelta]) -> list[pb.ToolCall]:
     """Returns the messages of parts of calls."""
-    return [
-        pb.ToolCall(index=d.index, id=d.id, name=d.name, arguments=d.arguments) for d in deltas
-    ]
+    return [pb.ToolCall(index=d.index, id=d.id, name=d.name, arguments=d.arguments) for d in deltas]
 
 
 def _turn(message: pb.ChatMessage) -> Message:
