@@ -177,6 +177,12 @@ def test_arguments_are_streamed_as_they_come():
     assert parser.num_calls == 1
 
 
+def test_an_answer_in_json_is_streamed_as_soon_as_it_is_none():
+    parser = ToolCallParser(BARE, NAMES)
+    assert parser.push('{"city"') == ('{"city"', [])
+    assert parser.push(': {"a": 1') == (': {"a": 1', [])
+
+
 def test_calls_after_the_first_are_left_out_where_there_may_be_one():
     text = f'<tool_call>{CALL}</tool_call><tool_call>{{"name": "f"}}</tool_call>'
     assert parsed(TAGGED, list(text), is_parallel=False) == ("", [WEATHER])
