@@ -121,7 +121,7 @@ TEMPLATES = {"qwen": QWEN, "llama": LLAMA, "hermes": HERMES, "smollm": SMOLLM}
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|python_tag|>")
 
 
-def with_tools(template, **options):
+def tokenizer_of(template, **options):
     """A tokenizer with this template, whose tags of tools are tokens that are not special."""
     tokenizer = make(template=template, **options)
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])

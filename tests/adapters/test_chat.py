@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from chat_templates import CALLED, RESULT, TEMPLATES, TOOLS, with_tools
+from chat_templates import CALLED, RESULT, TEMPLATES, TOOLS, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_at_hand import CHATML, END, SPECIAL, START, make
@@ -14,7 +14,7 @@ from redmux_adapters.text.encoder import TextEncoder
 from redmux_adapters.text.template import ChatOptions
 
 quick = settings(deadline=None, database=None, max_examples=25)
-TOKENIZERS = {family: with_tools(template) for family, template in TEMPLATES.items()}
+TOKENIZERS = {family: tokenizer_of(template) for family, template in TEMPLATES.items()}
 ENCODERS = {family: TextEncoder(tokenizer) for family, tokenizer in TOKENIZERS.items()}
 USER = {"role": "user", "content": "Weather?"}
 TURNS = PromptFormat(user=Turn("Q: ", "\n"), assistant=Turn("A: ", "\n"), system=Turn("", "\n"))

@@ -1,7 +1,7 @@
 """Chats with tools, templates and continued messages on a running server."""
 
 import pytest
-from chat_templates import CALLED, CLOCK, LLAMA, QWEN, RESULT, TOOLS, with_tools
+from chat_templates import CALLED, CLOCK, LLAMA, QWEN, RESULT, TOOLS, tokenizer_of
 from conftest import load_reference, save_tiny_model
 from tokenizers_at_hand import BOS, CHATML, EOS
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
         eos_token_id=EOS, bos_token_id=BOS, pad_token_id=EOS,
     )  # fmt: skip
     folder = save_tiny_model(tmp_path_factory.mktemp("chats"), config)
-    with_tools(QWEN).save_pretrained(folder)
+    tokenizer_of(QWEN).save_pretrained(folder)
     return folder
 
 

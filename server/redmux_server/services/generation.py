@@ -3,9 +3,9 @@
 import asyncio
 import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from redmux.errors import InvalidArgumentError, RedmuxError, RequestCancelledError
+from redmux.errors import RedmuxError, RequestCancelledError
 from redmux_adapters import Adapter, PromptFormat
 from redmux_adapters.text.encoder import Encoded
 from redmux_adapters.text.tool_format import ToolFormat
@@ -19,7 +19,7 @@ from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
-from redmux_server.services.tool_grammar import tool_grammar
+from redmux_server.services.tool_grammar import with_tools
 from redmux_server.services.tools import ToolCallParser
 from redmux_server.services.validation import Validator
 
@@ -205,7 +205,7 @@ class GenerationService:
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
-        spec, make_parser = _with_tools(spec, prepared.tool_format)
+        spec, make_parser = with_tools(spec, prepared.tool_format)
         published = prepared.published
         events = EventInbox()
         request = Request(
@@ -279,22 +279,3 @@ class GenerationService:
         options, most = options_of(chat), self._validator.max_context
         encoded = self._codec.encode_chat(chat.messages, prompt_format, options, most=most)
         return encoded, self._codec.tool_format(chat.template) if options.tools else None
-
-
-def _with_tools(
-    spec: GenerationSpec, form: ToolFormat | None
-) -> tuple[GenerationSpec, Callable[[], ToolCallParser] | None]:
-    """Returns what is asked for with the grammar of the tools, and what makes their parser."""
-    chat = spec.prompt
-    if form is None or not isinstance(chat, Chat):
-        return spec, None
-    is_parallel = chat.parallel_tool_calls
-    grammar = tool_grammar(form, chat.tools, chat.tool_choice, is_parallel=is_parallel)
-    if grammar is not None:
-        if spec.grammar is not None:
-            raise InvalidArgumentError(
-                f"tool_choice {chat.tool_choice!r} and a grammar exclude each other; leave one out"
-            )
-        spec = replace(spec, grammar=grammar)
-    names = [tool["function"]["name"] for tool in chat.tools]
-    return spec, functools.partial(ToolCallParser, form, names, is_parallel=is_parallel)
