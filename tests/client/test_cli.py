@@ -110,6 +110,7 @@ def test_generate_json_is_the_whole_completion(run):
         "logprobs": [-0.5, -0.25, -2.0],
         "finish_reason": "stop",
         "stop": "\n",
+        "tool_calls": [],
         "usage": {
             "prompt_tokens": 4,
             "completion_tokens": 3,

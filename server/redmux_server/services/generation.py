@@ -2,12 +2,13 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from redmux.errors import RedmuxError, RequestCancelledError
 from redmux_adapters import Adapter, PromptFormat
 from redmux_adapters.text.encoder import Encoded
+from redmux_adapters.text.tool_format import ToolFormat
 from redmux_server.engine.detokenize import Detokenizer, StopMatcher
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Event, Failed, Finished, FinishReason, Request, Token
@@ -16,7 +17,10 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
+from redmux_server.services.tool_grammar import with_tools
+from redmux_server.services.tools import ToolCallParser
 from redmux_server.services.validation import Validator
 
 
@@ -78,8 +82,10 @@ class Generation:
         codec: TextCodec,
         stops: Sequence[str],
         num_added: int = 0,
+        make_parser: Callable[[], ToolCallParser] | None = None,
     ) -> None:
         """`events` is where the request's sink puts them; `num_added` is told at the end."""
+        self._make_parser = make_parser
         self._request = request
         self._events = events
         self._engine = engine
@@ -87,6 +93,10 @@ class Generation:
         self._matcher = StopMatcher(stops)
         self._num_added = num_added
         self._num_tokens = 0
+
+    def tool_parser(self) -> ToolCallParser | None:
+        """Returns what finds calls of tools in the text of a choice; None where there are none."""
+        return None if self._make_parser is None else self._make_parser()
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """Yields everything that is ready at a time, until the completion ends.
@@ -147,6 +157,7 @@ class Prepared:
     num_added: int  # of them, special tokens that no text asked for
     published: Published | None
     adapter: Adapter | None
+    tool_format: ToolFormat | None = None  # of the calls that the completion may have
 
 
 class GenerationService:
@@ -194,6 +205,7 @@ class GenerationService:
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
+        spec, make_parser = with_tools(spec, prepared.tool_format)
         published = prepared.published
         events = EventInbox()
         request = Request(
@@ -210,8 +222,9 @@ class GenerationService:
         )
         self._engine.submit(request)
         generation = Generation(
-            request, events, self._engine, self._codec, list(spec.stop), prepared.num_added
-        )
+            request, events, self._engine, self._codec, list(spec.stop), prepared.num_added,
+            make_parser,
+        )  # fmt: skip
         return generation, published
 
     async def prepare(self, adapter: str, prompt: Prompt, tenant: str) -> Prepared:
@@ -223,9 +236,9 @@ class GenerationService:
         prompt_format = published.summary.config.prompt_format if published else None
         self._validator.prompt(prompt, prompt_format)
         tenant = tenant or (published.name if published else "")
-        encoded = await self._encode(prompt, prompt_format, tenant)
+        encoded, tool_format = await self._encode(prompt, prompt_format, tenant)
         vectors = await self._registry.fetch(published) if published else None
-        return Prepared(encoded.ids, encoded.num_added, published, vectors)
+        return Prepared(encoded.ids, encoded.num_added, published, vectors, tool_format)
 
     async def encode_continuations(
         self, prompt: Prompt, prompt_ids: list[int], texts: Sequence[str], tenant: str
@@ -250,17 +263,19 @@ class GenerationService:
 
     async def _encode(
         self, prompt: Prompt, prompt_format: PromptFormat | None, tenant: str
-    ) -> Encoded:
-        codec, most = self._codec, self._validator.max_context
+    ) -> tuple[Encoded, ToolFormat | None]:
         if isinstance(prompt, str):
-            cost, work = len(prompt), functools.partial(codec.encode, prompt, most)
-        elif isinstance(prompt, Chat):
-            messages = list(prompt.messages)
-            cost = sum(len(message["content"]) for message in messages)
-            work = functools.partial(
-                codec.encode_chat, messages, prompt_format,
-                parse_special=prompt.parse_special, most=most,
-            )  # fmt: skip
-        else:
-            return Encoded(list(prompt))
-        return await self._tokenizing.run(tenant, cost, work)
+            text = functools.partial(self._codec.encode, prompt, self._validator.max_context)
+            return await self._tokenizing.run(tenant, len(prompt), text), None
+        if not isinstance(prompt, Chat):
+            return Encoded(list(prompt)), None
+        chat = functools.partial(self._encode_chat, prompt, prompt_format)
+        return await self._tokenizing.run(tenant, said_bytes(prompt.messages), chat)
+
+    def _encode_chat(
+        self, chat: Chat, prompt_format: PromptFormat | None
+    ) -> tuple[Encoded, ToolFormat | None]:
+        """Returns a chat's ids, and how its tools are called if it has any."""
+        options, most = options_of(chat), self._validator.max_context
+        encoded = self._codec.encode_chat(chat.messages, prompt_format, options, most=most)
+        return encoded, self._codec.tool_format(chat.template) if options.tools else None
