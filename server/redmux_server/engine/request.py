@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # they would bring torch into the scheduler
     from torch import Tensor
 
     from redmux_adapters import Adapter
+    from redmux_server.engine.logit_edits import EditState
 
 
 class FinishReason(enum.Enum):
@@ -43,6 +44,20 @@ class SamplingParams:
     bad_token_ids: Sequence[int] = ()
     bad_sequences: Sequence[Sequence[int]] = ()  # of two tokens and more
     min_tokens: int = 0
+    penalises: bool = field(init=False)  # tokens that were there
+    edits_logits: bool = field(init=False)
+    restricts: bool = field(init=False)  # which tokens may be drawn
+
+    def __post_init__(self) -> None:
+        penalises = self.repetition_penalty != 1 or bool(
+            self.presence_penalty or self.frequency_penalty
+        )
+        object.__setattr__(self, "penalises", penalises)
+        bans = (self.no_repeat_ngram, self.bad_token_ids, self.bad_sequences, self.min_tokens)
+        edits = (penalises, self.logit_bias, self.allowed_token_ids, *bans)
+        object.__setattr__(self, "edits_logits", any(map(bool, edits)))
+        restricts = self.top_k or self.top_p < 1 or self.min_p or self.typical_p < 1
+        object.__setattr__(self, "restricts", bool(restricts))
 
 
 class Pooling(enum.Enum):
@@ -153,6 +168,7 @@ class Request:
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
     slot: int | None = None  # row of the adapter bank while running
     states: list["Tensor"] = field(default_factory=list)  # of a reading, [tokens, hidden] a step
+    edit_state: "EditState | None" = None  # of the options that change its logits
     kept: object = None  # what the runner keeps of it beside the cache, while it runs
 
     def __post_init__(self) -> None:

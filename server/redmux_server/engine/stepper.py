@@ -25,14 +25,14 @@ from redmux_server.engine.request import (
     Token,
     Work,
 )
-from redmux_server.engine.sampling import NonFinite, sample
+from redmux_server.engine.sampling import Exhausted, NonFinite, sample
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.engine.scoring import score
 from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Result = Token | Scored | Read | NonFinite  # what a step comes to for a request
+Result = Token | Scored | Read | NonFinite | Exhausted  # what a step comes to for a request
 
 _MAX_FAILURES = 3  # in a row, before the base model is asked whether it works at all
 
@@ -139,6 +139,9 @@ class Stepper:
                 name = "the base model" if request.adapter is None else request.adapter.digest
                 message = f"{name} produced a value that is not finite for this prompt"
                 self._fail(request, FailedPreconditionError(message))
+            case Exhausted():
+                message = "the options leave no token that may come next"
+                self._end(request, Failed(FailedPreconditionError(message)))
             case Scored():
                 self._events.append((request, result))
                 if not request.draws and request.num_computed == len(request.prompt_ids):
