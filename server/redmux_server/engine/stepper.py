@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from redmux.errors import FailedPreconditionError, RedmuxError
+from redmux.errors import DeadlineExceededError, FailedPreconditionError, RedmuxError
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import (
@@ -75,6 +75,8 @@ class Stepper:
         for request in self._scheduler.ended_early():
             assert request.early_end is not None
             self._end(request, request.early_end)
+        for request in self._scheduler.overdue(time.monotonic()):
+            self._end(request, Failed(_late(request)))
         num_cached = self._scheduler.num_cached_tokens
         work = self._scheduler.plan()
         for request in self._scheduler.sent_back:
@@ -210,6 +212,11 @@ class Stepper:
         logger.error("a step of %d requests failed, running them one by one", len(work))
         for item in work:
             self._compute([item])
+
+
+def _late(request: Request) -> DeadlineExceededError:
+    done = f"after {request.num_output} tokens" if request.blocks else "before it was its turn"
+    return DeadlineExceededError(f"the request's time was up {done}; give it more, or try later")
 
 
 def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:

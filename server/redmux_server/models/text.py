@@ -76,6 +76,10 @@ class TextCodec:
         self._check_length("prompt", chat.text, most)
         return self._encoder.encode(chat)
 
+    def encode_bare(self, text: str) -> list[int]:
+        """Returns the ids of a text alone, without any special token."""
+        return self._encoder.bare(text)
+
     def encode_continuation(
         self, prompt: str | None, prompt_ids: Sequence[int], text: str, most: int | None = None
     ) -> list[int]:

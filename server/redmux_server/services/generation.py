@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 
-from redmux.errors import RedmuxError, RequestCancelledError
+from redmux.errors import InvalidArgumentError, RedmuxError, RequestCancelledError
 from redmux_adapters import Adapter, PromptFormat
 from redmux_adapters.text.encoder import Encoded
 from redmux_server.engine.detokenize import StopMatcher
@@ -20,6 +20,7 @@ from redmux_server.engine.request import (
     Scored,
     Token,
 )
+from redmux_server.engine.stop_pattern import StopPattern
 from redmux_server.fair_thread import FairThread, portions
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
@@ -115,6 +116,19 @@ class Prepared:
     adapter: Adapter | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """What a caller asked for, checked, and what all its choices have in common."""
+
+    spec: GenerationSpec
+    sampling: SamplingParams
+    pattern: StopPattern | None
+    prepared: Prepared
+    max_tokens: int
+    tenant: str
+    started_s: float
+
+
 class GenerationService:
     """Resolves, validates, tokenizes and submits; everything that is refused is refused here."""
 
@@ -159,62 +173,59 @@ class GenerationService:
     ) -> tuple[Generation, Published | None]:
         started_s = time.monotonic()
         sampling = self._validator.sampling(spec)
-        self._validator.stops(spec)
-        num_choices = self._validator.choices(spec)
+        pattern = self._validator.stops(spec)
+        self._validator.rest(spec)
+        if self.decoder_start is not None and spec.prompt_logprobs is not None:
+            raise InvalidArgumentError(
+                "the encoder of the model reads the prompt, so it has no log-probabilities"
+            )
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
         max_tokens = self._validator.max_tokens(spec, len(prepared.ids))
+        tenant = tenant or (prepared.published.name if prepared.published else "")
+        sampling = await self._without_bad_words(sampling, spec.bad_words, tenant)
+        accepted = _Accepted(spec, sampling, pattern, prepared, max_tokens, tenant, started_s)
         events: Inbox[tuple[Choice, Event]] = Inbox()
-        choices = [
-            self._choice(spec, index, sampling, prepared, max_tokens, tenant, events, started_s)
-            for index in range(num_choices)
-        ]
+        choices = [self._choice(index, accepted, events) for index in range(spec.n or 1)]
         leader, *followers = [choice.request for choice in choices]
+        leader.followers = followers
+        scores = None
         if spec.prompt_logprobs is not None:
             leader.targets, leader.num_target_top = prepared.ids[1:], spec.prompt_logprobs
-        leader.followers = followers
+            scores = PromptScores()
         self._engine.submit(leader)
-        scores = None if spec.prompt_logprobs is None else PromptScores()
         return Generation(prepared.ids, choices, events, self._engine, scores), prepared.published
 
     def _choice(
-        self,
-        spec: GenerationSpec,
-        index: int,
-        sampling: SamplingParams,
-        prepared: Prepared,
-        max_tokens: int,
-        tenant: str,
-        events: Inbox[tuple[Choice, Event]],
-        started_s: float,
+        self, index: int, accepted: _Accepted, events: Inbox[tuple[Choice, Event]]
     ) -> Choice:
         """Returns a choice whose request puts its events, beside the choice, into `events`."""
-        published = prepared.published
+        spec, prepared = accepted.spec, accepted.prepared
         # Without an answer the last token is only scored, not computed: nothing follows it.
-        prompt_ids = prepared.ids if max_tokens else prepared.ids[:-1]
+        prompt_ids = prepared.ids if accepted.max_tokens else prepared.ids[:-1]
         request = Request(
             prompt_ids=prompt_ids if self.decoder_start is None else [self.decoder_start],
             source_ids=() if self.decoder_start is None else prepared.ids,
-            max_tokens=max_tokens,
-            sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
+            max_tokens=accepted.max_tokens,
+            sampling=replace(accepted.sampling, seed=choice_seed(accepted.sampling.seed, index)),
             stop_token_ids=frozenset(spec.stop_token_ids)
             | (frozenset() if spec.ignore_eos else self._codec.eos_token_ids),
-            tenant=tenant or (published.name if published else ""),
+            tenant=accepted.tenant,
             adapter=prepared.adapter,
             logprobs=spec.logprobs,
             sink=lambda event: events.put((choice, event)),
             num_top=spec.top_logprobs or 0,
             priority=spec.priority or 0,
-            deadline_s=None if spec.timeout_s is None else started_s + spec.timeout_s,
+            deadline_s=None if spec.timeout_s is None else accepted.started_s + spec.timeout_s,
         )
         choice = Choice(
             index,
             request,
             self._codec.decoder(skip_special_tokens=spec.skip_special_tokens),
-            StopMatcher(spec.stop, included=spec.include_stop_str),
+            StopMatcher(spec.stop, accepted.pattern, included=spec.include_stop_str),
             includes_stop=spec.include_stop_str,
             num_prompt=len(prepared.ids),
             num_added=prepared.num_added,
-            started_s=started_s,
+            started_s=accepted.started_s,
         )
         return choice
 
@@ -230,6 +241,26 @@ class GenerationService:
         encoded = await self._encode(prompt, prompt_format, tenant)
         vectors = await self._registry.fetch(published) if published else None
         return Prepared(encoded.ids, encoded.num_added, published, vectors)
+
+    async def _without_bad_words(
+        self, sampling: SamplingParams, words: Sequence[str], tenant: str
+    ) -> SamplingParams:
+        """Returns the parameters with the tokens of these words, each behind a space or not."""
+        if not words:
+            return sampling
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
+
+        def encode() -> list[tuple[int, ...]]:
+            return [tuple(self._codec.encode_bare(text)) for text in texts]
+
+        cost = sum(map(len, texts))
+        sequences = sorted(set(await self._tokenizing.run(tenant, cost, encode)))
+        single = [sequence[0] for sequence in sequences if len(sequence) == 1]
+        return replace(
+            sampling,
+            bad_token_ids=(*sampling.bad_token_ids, *single),
+            bad_sequences=[sequence for sequence in sequences if len(sequence) > 1],
+        )
 
     async def encode_continuations(
         self, prompt: Prompt, prompt_ids: list[int], texts: Sequence[str], tenant: str
