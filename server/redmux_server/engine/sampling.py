@@ -46,8 +46,8 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
         for i, token_id in zip(as_they_are, chosen, strict=True):
             tokens[i] = Token(token_id, None)
     if with_edits:
-        chosen = _choose_edited(logits[with_edits], [requests[i] for i in with_edits])
-        for i, token in zip(with_edits, chosen, strict=True):
+        told = _choose_edited(logits[with_edits], [requests[i] for i in with_edits])
+        for i, token in zip(with_edits, told, strict=True):
             tokens[i] = token
     _tell_logprobs(logits, requests, tokens)
     return tokens

@@ -81,7 +81,11 @@ def _turn(_: int, message: inference_pb.ChatMessage) -> Message:
     return {"role": message.role, "content": message.content}
 
 
-def fill_chunk(message: inference_pb.GenerateResponse, delta: Delta) -> None:
+def fill_chunk(
+    message: inference_pb.GenerateResponse,
+    delta: Delta,
+    prompt: inference_pb.PromptScores | None,
+) -> None:
     """Makes a message that of a delta, whatever it held but the adapter."""
     message.text = delta.text
     message.token_ids[:] = delta.token_ids
@@ -90,6 +94,8 @@ def fill_chunk(message: inference_pb.GenerateResponse, delta: Delta) -> None:
     del message.top_logprobs[:]
     message.top_logprobs.extend(_top(delta.top_logprobs))
     message.ClearField("prompt")
+    if prompt is not None:
+        message.prompt.CopyFrom(prompt)
     message.ClearField("finish")
     if delta.finish is not None:
         message.finish.CopyFrom(_finish(delta.finish))
@@ -134,7 +140,7 @@ def prompt_scores(generation: Generation) -> inference_pb.PromptScores | None:
         return None
     return inference_pb.PromptScores(
         token_ids=generation.prompt_ids[1:],
-        logprobs=scores.logprobs[1:],
+        logprobs=scores.known,
         top_logprobs=_top(scores.top[1:]),
     )
 

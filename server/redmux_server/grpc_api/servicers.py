@@ -73,9 +73,7 @@ class InferenceServicer(InferenceServiceServicer):
         is_first = True
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
-                fill_chunk(message, delta)
-                if is_first and generation.prompt_scores is not None:
-                    message.prompt.CopyFrom(prompt_scores(generation))
+                fill_chunk(message, delta, prompt_scores(generation) if is_first else None)
                 is_first = False
                 yield message
 

@@ -42,6 +42,11 @@ class PromptScores:
     logprobs: list[float | None] = field(default_factory=lambda: [None])
     top: list[list[tuple[int, float]]] = field(default_factory=lambda: [[]])
 
+    @property
+    def known(self) -> list[float]:
+        """The log-probabilities of all tokens but the first."""
+        return [logprob for logprob in self.logprobs if logprob is not None]
+
 
 class Generation:
     """The accepted choices of one prompt, read by one consumer through `deltas`.
