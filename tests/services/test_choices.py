@@ -130,13 +130,18 @@ async def test_choices_of_one_token_compute_the_prompt_once(parts, service):
 
 
 async def test_choices_take_a_place_each_all_or_none(parts, service):
+    generation, _ = await service.submit(spec(n=12), "")
+    assert parts.engine.num_open == 12
     with pytest.raises(ResourceExhaustedError):
-        await service.submit(spec(n=19), "")
-    assert parts.engine.num_open == 0
-    generation, _ = await service.submit(spec(n=17), "")
-    assert parts.engine.num_open == 17
+        await service.submit(spec(n=6), "")
+    assert parts.engine.num_open == 12
     await run(parts, generation)
     assert parts.engine.num_open == 0
+
+
+async def test_more_choices_than_there_can_be_places_for_are_refused_for_good(service):
+    with pytest.raises(InvalidArgumentError, match="n is 18; this server has places for 17"):
+        await service.submit(spec(n=18), "")
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3])

@@ -180,6 +180,11 @@ class GenerationService:
         sampling = self._validator.sampling(spec)
         pattern = self._validator.stops(spec)
         self._validator.rest(spec)
+        if (spec.n or 1) > self._engine.most_for_one:
+            raise InvalidArgumentError(
+                f"n is {spec.n}; this server has places for {self._engine.most_for_one} open "
+                "requests of one caller"
+            )
         if self.decoder_start is not None and spec.prompt_logprobs is not None:
             raise InvalidArgumentError(
                 "the encoder of the model reads the prompt, so it has no log-probabilities"
