@@ -296,3 +296,19 @@ def test_what_is_overdue_is_told_whether_it_waits_or_runs():
     assert scheduler.overdue(4.9) == []
     assert scheduler.overdue(5.0) == [runs]
     assert scheduler.overdue(7.0) == [runs, waits]
+
+
+def test_followers_go_on_before_what_came_after_them_in_their_order():
+    scheduler = Scheduler(BlockPool(64, BLOCK), max_running=1, max_batch_tokens=8)
+    leader, other, *followers = (request(2, 1) for _ in range(4))
+    leader.followers = followers
+    scheduler.submit(leader)
+    scheduler.submit(other)
+    scheduler.plan()
+    scheduler.fork(leader)
+    assert leader.followers == []
+    scheduler.remove(leader)
+    order = []
+    while scheduler.num_waiting or scheduler.running:
+        order += commit(scheduler, scheduler.plan())
+    assert order == [*followers, other]
