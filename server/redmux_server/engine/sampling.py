@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redmux_server.engine.grammar import apply_masks
 from redmux_server.engine.request import Request, Token
 
 # Rows are cut by top-p among this many candidates first; a flatter row sorts its whole vocabulary.
@@ -18,12 +19,26 @@ class NonFinite:
     """The row holds NaN or infinity: no token can be drawn from it."""
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinite]:
-    """Draws one token per row of `logits` [requests, vocab].
+@dataclass(frozen=True, slots=True)
+class NothingAllowed:
+    """No token may be drawn from the row, and why."""
+
+    why: str
+
+
+Drawn = Token | NonFinite | NothingAllowed
+
+
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Drawn]:
+    """Draws one token per row of `logits` [requests, vocab], which it may write to.
 
     Row i depends on row i and request i alone: the random number is a hash of the request's seed
-    and the index of the token, so neither neighbours nor scheduling move it.
+    and the index of the token, so neither neighbours nor scheduling move it. A matcher bars tokens
+    before anything else; log-probabilities are those of the model, without it.
     """
+    asked = [i for i, r in enumerate(requests) if r.logprobs]
+    told = logits[asked] if asked else logits[:0]  # a copy
+    apply_masks(logits, [None if r.matcher is None else r.matcher.mask for r in requests])
     ids, is_finite = likeliest(logits)
     drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0 and is_finite[i]]
     if drawn:
@@ -31,17 +46,27 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
                                strict=True):  # fmt: skip
             ids[i] = token_id
     logprobs: list[float | None] = [None] * len(ids)
-    asked = [i for i, r in enumerate(requests) if r.logprobs and is_finite[i]]
     if asked:
         # log_softmax works row by row, unlike logsumexp, which may split one long row over threads.
-        rows = torch.log_softmax(logits[asked].float(), -1)
+        rows = torch.log_softmax(told.float(), -1)
         chosen = torch.tensor([[ids[i]] for i in asked], device=rows.device)
         for i, value in zip(asked, rows.gather(1, chosen)[:, 0].tolist(), strict=True):
             logprobs[i] = value
     return [
-        Token(token_id, logprob) if ok else NonFinite()
-        for token_id, logprob, ok in zip(ids, logprobs, is_finite, strict=True)
+        Token(ids[i], logprobs[i]) if is_finite[i] else _none(logits[i], request)
+        for i, request in enumerate(requests)
     ]
+
+
+def _none(row: Tensor, request: Request) -> NonFinite | NothingAllowed:
+    """Returns why no token can be drawn from this row."""
+    if request.matcher is None or not bool(torch.isneginf(row).all()):
+        return NonFinite()
+    return NothingAllowed(
+        request.matcher.error
+        or f"no token is allowed behind {request.num_output} generated ones: the grammar and the "
+        "request's other limits leave none"
+    )
 
 
 def likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:

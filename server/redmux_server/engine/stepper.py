@@ -10,6 +10,7 @@ from torch import Tensor
 
 from redmux.errors import FailedPreconditionError, RedmuxError
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.grammar import MaskThread
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import (
     Event,
@@ -25,7 +26,7 @@ from redmux_server.engine.request import (
     Token,
     Work,
 )
-from redmux_server.engine.sampling import NonFinite, sample
+from redmux_server.engine.sampling import Drawn, NonFinite, NothingAllowed, sample
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.engine.scoring import score
 from redmux_server.metrics import Metrics
@@ -60,6 +61,7 @@ class Stepper:
         self._bank = bank
         self._metrics = metrics
         self._reader = reader
+        self._masks = MaskThread()
         self._events: list[tuple[Request, Event]] = []
         self._num_failures = 0  # of requests, since the last one of which something came
 
@@ -113,8 +115,18 @@ class Stepper:
             if item in results:
                 self._take(item.request, results[item])
 
-    def _draw(self, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
-        return _evaluate(self._runner.forward(work), work) if work else {}
+    def _draw(self, work: Sequence[Work]) -> dict[Work, Drawn | Scored]:
+        if not work:
+            return {}
+        matchers = [item.request.matcher for item in work if item.samples]
+        stale = [m for m in matchers if m is not None and m.mask is None]
+        masking = self._masks.begin(stale) if stale else None
+        try:
+            logits = self._runner.forward(work)
+        finally:
+            if masking is not None:
+                masking.result()
+        return _evaluate(logits, work)
 
     def _read(self, work: Sequence[Work]) -> dict[Work, Read | NonFinite]:
         if not work:
@@ -129,7 +141,7 @@ class Stepper:
             item.request.states = [] if item.samples else [*item.request.states, part]
         return dict(zip(ends, read, strict=True))
 
-    def _take(self, request: Request, result: Token | Scored | Read | NonFinite) -> None:
+    def _take(self, request: Request, result: Drawn | Scored | Read) -> None:
         if not isinstance(result, NonFinite):
             self._num_failures = 0
         match result:
@@ -137,6 +149,8 @@ class Stepper:
                 name = "the base model" if request.adapter is None else request.adapter.digest
                 message = f"{name} produced a value that is not finite for this prompt"
                 self._fail(request, FailedPreconditionError(message))
+            case NothingAllowed(why):
+                self._end(request, Failed(FailedPreconditionError(why)))
             case Scored():
                 self._events.append((request, result))
                 if request.num_computed == len(request.prompt_ids):
@@ -149,6 +163,11 @@ class Stepper:
     def _append(self, request: Request, result: Token) -> None:
         request.token_ids.append(result.token_id)
         self._events.append((request, result))
+        if request.matcher is not None:
+            request.matcher.take(result.token_id)
+            if request.matcher.error:
+                self._end(request, Failed(FailedPreconditionError(request.matcher.error)))
+                return
         reason = request.finish_reason()
         if reason is not None:
             self._end(request, Finished(reason))
@@ -205,9 +224,9 @@ class Stepper:
             self._compute([item])
 
 
-def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
+def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, Drawn | Scored]:
     """Returns what the wanted rows of each work item come to, of those that want any."""
-    results: dict[Work, Token | Scored | NonFinite] = {}
+    results: dict[Work, Drawn | Scored] = {}
     drawing: list[Work] = []
     rows: list[int] = []  # of the logits of those that draw a token
     row = 0

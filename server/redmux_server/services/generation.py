@@ -16,6 +16,7 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.grammar import Grammars
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
 from redmux_server.services.validation import Validator
 
@@ -160,6 +161,7 @@ class GenerationService:
         validator: Validator,
         metrics: Metrics,
         tokenizing: FairThread,
+        grammars: Grammars,
         decoder_start: int | None = None,
     ) -> None:
         """`tokenizing` is the only thread that encodes with `codec`.
@@ -173,6 +175,7 @@ class GenerationService:
         self._validator = validator
         self._metrics = metrics
         self._tokenizing = tokenizing
+        self._grammars = grammars
 
     async def submit(
         self, spec: GenerationSpec, tenant: str
@@ -193,8 +196,12 @@ class GenerationService:
     ) -> tuple[Generation, Published | None]:
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
+        self._validator.grammar(spec)
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
         published = prepared.published
+        matcher = None
+        if spec.grammar is not None:
+            matcher = await self._grammars.matcher(spec.grammar, tenant)
         events = EventInbox()
         request = Request(
             prompt_ids=prepared.ids if self.decoder_start is None else [self.decoder_start],
@@ -207,6 +214,7 @@ class GenerationService:
             adapter=prepared.adapter,
             logprobs=spec.logprobs,
             sink=events.put,
+            matcher=None if matcher is None else matcher.copy(),
         )
         self._engine.submit(request)
         generation = Generation(

@@ -9,6 +9,7 @@ from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
 from redmux_server.engine.request import SamplingParams
 from redmux_server.models.text import MAX_BYTES_PER_TOKEN
+from redmux_server.services.grammar_source import MAX_BYTES as MAX_GRAMMAR_BYTES
 from redmux_server.services.spec import (
     Chat,
     GenerationSpec,
@@ -121,6 +122,20 @@ class Validator:
                     f"stop string has {num_bytes} bytes, must be 1 to {MAX_STOP_BYTES}"
                 )
         self._token_ids("stop_token_ids", spec.stop_token_ids, MAX_STOP_TOKEN_IDS)
+
+    def grammar(self, spec: GenerationSpec) -> None:
+        """Checks what can be known of a grammar, if there is one, before it is compiled."""
+        if spec.grammar is None:
+            return
+        if spec.ignore_eos:
+            raise InvalidArgumentError(
+                "ignore_eos goes on behind the end, where a grammar allows nothing; leave out one"
+            )
+        num_bytes = _num_bytes(spec.grammar.source)
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise InvalidArgumentError(
+                f"{spec.grammar.kind.value} has {num_bytes} bytes; limit {MAX_GRAMMAR_BYTES}"
+            )
 
     def max_tokens(self, requested: int | None, num_prompt_tokens: int) -> int:
         """Returns how many tokens may be generated after a prompt of this length."""
