@@ -3,12 +3,13 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
-from typing import SupportsIndex, Unpack, cast
+from typing import Any, SupportsIndex, Unpack, cast
 
 import grpc
 
 from redmux import errors
 from redmux._arguments import check_names, fill, put
+from redmux._grammar import grammar
 from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
 from redmux.types import (
     Adapter,
@@ -70,8 +71,9 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
     if isinstance(stop, str):
         raise InvalidArgumentError(f"stop is a sequence of texts; write stop=[{stop!r}]")
     parse_special_tokens = options.pop("parse_special_tokens", False)
+    wanted = grammar(cast(dict[str, Any], options))
     message = inference_pb2.Generation(
-        sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
+        grammar=wanted, sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
     )
     parts = (message.sampling, message.stopping, message)
     for name, value in options.items():

@@ -1,6 +1,7 @@
 """The gRPC services: protobuf in, protobuf out, nothing else."""
 
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import Delta, Finish, GenerationService
+from redmux_server.services.grammar_source import check_num_choices
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
 from redmux_server.services.spec import (
     Chat,
     GenerationSpec,
+    Grammar,
+    GrammarKind,
     Message,
     Prompt,
     ReadInput,
@@ -267,7 +271,23 @@ def _spec(message: inference_pb.Generation) -> GenerationSpec:
         stop_token_ids=stopping.stop_token_ids,
         ignore_eos=stopping.ignore_eos,
         logprobs=message.logprobs,
+        grammar=_grammar(message.grammar) if message.HasField("grammar") else None,
     )
+
+
+def _grammar(message: inference_pb.Grammar) -> Grammar | None:
+    form = message.WhichOneof("kind")
+    if form == "json_object":
+        return Grammar(GrammarKind.JSON_OBJECT) if message.json_object else None
+    if form == "choices":
+        texts = message.choices.texts
+        check_num_choices(len(texts))
+        return Grammar(GrammarKind.CHOICE, json.dumps(list(texts), ensure_ascii=False))
+    if form is None:
+        raise InvalidArgumentError(
+            "the grammar is empty; set json_schema, json_object, regex, choices or lark"
+        )
+    return Grammar(GrammarKind(form), getattr(message, form))
 
 
 def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Prompt:

@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 MAX_KEPT = 128  # grammars; a usual one takes well below a megabyte
 
 # Of one step: about 4 ms and, of all a row's steps, 40 MB at most, whatever the grammar is.
-_LIMITS = {
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 50_000,
-    "step_max_items": 20_000,
-    "max_items_in_row": 5_000,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 200_000,
-    "verbose_errors": False,
-}
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_items_in_row=5_000,
+    max_lexer_states=20_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
 # Where the grammar made of a schema or a regex has the fault says nothing to its author.
 _PLACE = re.compile(
     r"^at \d+\(\d+\): (failed to compile JSON schema: |invalid regex .*\(in regex\): )?"
@@ -113,7 +113,7 @@ def _key(grammar: Grammar, tenant: str) -> bytes:
 
 def _compiled(grammar: Grammar, tokenizer: LLTokenizer) -> Matcher:
     source = LLMatcher.grammar_from_lark(to_lark(grammar))
-    state = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(**_LIMITS))
+    state = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
     if state.is_error():
         raise _refused(grammar.kind, state.get_error())
     mask = np.frombuffer(state.compute_bitmask(), np.uint8)  # warms what copies share
