@@ -30,7 +30,7 @@ SERVED = {
         "type": "object", "patternProperties": {"^x[0-9]": _WHOLE}, "additionalProperties": False,
     },
     "max properties": {"type": "object", "maxProperties": 2, "additionalProperties": _TRUTH},
-    "min properties": {"type": "object", "minProperties": 2, "additionalProperties": _TRUTH},
+    "min properties": {"type": "object", "minProperties": 1, "additionalProperties": _TRUTH},
     # Arrays.
     "items": {"type": "array", "items": _WHOLE},
     "min items": {"type": "array", "items": _TRUTH, "minItems": 3},
@@ -105,7 +105,9 @@ REFUSED = {
     "one of that overlaps": ({"oneOf": [_WHOLE, {"type": "number"}]}, "oneOf"),
     "an unknown format": ({"type": "string", "format": "color"}, "Unknown format: color"),
     "a count with optional names": (
-        _object(a=_WHOLE) | {"minProperties": 2}, "min/maxProperties only"),
+        _object(a=_WHOLE) | {"minProperties": 1}, "min/maxProperties only"),
+    "a count of names that may repeat": (
+        {"type": "object", "minProperties": 2}, "minProperties: 2 cannot be held"),
     "lookaround": ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
     "a remote ref": ({"$ref": "https://example.com/a.json"}, "not present in a registry"),
 }  # fmt: skip

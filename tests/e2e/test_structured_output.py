@@ -102,7 +102,7 @@ async def test_log_probabilities_are_those_of_the_model_without_the_grammar(clie
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schema": {"type": "array", "uniqueItems": True}}, r'Unimplemented keys: \["uniqueItems"\]'),
+        ({"schema": {"uniqueItems": True}}, r'Unimplemented keys: \["uniqueItems"\]'),
         ({"regex": "(?=a)b"}, "regex: look-around"),
         ({"grammar": "start: foo"}, 'lark: at 1.8.: unknown name: "foo"'),
         ({"choices": []}, "the list of choices is empty"),

@@ -5,10 +5,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from grammars_at_hand import allowed
 from tokenizers_at_hand import EOS, PLAIN, SPECIAL, make
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
+from redmux_server.engine.grammar import MaskThread, apply_masks
 from redmux_server.fair_thread import FairThread
 from redmux_server.models.text import TextCodec
 from redmux_server.services import grammar as grammar_module
@@ -32,9 +34,9 @@ CODEC = TextCodec(TOKENIZER, None)
 class Some:
     """Grammars with a thread of their own, and how often they compiled."""
 
-    def __init__(self, codec=CODEC):
+    def __init__(self, codec=CODEC, num_logits=320):
         self.thread = FairThread("grammars")
-        self.grammars = Grammars(codec, len(TOKENIZER) + 40, self.thread)
+        self.grammars = Grammars(codec, num_logits, self.thread)
 
     def matcher(self, kind, source="", tenant=""):
         return asyncio.run(self.grammars.matcher(Grammar(kind, source), tenant))
@@ -202,6 +204,17 @@ def test_what_a_grammar_forces_is_not_computed_to_its_end(some, regex):
     for token_id in CODEC.encode("xa").ids:
         matcher.take(token_id)
         assert not matcher.error
+
+
+@pytest.mark.parametrize("num_logits", [len(TOKENIZER), 287, 288, 289, 319, 320, 321])
+def test_masks_are_as_wide_as_the_logits(num_logits):
+    matcher = Some(num_logits=num_logits).matcher(REGEX, "[ab]{3}").copy()
+    first = allowed(matcher)
+    matcher.take(first[0])
+    MaskThread().begin([matcher]).result()
+    assert allowed(matcher) == first
+    apply_masks(logits := torch.zeros(1, num_logits), [matcher.mask])
+    assert logits[0].isfinite().nonzero()[:, 0].tolist() == first
 
 
 def test_special_and_padded_tokens_are_never_allowed(some):

@@ -116,7 +116,8 @@ def _compiled(grammar: Grammar, tokenizer: LLTokenizer) -> Matcher:
     state = LLMatcher(tokenizer, source, log_level=0, limits=_LIMITS)
     if state.is_error():
         raise _refused(grammar.kind, state.get_error())
-    mask = np.frombuffer(state.compute_bitmask(), np.uint8)  # warms what copies share
+    # One step warms what copies share. Its mask may have a word more than there are tokens for.
+    mask = np.frombuffer(state.compute_bitmask(), np.uint8)[: 4 * -(-tokenizer.vocab_size // 32)]
     if state.is_error():
         raise _refused(grammar.kind, state.get_error())
     return Matcher(state, mask)

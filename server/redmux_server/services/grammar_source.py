@@ -158,11 +158,23 @@ def _check(schema: Any) -> None:
             if isinstance(values := part.get("enum"), list):
                 num_values += len(values)
             multiples += _multiple(part.get("multipleOf"))
+            _check_min_properties(part)
         level = [part for part in below if isinstance(part, dict | list)]
         _limit("levels", depth, MAX_DEPTH)
     _limit("keys", num_keys, MAX_KEYS)
     _limit("values in enums", num_values, MAX_VALUES)
     _limit("as the sum of its multipleOf (without decimal point)", multiples, MAX_MULTIPLES)
+
+
+def _check_min_properties(part: dict[str, Any]) -> None:
+    """Refuses what would be counted wrong: keys without a name in the schema may repeat."""
+    number, required = part.get("minProperties"), part.get("required")
+    num_named = len(required) if isinstance(required, list) else 0
+    if isinstance(number, int | float) and number > max(1, num_named):
+        raise InvalidArgumentError(
+            f"json_schema: minProperties: {number} cannot be held, since keys that the schema does "
+            f"not name may repeat; at most {max(1, num_named)} here, as many as are required"
+        )
 
 
 def _limit(what: str, number: int, limit: int) -> None:
