@@ -19,6 +19,7 @@ from redmux_server.services.grammar import Grammars
 from redmux_server.services.spec import Grammar, GrammarKind
 
 LONGEST = 96  # tokens of a walk
+CLOSING = {'"', "}", "]", "0", ":", "@", "."}
 
 
 class Walker:
