@@ -1,6 +1,7 @@
 """Arguments to messages, messages to values, statuses to errors: no I/O, shared by both clients."""
 
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
 from typing import Any, SupportsIndex, Unpack, cast
@@ -25,10 +26,12 @@ from redmux.types import (
     Pooling,
     ProblemType,
     Prompt,
+    PromptScores,
     Scores,
     ServerInfo,
     TextInput,
     TokenScores,
+    TopLogprobs,
     Usage,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
@@ -67,14 +70,16 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
     """
     check_names(options, GenerationOptions.__annotations__, "generate() or stream()")
     _check_adapter(options.get("adapter"))
-    stop = options.get("stop")
-    if isinstance(stop, str):
-        raise InvalidArgumentError(f"stop is a sequence of texts; write stop=[{stop!r}]")
+    for name in ("stop", "bad_words"):
+        texts = options.get(name)
+        if isinstance(texts, str):
+            raise InvalidArgumentError(f"{name} is a sequence of texts; write {name}=[{texts!r}]")
     parse_special_tokens = options.pop("parse_special_tokens", False)
     wanted = grammar(cast(dict[str, Any], options))
     message = inference_pb2.Generation(
         grammar=wanted, sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
     )
+    _put_biases(message.sampling, options.pop("logit_bias", {}))
     parts = (message.sampling, message.stopping, message)
     for name, value in options.items():
         part = next(part for part in parts if name in part.DESCRIPTOR.fields_by_name)
@@ -82,6 +87,16 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
             put(part, name, value, name)
     _set_prompt(message, prompt, parse_special_tokens)
     return message
+
+
+def _put_biases(message: inference_pb2.Sampling, biases: Mapping[int, float]) -> None:
+    try:
+        for token_id, bias in biases.items():
+            message.logit_bias[operator.index(token_id)] = bias
+    except (AttributeError, TypeError, ValueError):
+        raise InvalidArgumentError(
+            f"logit_bias is {reprlib.repr(biases)}, must be a mapping from token ids to numbers"
+        ) from None
 
 
 def score_request(
@@ -247,17 +262,49 @@ def check_name(name: str) -> str:
 
 
 def completion(message: inference_pb2.CompleteResponse, with_logprobs: bool) -> Completion:
-    """Returns the value of a whole completion."""
-    return Completion(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        logprobs=tuple(message.logprobs) if with_logprobs else None,
-        finish_reason=_finish_reason(message.finish),
-        stop=message.finish.stop or None,
-        usage=_usage(message.finish.usage),
-        adapter=message.adapter.name or None,
-        digest=message.adapter.digest or None,
-    )
+    """Returns the value of a whole completion, with its other choices."""
+
+    def choice(
+        message: inference_pb2.CompleteResponse | inference_pb2.Choice,
+        prompt: PromptScores | None = None,
+        others: tuple[Completion, ...] = (),
+    ) -> Completion:
+        return Completion(
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            logprobs=tuple(message.logprobs) if with_logprobs else None,
+            finish_reason=_finish_reason(message.finish),
+            stop=message.finish.stop or None,
+            usage=_usage(message.finish.usage),
+            adapter=adapter,
+            digest=digest,
+            top_logprobs=_top(message.top_logprobs) or None,
+            stop_token_id=_optional(message.finish, "stop_token_id"),
+            prompt=prompt,
+            first_token_s=_optional(message.finish, "first_token_s"),
+            total_s=message.finish.total_s,
+            other_choices=others,
+        )
+
+    adapter, digest = message.adapter.name or None, message.adapter.digest or None
+    return choice(message, _prompt_scores(message), tuple(map(choice, message.other_choices)))
+
+
+def _prompt_scores(
+    message: inference_pb2.CompleteResponse | inference_pb2.GenerateResponse,
+) -> PromptScores | None:
+    if not message.HasField("prompt"):
+        return None
+    prompt = message.prompt
+    return PromptScores(tuple(prompt.token_ids), tuple(prompt.logprobs), _top(prompt.top_logprobs))
+
+
+def _top(messages: Iterable[inference_pb2.TopLogprobs]) -> tuple[TopLogprobs, ...]:
+    return tuple(tuple(zip(m.token_ids, m.logprobs, strict=True)) for m in messages)
+
+
+def _optional(message: inference_pb2.Finish, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def scores(message: inference_pb2.ScoreResponse) -> Scores:
@@ -287,6 +334,12 @@ def chunk(message: inference_pb2.GenerateResponse, with_logprobs: bool) -> Chunk
         finish_reason=_finish_reason(message.finish) if is_last else None,
         stop=message.finish.stop or None,
         usage=_usage(message.finish.usage) if is_last else None,
+        index=message.index,
+        top_logprobs=_top(message.top_logprobs) or None,
+        stop_token_id=_optional(message.finish, "stop_token_id"),
+        prompt=_prompt_scores(message),
+        first_token_s=_optional(message.finish, "first_token_s"),
+        total_s=message.finish.total_s if is_last else None,
     )
 
 

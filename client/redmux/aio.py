@@ -80,7 +80,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[Chunk, None]:
-        """Yields the completion as it is decoded; the last chunk has a `finish_reason`.
+        """Yields the completion as it is decoded; its last chunk has a `finish_reason`.
 
         Takes what `generate` takes. The request is sent when the first chunk is asked for, has 600
         seconds unless `timeout_s` says otherwise, and is cancelled when the iterator is closed. An
@@ -96,13 +96,13 @@ class AsyncClient:
     ) -> AsyncGenerator[Chunk, None]:
         request = inference_pb2.GenerateRequest(generation=generation)
         method = self._connection.inference.Generate
-        is_finished = False
+        num_left = generation.sampling.n or 1
         async with aclosing(self._connection.stream(method, request, deadline_s)) as messages:
             async for message in messages:
                 chunk = _calls.chunk(message, generation.logprobs)
-                is_finished = chunk.finish_reason is not None
+                num_left -= chunk.finish_reason is not None
                 yield chunk
-        if not is_finished:
+        if num_left > 0:
             raise _calls.unfinished()
 
     async def classify(

@@ -178,9 +178,16 @@ def _add_generate(
     parser.add_argument("--temperature", type=float, metavar="T", help="default: 0, greedy")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--presence-penalty", type=float, metavar="X")
+    parser.add_argument("--frequency-penalty", type=float, metavar="X")
+    parser.add_argument("--repetition-penalty", type=float, metavar="X")
     parser.add_argument("--seed", type=int, metavar="N", help="make the draws repeatable")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable"
+    )
+    parser.add_argument(
+        "--stop-regex", metavar="PATTERN", help="end where this regular expression first matches"
     )
     parser.add_argument(
         "--stop-token-id", action="append", default=[], type=int, metavar="ID",
@@ -188,6 +195,9 @@ def _add_generate(
     )  # fmt: skip
     parser.add_argument("--ignore-eos", action="store_true", help="go on past end-of-text tokens")
     parser.add_argument("--logprobs", action="store_true", help="add log-probabilities to --json")
+    parser.add_argument(
+        "--top-logprobs", type=int, metavar="N", help="the same, with the N likeliest tokens"
+    )
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True,
         help="print the text as it is decoded; default, but for --json",
@@ -253,11 +263,17 @@ def _generate(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
+        min_p=options.min_p,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        repetition_penalty=options.repetition_penalty,
         seed=options.seed,
         stop=options.stop,
+        stop_regex=options.stop_regex,
         stop_token_ids=options.stop_token_id,
         ignore_eos=options.ignore_eos,
-        logprobs=options.logprobs,
+        logprobs=options.logprobs or options.top_logprobs is not None,
+        top_logprobs=options.top_logprobs,
         parse_special_tokens=options.parse_special_tokens,
     )
     client = AsyncClient(**_connection(options))

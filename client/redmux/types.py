@@ -38,15 +38,45 @@ class GenerationOptions(TypedDict, total=False):
     adapter: str | None
     """Name or digest of a loaded adapter; None is the bare base model."""
     max_tokens: int | None
-    """Most tokens to generate; by default 256, or what the context leaves."""
+    """Most tokens to generate; by default what the context leaves."""
+    min_tokens: int | None
+    """Fewest tokens to generate; until then nothing ends the completion."""
+    n: int | None
+    """Choices to generate, 1 to 64; the others than the first are `Completion.other_choices`."""
     temperature: float | None
     """0 or None is greedy."""
     top_p: float | None
+    """Draws from the smallest set of tokens whose probability reaches this."""
     top_k: int | None
+    """Draws from so many of the likeliest tokens; 0 does not restrict."""
+    min_p: float | None
+    """Draws from tokens at least this share as likely as the likeliest."""
+    typical_p: float | None
+    """Draws from the most typical tokens whose probability reaches this."""
+    presence_penalty: float | None
+    """Taken from the logit of what is in the completion already, -2 to 2."""
+    frequency_penalty: float | None
+    """The same, for each time that it is there."""
+    repetition_penalty: float | None
+    """Makes what is in prompt or completion less likely above 1, more likely below."""
+    no_repeat_ngram: int | None
+    """No sequence of so many tokens comes twice in prompt and completion."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of token ids, -100 to 100."""
+    allowed_token_ids: Sequence[int]
+    """All other tokens are banned; none allows all."""
+    bad_words: Sequence[str]
+    """Words that must not be in the completion."""
+    bad_token_ids: Sequence[int]
+    """Token ids that are never generated."""
     seed: int | None
     """Makes the draws repeatable, alone or in any batch."""
     stop: Sequence[str]
-    """Texts that end the completion; they are not part of it."""
+    """Texts that end the completion; they are not part of it, unless `include_stop_str`."""
+    stop_regex: str | None
+    """A regular expression of RE2 that ends the completion where it first matches."""
+    include_stop_str: bool
+    """Keeps what ended the completion in its text."""
     stop_token_ids: Sequence[int]
     """Token ids that end the completion, beside the model's own end-of-text tokens."""
     ignore_eos: bool
@@ -63,6 +93,14 @@ class GenerationOptions(TypedDict, total=False):
     """Texts of which the completion is one."""
     grammar: str | None
     """Lark grammar of the completion."""
+    top_logprobs: int | None
+    """With `logprobs`: how many of the likeliest tokens to return at each place, 0 to 20."""
+    prompt_logprobs: int | None
+    """Returns those of the prompt too, each with so many of the likeliest tokens, 0 to 20."""
+    skip_special_tokens: bool
+    """False gives special tokens that are generated their text."""
+    priority: int | None
+    """Which of your waiting requests goes first: the lowest, -100 to 100; by default 0."""
     parse_special_tokens: bool
     """Takes what is written like a special token in a chat message for that token."""
 
@@ -82,13 +120,34 @@ class Usage:
     added_special_tokens: int = 0
 
 
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
+"""The likeliest tokens at one place, likeliest first: (token id, log-probability)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Of each token of a prompt but the first, which follows nothing, how likely it is there.
+
+    `top_logprobs` is empty where none were asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A whole completion.
 
-    `logprobs` has one natural logarithm per token id, of the distribution before temperature, or
-    is None where they were not asked for. `stop` is the stop text that ended it. `adapter` and
+    `logprobs` has one natural logarithm per token id, of the model's own distribution before
+    biases, penalties, bans and temperature, or is None where they were not asked for, as
+    `top_logprobs` is. `stop` is the text that ended it, `stop_token_id` the token. `adapter` and
     `digest` name what it was computed with; both are None for the base model.
+
+    `first_token_s` and `total_s` are the server's: seconds since the request came. They do not
+    count when two completions are compared. `other_choices` are those behind the first of `n`;
+    the prompt is counted in the usage of each.
     """
 
     text: str
@@ -99,14 +158,26 @@ class Completion:
     usage: Usage
     adapter: str | None
     digest: str | None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    stop_token_id: int | None = None
+    prompt: PromptScores | None = None
+    first_token_s: float | None = field(default=None, compare=False)
+    total_s: float | None = field(default=None, compare=False)
+    other_choices: "tuple[Completion, ...]" = ()
+
+    @property
+    def choices(self) -> "tuple[Completion, ...]":
+        """This completion and the others of the same prompt."""
+        return (self, *self.other_choices)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A part of a completion: what was decoded since the chunk before.
 
-    The texts and tokens of all chunks, joined, are the completion. `text` may be empty while a
-    character is incomplete. Only the last chunk has `finish_reason` and `usage`.
+    The texts and tokens of all chunks of one `index`, joined, are that choice. `text` may be empty
+    while a character is incomplete. Only the last chunk of a choice has `finish_reason` and
+    `usage`, only the first of all has `prompt`.
     """
 
     text: str
@@ -117,6 +188,12 @@ class Chunk:
     finish_reason: FinishReason | None
     stop: str | None
     usage: Usage | None
+    index: int = 0
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    stop_token_id: int | None = None
+    prompt: PromptScores | None = None
+    first_token_s: float | None = field(default=None, compare=False)
+    total_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

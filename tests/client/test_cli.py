@@ -118,6 +118,12 @@ def test_generate_json_is_the_whole_completion(run):
         },
         "adapter": "acme/a",
         "digest": DIGEST,
+        "top_logprobs": None,
+        "stop_token_id": None,
+        "prompt": None,
+        "first_token_s": None,
+        "total_s": 0.0,
+        "other_choices": [],
     }
 
 

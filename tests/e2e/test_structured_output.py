@@ -138,3 +138,22 @@ async def test_a_model_without_a_fitting_tokenizer_says_why(start_server, monkey
         with pytest.raises(FailedPreconditionError, match="none of the tokenizers library"):
             await client.generate("Hi", json_object=True)
         assert (await client.generate("Hi", max_tokens=1)).finish_reason == "length"
+
+
+async def test_each_of_several_choices_follows_the_grammar_on_its_own(client):
+    found = await client.generate("Hi", regex="[a-f]{4}-[0-9]{2}", n=5, **HOT, seed=3)
+    texts = [choice.text for choice in found.choices]
+    assert len(set(texts)) > 1
+    for text, choice in zip(texts, found.choices, strict=True):
+        assert re.fullmatch("[a-f]{4}-[0-9]{2}", text)
+        assert (choice.finish_reason, choice.stop, choice.stop_token_id) == ("stop", None, None)
+
+
+async def test_other_options_work_on_what_the_grammar_leaves(client):
+    found = await client.generate("Hi", regex="[ab]{12}", repetition_penalty=1.3, min_p=0.1)
+    assert set(found.text) <= {"a", "b"}
+
+
+async def test_options_that_leave_nothing_of_a_grammar_end_the_request_with_the_reason(client):
+    with pytest.raises(FailedPreconditionError, match="the grammar and the options leave no token"):
+        await client.generate("Hi", choices=["b"], allowed_token_ids=[5])

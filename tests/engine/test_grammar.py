@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from redmux.errors import FailedPreconditionError
 from redmux_server.engine.grammar import MaskThread, Matcher, apply_masks
-from redmux_server.engine.request import FinishReason, Request, SamplingParams, Token
-from redmux_server.engine.sampling import NonFinite, NothingAllowed, sample
+from redmux_server.engine.request import FinishReason, Request, SamplingParams
+from redmux_server.engine.sampling import Exhausted, NonFinite, sample
 
 
 def constrained(regex, max_tokens=9, prompt=(0,), **options):
@@ -100,7 +100,7 @@ def test_a_row_that_is_left_no_token_ends_with_an_error_that_says_so():
     caller.request.matcher.mask = np.zeros(4, np.uint8)
     run(make_parts(), caller, other)
     assert isinstance(caller.error, FailedPreconditionError)
-    assert "no token is allowed behind 0 generated ones" in str(caller.error)
+    assert "leave no token that may come next" in str(caller.error)
     assert other.tokens == [2, 3, 0]
 
 
@@ -231,7 +231,8 @@ def test_log_probabilities_are_those_before_the_mask():
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1))
     expected = torch.log_softmax(logits, -1)[0, 6]
     (token,) = sample(logits.clone(), [request(make_matcher("f"))])
-    assert token == Token(6, pytest.approx(expected.item(), abs=1e-6))
+    assert token.token_id == 6
+    assert token.logprob == pytest.approx(expected.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -245,7 +246,7 @@ def test_all_barred_is_told_from_a_model_that_computes_nonsense():
     matcher = make_matcher("f")
     matcher.mask = np.zeros(4, np.uint8)
     (result,) = sample(torch.zeros(1, VOCAB), [request(matcher)])
-    assert isinstance(result, NothingAllowed)
+    assert isinstance(result, Exhausted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

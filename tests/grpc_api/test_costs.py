@@ -74,6 +74,9 @@ class Codec:
     def encode_continuation(self, prompt, prompt_ids, text, most):
         return [1] * len(text)
 
+    def decoder(self, *, skip_special_tokens):
+        return str
+
 
 @pytest.fixture(scope="module")
 def servicers():
@@ -119,7 +122,7 @@ def steps_of(method, request):
     async def call():
         sys.settrace(trace)
         try:
-            result = method(request, None)
+            result = method(request, SimpleNamespace(time_remaining=lambda: None))
             await (anext(result) if hasattr(result, "__anext__") else result)
         except RedmuxError:
             pass
@@ -247,7 +250,7 @@ def long(item, num):
 LONG = {
     "token_ids has 257 tokens": lambda v: v.prompt(long(1, CONTEXT + 1)),
     "chat has 4097 messages": lambda v: v.prompt(Chat(long({}, 4097))),
-    "17 stop strings": lambda v: v.stops(GenerationSpec("x", stop=long("x", 17))),
+    "stop has 17 strings": lambda v: v.stops(GenerationSpec("x", stop=long("x", 17))),
     "65 tokens; limit 64": lambda v: v.stops(GenerationSpec("x", stop_token_ids=long(1, 65))),
     "129 continuations": lambda v: v.continuations(ScoreSpec("x", long("x", 129))),
     r"continuations\[0\].token_ids has 257": lambda v: v.continuations(

@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redmux_server.engine.candidates import candidates
 from redmux_server.engine.grammar import apply_masks
+from redmux_server.engine.logit_edits import edited
 from redmux_server.engine.request import Request, Token
-
-# Rows are cut by top-p among this many candidates first; a flatter row sorts its whole vocabulary.
-_CANDIDATES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,53 +19,101 @@ class NonFinite:
 
 
 @dataclass(frozen=True, slots=True)
-class NothingAllowed:
-    """No token may be drawn from the row, and why."""
+class Exhausted:
+    """No token may come next, and why."""
 
-    why: str
-
-
-Drawn = Token | NonFinite | NothingAllowed
+    why: str = "the grammar and the options leave no token that may come next"
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[Drawn]:
-    """Draws one token per row of `logits` [requests, vocab], which it may write to.
+@torch.inference_mode()
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinite | Exhausted]:
+    """Draws one token per row of `logits` [requests, vocab].
 
     Row i depends on row i and request i alone: the random number is a hash of the request's seed
-    and the index of the token, so neither neighbours nor scheduling move it. A matcher bars tokens
-    before anything else; log-probabilities are those of the model, without it.
+    and the index of the token, so neither neighbours nor scheduling move it. What the grammar bars
+    goes before all other options; log-probabilities are those of the row as the model computed it.
     """
-    asked = [i for i, r in enumerate(requests) if r.logprobs]
-    told = logits[asked] if asked else logits[:0]  # a copy
-    apply_masks(logits, [None if r.matcher is None else r.matcher.mask for r in requests])
     ids, is_finite = likeliest(logits)
-    drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0 and is_finite[i]]
+    tokens: list[Token | NonFinite | Exhausted] = [
+        Token(token_id, None) if ok else NonFinite()
+        for token_id, ok in zip(ids, is_finite, strict=True)
+    ]
+    as_they_are, with_edits = [], []
+    for i, request in enumerate(requests):
+        if is_finite[i] and (request.sampling.edits_logits or request.matcher is not None):
+            with_edits.append(i)
+        elif is_finite[i] and request.sampling.temperature > 0:
+            as_they_are.append(i)
+    if as_they_are:
+        chosen = _draw(logits[as_they_are], [requests[i] for i in as_they_are])
+        for i, token_id in zip(as_they_are, chosen, strict=True):
+            tokens[i] = Token(token_id, None)
+    if with_edits:
+        chosen = _choose_edited(logits[with_edits], [requests[i] for i in with_edits])
+        for i, token in zip(with_edits, chosen, strict=True):
+            tokens[i] = token
+    _tell_logprobs(logits, requests, tokens)
+    return tokens
+
+
+def _choose_edited(rows: Tensor, requests: Sequence[Request]) -> list[Token | Exhausted]:
+    """Draws from rows that are nobody else's."""
+    apply_masks(rows, [None if r.matcher is None else r.matcher.mask for r in requests])
+    if any(r.sampling.edits_logits for r in requests):
+        rows = edited(rows, requests)
+    ids, is_left = likeliest(rows)
+    drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0 and is_left[i]]
     if drawn:
-        for i, token_id in zip(drawn, _draw(logits[drawn], [requests[i] for i in drawn]),
+        for i, token_id in zip(drawn, _draw(rows[drawn], [requests[i] for i in drawn]),
                                strict=True):  # fmt: skip
             ids[i] = token_id
-    logprobs: list[float | None] = [None] * len(ids)
-    if asked:
-        # log_softmax works row by row, unlike logsumexp, which may split one long row over threads.
-        rows = torch.log_softmax(told.float(), -1)
-        chosen = torch.tensor([[ids[i]] for i in asked], device=rows.device)
-        for i, value in zip(asked, rows.gather(1, chosen)[:, 0].tolist(), strict=True):
-            logprobs[i] = value
     return [
-        Token(ids[i], logprobs[i]) if is_finite[i] else _none(logits[i], request)
-        for i, request in enumerate(requests)
+        Token(token_id, None) if ok else _exhausted(request)
+        for token_id, ok, request in zip(ids, is_left, requests, strict=True)
     ]
 
 
-def _none(row: Tensor, request: Request) -> NonFinite | NothingAllowed:
-    """Returns why no token can be drawn from this row."""
-    if request.matcher is None or not bool(torch.isneginf(row).all()):
-        return NonFinite()
-    return NothingAllowed(
-        request.matcher.error
-        or f"no token is allowed behind {request.num_output} generated ones: the grammar and the "
-        "request's other limits leave none"
-    )
+def _exhausted(request: Request) -> Exhausted:
+    error = "" if request.matcher is None else request.matcher.error
+    return Exhausted(error) if error else Exhausted()
+
+
+def _tell_logprobs(
+    logits: Tensor, requests: Sequence[Request], tokens: list[Token | NonFinite | Exhausted]
+) -> None:
+    """Puts log-probabilities to the tokens of the requests that ask for them."""
+    asked = [(i, token.token_id) for i, token in enumerate(tokens)
+             if requests[i].logprobs and isinstance(token, Token)]  # fmt: skip
+    if not asked:
+        return
+    rows = logits[[i for i, _ in asked]]
+    # log_softmax works row by row, unlike logsumexp, which may split one long row over threads.
+    logprobs = torch.log_softmax(rows.float(), -1)
+    chosen = torch.tensor([token_id for _, token_id in asked], device=logits.device)[:, None]
+    values = logprobs.gather(1, chosen)[:, 0].tolist()
+    top = top_of(rows, logprobs, [requests[i].num_top for i, _ in asked])
+    for (i, token_id), value, of_row in zip(asked, values, top, strict=True):
+        tokens[i] = Token(token_id, value, of_row)
+
+
+def top_of(
+    logits: Tensor, logprobs: Tensor, numbers: Sequence[int]
+) -> list[list[tuple[int, float]]]:
+    """Returns per row so many of the likeliest tokens: (token id, its value in `logprobs`).
+
+    Likeliest first, and of equal logits the lowest id, so the first is what greedy chooses.
+    """
+    most = min(max(numbers), logits.shape[-1])
+    if not most:
+        return [[] for _ in numbers]
+    lowest = logits.topk(most, -1).values[:, -1:]
+    top = []
+    for row, values, number in zip(logits >= lowest, zip(logits, logprobs, strict=True), numbers,
+                                   strict=True):  # fmt: skip
+        ids = row.nonzero()[:, 0]  # in the order of ids, which a stable sort keeps
+        ids = ids[values[0][ids].argsort(descending=True, stable=True)[:number]]
+        top.append(list(zip(ids.tolist(), values[1][ids].tolist(), strict=True)))
+    return top
 
 
 def likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:
@@ -96,29 +143,14 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     points = [_uniform(r.sampling.seed, r.num_output) for r in requests]
     point = torch.tensor(points, dtype=torch.float64, device=device)[:, None]
     ids = [0] * len(params)
-    plain = [i for i, p in enumerate(params) if not p.top_k and p.top_p >= 1]
+    plain = [i for i, p in enumerate(params) if not p.restricts]
     if plain:
         for i, index in zip(plain, _invert(probs[plain], point[plain]).tolist(), strict=True):
             ids[i] = index
     for i in sorted(set(range(len(params))) - set(plain)):
-        order, kept = _truncate(probs[i], params[i].top_k, params[i].top_p)
+        order, kept = candidates(probs[i], params[i])
         ids[i] = int(order[_invert(kept[None], point[i : i + 1])])
     return ids
-
-
-def _truncate(probs: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Returns (token ids, probabilities) of the candidates, most likely first."""
-    vocab = probs.shape[0]
-    size = min(top_k or _CANDIDATES, vocab)
-    values, order = probs.topk(size)
-    reached = values.double().cumsum(0)
-    if not top_k and reached[-1] < top_p:
-        values, order = probs.sort(descending=True)
-        reached = values.double().cumsum(0)
-    # A token is kept while the mass before it is below top_p; of a top-k set, relative to its mass.
-    limit = top_p * reached[-1] if top_k else torch.tensor(top_p, dtype=torch.float64)
-    keep = int(((reached - values.double()) < limit).sum().clamp(min=1))
-    return order[:keep], values[:keep]
 
 
 def _invert(probs: Tensor, point: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from redmux.errors import FailedPreconditionError, RedmuxError
+from redmux.errors import DeadlineExceededError, FailedPreconditionError, RedmuxError
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.grammar import MaskThread
 from redmux_server.engine.reading import Reader
@@ -26,12 +26,14 @@ from redmux_server.engine.request import (
     Token,
     Work,
 )
-from redmux_server.engine.sampling import Drawn, NonFinite, NothingAllowed, sample
+from redmux_server.engine.sampling import Exhausted, NonFinite, sample
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.engine.scoring import score
 from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+Result = Token | Scored | Read | NonFinite | Exhausted  # what a step comes to for a request
 
 _MAX_FAILURES = 3  # in a row, before the base model is asked whether it works at all
 
@@ -75,6 +77,8 @@ class Stepper:
         for request in self._scheduler.ended_early():
             assert request.early_end is not None
             self._end(request, request.early_end)
+        for request in self._scheduler.overdue(time.monotonic()):
+            self._end(request, Failed(_late(request)))
         num_cached = self._scheduler.num_cached_tokens
         work = self._scheduler.plan()
         for request in self._scheduler.sent_back:
@@ -112,10 +116,10 @@ class Stepper:
             return
         for item in work:
             item.request.num_computed += item.count
-            if item in results:
-                self._take(item.request, results[item])
+            for request, result in results.get(item, ()):
+                self._take(request, result)
 
-    def _draw(self, work: Sequence[Work]) -> dict[Work, Drawn | Scored]:
+    def _draw(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
         if not work:
             return {}
         matchers = [item.request.matcher for item in work if item.samples]
@@ -128,7 +132,7 @@ class Stepper:
                 masking.result()
         return _evaluate(logits, work)
 
-    def _read(self, work: Sequence[Work]) -> dict[Work, Read | NonFinite]:
+    def _read(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
         if not work:
             return {}
         states = dict(zip(work, self._runner.hidden(work), strict=True))
@@ -139,9 +143,9 @@ class Stepper:
         )
         for item, part in states.items():  # nothing can fail any more
             item.request.states = [] if item.samples else [*item.request.states, part]
-        return dict(zip(ends, read, strict=True))
+        return {item: [(item.request, got)] for item, got in zip(ends, read, strict=True)}
 
-    def _take(self, request: Request, result: Drawn | Scored | Read) -> None:
+    def _take(self, request: Request, result: Result) -> None:
         if not isinstance(result, NonFinite):
             self._num_failures = 0
         match result:
@@ -149,11 +153,11 @@ class Stepper:
                 name = "the base model" if request.adapter is None else request.adapter.digest
                 message = f"{name} produced a value that is not finite for this prompt"
                 self._fail(request, FailedPreconditionError(message))
-            case NothingAllowed(why):
+            case Exhausted(why):
                 self._end(request, Failed(FailedPreconditionError(why)))
             case Scored():
                 self._events.append((request, result))
-                if request.num_computed == len(request.prompt_ids):
+                if not request.draws and request.num_computed == len(request.prompt_ids):
                     self._end(request, Finished(FinishReason.SCORED))
             case Read():
                 self._end(request, result)
@@ -161,6 +165,8 @@ class Stepper:
                 self._append(request, result)
 
     def _append(self, request: Request, result: Token) -> None:
+        if request.followers:  # whose first tokens come next
+            self._scheduler.fork(request)
         request.token_ids.append(result.token_id)
         self._events.append((request, result))
         if request.matcher is not None:
@@ -196,14 +202,14 @@ class Stepper:
             return  # others hold them all, and compute with them
         work = [Work(probe, 1)]
         results = self._read(work) if probe.reading else self._draw(work)
-        if isinstance(results[work[0]], NonFinite):
+        if any(isinstance(result, NonFinite) for _, result in results[work[0]]):
             raise RuntimeError("the base model computes values that are not finite")
         self._scheduler.take_back(probe)
 
     def _end(self, request: Request, event: Event, *, is_sound: bool = True) -> None:
         self._scheduler.remove(request, is_sound=is_sound)
         self._release_slot(request)
-        self._events.append((request, event))
+        self._events += [(ended, event) for ended in (request, *request.followers)]
 
     def _release_slot(self, request: Request) -> None:
         if request.slot is not None:
@@ -224,22 +230,37 @@ class Stepper:
             self._compute([item])
 
 
-def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, Drawn | Scored]:
-    """Returns what the wanted rows of each work item come to, of those that want any."""
-    results: dict[Work, Drawn | Scored] = {}
+def _late(request: Request) -> DeadlineExceededError:
+    done = f"after {request.num_output} tokens" if request.blocks else "before it was its turn"
+    return DeadlineExceededError(f"the request's time was up {done}; give it more, or try later")
+
+
+def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
+    """Returns what the wanted rows of each work item come to, of those that want any.
+
+    From the row of a request that has followers each of these draws, too.
+    """
+    results: dict[Work, list[tuple[Request, Result]]] = {}
     drawing: list[Work] = []
-    rows: list[int] = []  # of the logits of those that draw a token
+    drawers: list[Request] = []
+    rows: list[int] = []  # of the logits, one for each drawer
     row = 0
     for item in work:
-        wanted = item.wanted
-        if item.request.targets and wanted:
-            results[item] = score(logits[row : row + len(wanted)], item)
-        elif wanted:
-            drawing.append(item)
-            rows.append(row)
-        row += len(wanted)
+        num_scored = len(item.scored)
+        if num_scored:
+            scored = score(logits[row : row + num_scored], item)
+            results[item] = [(item.request, scored)]
+        row += len(item.wanted)
+        if item.samples and not (num_scored and isinstance(scored, NonFinite)):
+            requests = [item.request, *item.request.followers]
+            drawers += requests
+            drawing += [item] * len(requests)
+            rows += [row - 1] * len(requests)
     if drawing:
-        drawn_logits = logits if len(rows) == len(logits) else logits[rows]
-        tokens = sample(drawn_logits, [item.request for item in drawing])
-        results.update(zip(drawing, tokens, strict=True))
+        drawn_logits = logits if rows == list(range(len(logits))) else logits[rows]
+        tokens = sample(drawn_logits, drawers)
+        for item, request, token in zip(drawing, drawers, tokens, strict=True):
+            results.setdefault(item, [])
+            if request is item.request or not isinstance(token, NonFinite):
+                results[item].append((request, token))
     return results
