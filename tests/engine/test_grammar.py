@@ -183,6 +183,14 @@ def test_a_failed_pass_waits_for_the_masks_before_anything_else(monkeypatch):
     assert caller.tokens == ids("baad")
 
 
+def test_a_matcher_in_error_is_not_complete():
+    matcher = make_matcher("ba")
+    matcher.take(5)
+    assert matcher.error
+    assert matcher.state.is_stopped()  # as llguidance has it
+    assert not matcher.is_complete
+
+
 def test_a_copy_goes_its_own_way():
     first = make_matcher("ab|cd")
     second = first.copy()
