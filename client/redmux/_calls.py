@@ -10,6 +10,7 @@ import grpc
 
 from redmux import _chats, errors
 from redmux._arguments import check_names, fill, put
+from redmux._grammar import grammar
 from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
 from redmux.types import (
     Adapter,
@@ -76,8 +77,9 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
             raise InvalidArgumentError(f"{name} is a sequence of texts; write {name}=[{texts!r}]")
     parse_special_tokens = options.pop("parse_special_tokens", False)
     of_chat = {key: options.pop(key) for key in _chats.OPTIONS if key in options}  # type: ignore[misc]
+    wanted = grammar(cast(dict[str, Any], options))
     message = inference_pb2.Generation(
-        sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
+        grammar=wanted, sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
     )
     _put_biases(message.sampling, options.pop("logit_bias", {}))
     parts = (message.sampling, message.stopping, message)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 Health: TypeAlias = Literal["serving", "not_serving", "unknown"]
@@ -26,6 +26,14 @@ TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
 
 Continuation: TypeAlias = str | Sequence[int]
 """A text or token ids."""
+
+
+class HasJsonSchema(Protocol):
+    """What tells its JSON schema, such as the classes of pydantic's models."""
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """Returns the JSON schema."""
+        ...
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -79,6 +87,16 @@ class GenerationOptions(TypedDict, total=False):
     """Generates past the model's end-of-text tokens."""
     logprobs: bool
     """Returns the log-probability of each generated token."""
+    schema: Mapping[str, Any] | str | HasJsonSchema | None
+    """JSON schema of the completion: a mapping, its JSON text, or a pydantic model."""
+    json_object: bool
+    """Makes the completion a JSON object, any one."""
+    regex: str | None
+    """Regular expression that the whole completion matches."""
+    choices: Sequence[str] | None
+    """Texts of which the completion is one."""
+    grammar: str | None
+    """Lark grammar of the completion."""
     top_logprobs: int | None
     """With `logprobs`: how many of the likeliest tokens to return at each place, 0 to 20."""
     prompt_logprobs: int | None

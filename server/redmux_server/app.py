@@ -54,8 +54,9 @@ class Server:
         self.engine = make_engine(config, model, self.metrics)
         # One thread: tokenizing a long prompt must not hold up the event loop.
         self._tokenizing = FairThread("tokenizer")
+        self._compiling = FairThread("grammars")
         self.services = make_services(
-            model, self.engine, registry, self.metrics, self._tokenizing,
+            model, self.engine, registry, self.metrics, self._tokenizing, self._compiling,
             allow_request_template=config.allow_request_template,
         )  # fmt: skip
         self.training = make_training(
@@ -115,6 +116,7 @@ class Server:
         await self.doors.grpc.health.enter_graceful_shutdown()
         self._watch.cancel()
         await self.training.stop()
+        self._compiling.close()
         self._tokenizing.close()  # what is not in the engine yet would be refused there
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop(_STEP_S)

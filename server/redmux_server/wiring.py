@@ -18,6 +18,7 @@ from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
+from redmux_server.services.grammar import Grammars
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.validation import Validator
@@ -36,15 +37,16 @@ class Services:
 
 def make_services(
     model: BaseModel | EncoderModel, engine: Engine, registry: AdapterRegistry, metrics: Metrics,
-    tokenizing: FairThread, *, allow_request_template: bool = False,
+    tokenizing: FairThread, compiling: FairThread, *, allow_request_template: bool = False,
 ) -> Services:  # fmt: skip
-    """Returns the services of this model; they tokenize in the thread `tokenizing`."""
+    """Returns the services of this model; they tokenize and compile grammars in these threads."""
     validator = Validator(model.vocab_size, model.max_context, allow_request_template)
     parts = engine, registry, model.codec, validator, metrics, tokenizing
     reading = ReadingService(readable(model), *parts)
     if not isinstance(model, BaseModel):
         return Services(None, None, reading)
-    generation = GenerationService(*parts, model.decoder_start)
+    grammars = Grammars(model.codec, model.vocab_size, compiling)
+    generation = GenerationService(*parts, grammars, model.decoder_start)
     return Services(generation, ScoringService(engine, generation, validator, metrics), reading)
 
 

@@ -102,7 +102,7 @@ class PrefixMachine(RuleBasedStateMachine):
         assert not evicted or not kept or max(evicted) < min(kept)
         is_full = len(self.scheduler.running) == self.max_running
         if self.scheduler.num_waiting and not is_full and sum(w.count for w in work) < self.budget:
-            heads = [queue[0] for queue in self.scheduler._waiting.values()]
+            heads = [queue.first for queue in self.scheduler._waiting.values()]
             needs = [self.pool.blocks_for(head.max_length) for head in heads]
             assert max(needs) > self.pool.num_free  # it would not fit without a cache either
         self.note_idle()

@@ -24,6 +24,7 @@ from redmux_server.grpc_api.training import TrainingServicer
 from redmux_server.metrics import Metrics
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
+from redmux_server.services.grammar import Grammars
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.spec import Chat, GenerationSpec, ScoreSpec
@@ -67,6 +68,9 @@ class Codec:
     def encode_pair(self, first, second, most):
         return Encoded([1]), [0]
 
+    def tokenizer_json(self):
+        return None
+
     def encode_continuation(self, prompt, prompt_ids, text, most):
         return [1] * len(text)
 
@@ -84,7 +88,7 @@ def servicers():
     validator, metrics, engine = Validator(260, CONTEXT), Metrics(), FullEngine()
     with contextlib.closing(FairThread("tokenizer")) as tokenizing:
         parts = engine, registry, Codec(), validator, metrics, tokenizing
-        generation = GenerationService(*parts)
+        generation = GenerationService(*parts, Grammars(Codec(), 260, tokenizing))
         reading = ReadingService(ReadableModel("encoder", "X", 4, Pooling.MEAN), *parts)
         keys = ApiKeys(())
         training = TrainingService(

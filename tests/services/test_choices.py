@@ -59,7 +59,7 @@ def parts():
 def service(parts):
     with contextlib.closing(FairThread("tokenizer")) as tokenizing:
         yield GenerationService(
-            parts.engine, None, Codec(), Validator(VOCAB, 40), parts.metrics, tokenizing
+            parts.engine, None, Codec(), Validator(VOCAB, 40), parts.metrics, tokenizing, None
         )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # they would bring torch into the scheduler
     from torch import Tensor
 
     from redmux_adapters import Adapter
+    from redmux_server.engine.grammar import Matcher
     from redmux_server.engine.logit_edits import EditState
 
 
@@ -151,6 +152,7 @@ class Request:
     reading: Reading | None = None  # what to read instead; `max_tokens` is 0 then, too
     # What the encoder of an encoder-decoder model reads; the prompt is its decoder's start then.
     source_ids: Sequence[int] = ()
+    matcher: "Matcher | None" = None  # its own one, of the grammar that its output has to follow
     num_top: int = 0  # likeliest tokens to tell of at each generated one, if `logprobs`
     num_target_top: int = 0  # the same at each target
     priority: int = 0  # inside the tenant: lower is sooner
@@ -213,6 +215,8 @@ class Request:
     def finish_reason(self) -> FinishReason | None:
         """Returns why the request is complete after its newest token, or None if it is not."""
         if self.token_ids[-1] in self.stop_token_ids:
+            return FinishReason.STOP
+        if self.matcher is not None and self.matcher.is_complete:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output >= self.max_tokens else None
 

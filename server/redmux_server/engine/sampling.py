@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.candidates import candidates
+from redmux_server.engine.grammar import apply_masks
 from redmux_server.engine.logit_edits import edited
 from redmux_server.engine.request import Request, Token
 
@@ -19,7 +20,9 @@ class NonFinite:
 
 @dataclass(frozen=True, slots=True)
 class Exhausted:
-    """The request's options leave no token that may come."""
+    """No token may come next, and why."""
+
+    why: str = "the grammar and the options leave no token that may come next"
 
 
 @torch.inference_mode()
@@ -27,8 +30,8 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
     """Draws one token per row of `logits` [requests, vocab].
 
     Row i depends on row i and request i alone: the random number is a hash of the request's seed
-    and the index of the token, so neither neighbours nor scheduling move it. Log-probabilities are
-    those of the row as it comes from the model.
+    and the index of the token, so neither neighbours nor scheduling move it. What the grammar bars
+    goes before all other options; log-probabilities are those of the row as the model computed it.
     """
     ids, is_finite = likeliest(logits)
     tokens: list[Token | NonFinite | Exhausted] = [
@@ -37,7 +40,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
     ]
     as_they_are, with_edits = [], []
     for i, request in enumerate(requests):
-        if is_finite[i] and request.sampling.edits_logits:
+        if is_finite[i] and (request.sampling.edits_logits or request.matcher is not None):
             with_edits.append(i)
         elif is_finite[i] and request.sampling.temperature > 0:
             as_they_are.append(i)
@@ -53,15 +56,26 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
     return tokens
 
 
-def _choose_edited(logits: Tensor, requests: Sequence[Request]) -> list[Token | Exhausted]:
-    rows = edited(logits, requests)
+def _choose_edited(rows: Tensor, requests: Sequence[Request]) -> list[Token | Exhausted]:
+    """Draws from rows that are nobody else's."""
+    apply_masks(rows, [None if r.matcher is None else r.matcher.mask for r in requests])
+    if any(r.sampling.edits_logits for r in requests):
+        rows = edited(rows, requests)
     ids, is_left = likeliest(rows)
     drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0 and is_left[i]]
     if drawn:
         for i, token_id in zip(drawn, _draw(rows[drawn], [requests[i] for i in drawn]),
                                strict=True):  # fmt: skip
             ids[i] = token_id
-    return [Token(i, None) if ok else Exhausted() for i, ok in zip(ids, is_left, strict=True)]
+    return [
+        Token(token_id, None) if ok else _exhausted(request)
+        for token_id, ok, request in zip(ids, is_left, requests, strict=True)
+    ]
+
+
+def _exhausted(request: Request) -> Exhausted:
+    error = "" if request.matcher is None else request.matcher.error
+    return Exhausted(error) if error else Exhausted()
 
 
 def _tell_logprobs(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from redmux.errors import DeadlineExceededError, FailedPreconditionError, RedmuxError
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.grammar import MaskThread
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import (
     Event,
@@ -62,6 +63,7 @@ class Stepper:
         self._bank = bank
         self._metrics = metrics
         self._reader = reader
+        self._masks = MaskThread()
         self._events: list[tuple[Request, Event]] = []
         self._num_failures = 0  # of requests, since the last one of which something came
 
@@ -118,7 +120,17 @@ class Stepper:
                 self._take(request, result)
 
     def _draw(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
-        return _evaluate(self._runner.forward(work), work) if work else {}
+        if not work:
+            return {}
+        matchers = [item.request.matcher for item in work if item.samples]
+        stale = [m for m in matchers if m is not None and m.mask is None]
+        masking = self._masks.begin(stale) if stale else None
+        try:
+            logits = self._runner.forward(work)
+        finally:
+            if masking is not None:
+                masking.result()
+        return _evaluate(logits, work)
 
     def _read(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
         if not work:
@@ -141,9 +153,8 @@ class Stepper:
                 name = "the base model" if request.adapter is None else request.adapter.digest
                 message = f"{name} produced a value that is not finite for this prompt"
                 self._fail(request, FailedPreconditionError(message))
-            case Exhausted():
-                message = "the options leave no token that may come next"
-                self._end(request, Failed(FailedPreconditionError(message)))
+            case Exhausted(why):
+                self._end(request, Failed(FailedPreconditionError(why)))
             case Scored():
                 self._events.append((request, result))
                 if not request.draws and request.num_computed == len(request.prompt_ids):
@@ -158,6 +169,11 @@ class Stepper:
             self._scheduler.fork(request)
         request.token_ids.append(result.token_id)
         self._events.append((request, result))
+        if request.matcher is not None:
+            request.matcher.take(result.token_id)
+            if request.matcher.error:
+                self._end(request, Failed(FailedPreconditionError(request.matcher.error)))
+                return
         reason = request.finish_reason()
         if reason is not None:
             self._end(request, Finished(reason))

@@ -1,5 +1,6 @@
 """Messages of generation and scoring to what the services take, and back."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,8 @@ from redmux_server.grpc_api.chats import chat_of, tool_calls_of
 from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import Generation
-from redmux_server.services.spec import GenerationSpec, Prompt
+from redmux_server.services.grammar_source import check_num_choices
+from redmux_server.services.spec import GenerationSpec, Grammar, GrammarKind, Prompt
 from redmux_server.services.tools import ToolCallDelta, ToolCallParser, whole_calls
 
 _REASONS = {
@@ -55,10 +57,26 @@ def spec_of(message: inference_pb.Generation, remaining_s: float | None) -> Gene
         top_logprobs=optional(message, "top_logprobs"),
         prompt_logprobs=optional(message, "prompt_logprobs"),
         skip_special_tokens=optional(message, "skip_special_tokens") is not False,
+        grammar=_grammar(message.grammar) if message.HasField("grammar") else None,
         priority=message.priority,
         # A call whose time is up is cancelled by gRPC, whatever becomes of it here.
         timeout_s=None if remaining_s is None else max(remaining_s, 1e-3),
     )
+
+
+def _grammar(message: inference_pb.Grammar) -> Grammar | None:
+    form = message.WhichOneof("kind")
+    if form == "json_object":
+        return Grammar(GrammarKind.JSON_OBJECT) if message.json_object else None
+    if form == "choices":
+        texts = message.choices.texts
+        check_num_choices(len(texts))
+        return Grammar(GrammarKind.CHOICE, json.dumps(list(texts), ensure_ascii=False))
+    if form is None:
+        raise InvalidArgumentError(
+            "the grammar is empty; set json_schema, json_object, regex, choices or lark"
+        )
+    return Grammar(GrammarKind(form), getattr(message, form))
 
 
 def prompt_of(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Prompt:

@@ -29,6 +29,7 @@ class TextCodec:
     ) -> None:
         """`reads_prompts` is for models that read prompts as a whole: encoder-decoders."""
         self._encoder = TextEncoder(tokenizer, reads_prompts=reads_prompts)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode = _decoder(tokenizer, skip_special_tokens=True)
         self._decode_all = _decoder(tokenizer, skip_special_tokens=False)
         eos = generation_config.eos_token_id if generation_config is not None else None
@@ -92,6 +93,10 @@ class TextCodec:
     def check_format(self, prompt_format: PromptFormat | None) -> None:
         """Raises WrongBaseError where the format's special tokens are others in this model."""
         self._encoder.check(prompt_format)
+
+    def tokenizer_json(self) -> str | None:
+        """Returns the tokenizer as the tokenizers library writes it, None if it is another kind."""
+        return None if self._backend is None else self._backend.to_str()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of these ids, without special tokens."""

@@ -11,6 +11,7 @@ from redmux_adapters.text.encoder import Encoded
 from redmux_adapters.text.tool_format import ToolFormat
 from redmux_server.engine.detokenize import StopMatcher
 from redmux_server.engine.engine import Engine
+from redmux_server.engine.grammar import Matcher
 from redmux_server.engine.request import (
     Event,
     Failed,
@@ -29,6 +30,7 @@ from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.choice import Choice, Delta, choice_seed
+from redmux_server.services.grammar import Grammars
 from redmux_server.services.inbox import Inbox
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
 from redmux_server.services.tool_grammar import with_tools
@@ -143,6 +145,7 @@ class _Accepted:
     max_tokens: int
     tenant: str
     started_s: float
+    matcher: Matcher | None
 
 
 class GenerationService:
@@ -156,6 +159,7 @@ class GenerationService:
         validator: Validator,
         metrics: Metrics,
         tokenizing: FairThread,
+        grammars: Grammars,
         decoder_start: int | None = None,
     ) -> None:
         """`tokenizing` is the only thread that encodes with `codec`.
@@ -169,6 +173,7 @@ class GenerationService:
         self._validator = validator
         self._metrics = metrics
         self._tokenizing = tokenizing
+        self._grammars = grammars
 
     async def submit(
         self, spec: GenerationSpec, tenant: str
@@ -196,16 +201,24 @@ class GenerationService:
                 f"n is {spec.n}; this server has places for {self._engine.most_for_one} open "
                 "requests of one caller"
             )
+        self._validator.grammar(spec)
         if self.decoder_start is not None and spec.prompt_logprobs is not None:
             raise InvalidArgumentError(
                 "the encoder of the model reads the prompt, so it has no log-probabilities"
             )
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
         spec, make_parser = with_tools(spec, prepared.tool_format)
+        self._validator.grammar(spec)
         max_tokens = self._validator.max_tokens(spec, len(prepared.ids))
+        asker = tenant
         tenant = tenant or (prepared.published.name if prepared.published else "")
         sampling = await self._without_bad_words(sampling, spec.bad_words, tenant)
-        accepted = _Accepted(spec, sampling, pattern, prepared, max_tokens, tenant, started_s)
+        matcher = None
+        if spec.grammar is not None:
+            matcher = await self._grammars.matcher(spec.grammar, asker)
+        accepted = _Accepted(
+            spec, sampling, pattern, prepared, max_tokens, tenant, started_s, matcher
+        )
         events: Inbox[tuple[Choice, Event]] = Inbox()
         choices = [self._choice(index, accepted, events) for index in range(spec.n or 1)]
         leader, *followers = [choice.request for choice in choices]
@@ -236,6 +249,7 @@ class GenerationService:
             adapter=prepared.adapter,
             logprobs=spec.logprobs,
             sink=lambda event: events.put((choice, event)),
+            matcher=None if accepted.matcher is None else accepted.matcher.copy(),
             num_top=spec.top_logprobs or 0,
             priority=spec.priority or 0,
             deadline_s=None if spec.timeout_s is None else accepted.started_s + spec.timeout_s,

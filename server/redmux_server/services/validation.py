@@ -11,6 +11,7 @@ from redmux_server.engine.request import SamplingParams
 from redmux_server.engine.stop_pattern import StopPattern
 from redmux_server.models.text import MAX_BYTES_PER_TOKEN
 from redmux_server.services.chat import check_chat
+from redmux_server.services.grammar_source import MAX_BYTES as MAX_GRAMMAR_BYTES
 from redmux_server.services.spec import (
     Chat,
     GenerationSpec,
@@ -153,6 +154,20 @@ class Validator:
             )
         if spec.timeout_s is not None and not 0 < spec.timeout_s < math.inf:
             raise InvalidArgumentError(f"timeout_s is {spec.timeout_s}, must be above 0 and finite")
+
+    def grammar(self, spec: GenerationSpec) -> None:
+        """Checks what can be known of a grammar, if there is one, before it is compiled."""
+        if spec.grammar is None:
+            return
+        if spec.ignore_eos:
+            raise InvalidArgumentError(
+                "ignore_eos goes on behind the end, where a grammar allows nothing; leave out one"
+            )
+        num_bytes = _num_bytes(spec.grammar.source)
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise InvalidArgumentError(
+                f"{spec.grammar.kind.value} has {num_bytes} bytes; limit {MAX_GRAMMAR_BYTES}"
+            )
 
     def max_tokens(self, spec: GenerationSpec, num_prompt_tokens: int) -> int:
         """Returns how many tokens may be generated after a prompt of this length."""
