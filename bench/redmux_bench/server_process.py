@@ -17,7 +17,7 @@ import psutil
 from redmux import AsyncClient, UnavailableError
 from redmux_adapters.bases.load import DEFAULT_MODEL
 
-_SERVING = re.compile(r"serving .* on (\S+:\d+), metrics on port")
+_SERVING = re.compile(r"serving .* on (\S+:\d+), HTTP on port (-?\d+), ")
 _KEPT_LINES = 20
 
 
@@ -30,7 +30,7 @@ class ServerProcess:
     def __init__(self, *flags: str) -> None:
         self._command = [
             sys.executable, "-m", "redmux", "serve",
-            "--port", "0", "--metrics-port", "0", "--log-level", "info", *flags,
+            "--port", "0", "--http-port", "0", "--metrics-port", "0", "--log-level", "info", *flags,
         ]  # fmt: skip
         self.address = ""
         self.startup_s = 0.0

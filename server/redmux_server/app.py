@@ -19,6 +19,9 @@ from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
+from redmux_server.http_api.app import body_limits, make_app
+from redmux_server.http_api.names import ModelNames
+from redmux_server.http_api.offer import Offer
 from redmux_server.leaving import EXIT_SOFTWARE, Leaving
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
@@ -97,6 +100,11 @@ class Server:
         return self.doors.port
 
     @property
+    def http_port(self) -> int:
+        """The port of HTTP, -1 where there is none."""
+        return self.doors.http_port
+
+    @property
     def metrics_port(self) -> int:
         """The port of /metrics."""
         return self.doors.metrics_port
@@ -124,11 +132,25 @@ class Server:
         self._count_adapters()
         self.engine.start()
         await doors.grpc.serve(message_limits(self.registry, self.training))
+        if doors.http_port >= 0:
+            offer = self._offer()
+            doors.http.serve(make_app(offer), body_limits(offer))
         doors.state = lambda: self.state
         self._watch = asyncio.create_task(self._watch_engine())
         logger.info(
-            "serving %s on %s:%d, metrics on port %d, %d adapters",
-            self.config.model, self.config.host, self.port, self.metrics_port, len(self.registry),
+            "serving %s on %s:%d, HTTP on port %d, metrics on port %d, %d adapters",
+            self.config.model, self.config.host, self.port, self.http_port, self.metrics_port,
+            len(self.registry),
+        )  # fmt: skip
+
+    def _offer(self) -> Offer:
+        """Returns what HTTP serves from."""
+        config, model = self.config, self.model
+        return Offer(
+            config, self.services, self.registry,
+            ModelNames(config.model, config.served_model_name, self.registry), model.codec,
+            self.doors.health, model.fingerprint, model.max_context, int(time.time()),
+            self._count_adapters,
         )  # fmt: skip
 
     @property

@@ -38,8 +38,9 @@ async def _serve(config: ServerConfig) -> bool:
     if config.api_keys_file:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, doors.read_keys_again)
     logger.info(
-        "listening on %s:%d, metrics on port %d; health is NOT_SERVING until the model is loaded",
-        config.host, doors.port, doors.metrics_port,
+        "listening on %s:%d, HTTP on port %d, metrics on port %d; health is NOT_SERVING until the "
+        "model is loaded",
+        config.host, doors.port, doors.http_port, doors.metrics_port,
     )  # fmt: skip
     # Only now: torch takes seconds to import.
     app = await asyncio.to_thread(importlib.import_module, "redmux_server.app")

@@ -39,6 +39,16 @@ class ServerConfig:
     )
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(50051, "port of gRPC; 0 picks a free one")
+    http_port: int = _option(8000, "port of HTTP; 0 picks a free one, -1 is none")
+    served_model_name: tuple[str, ...] = _option(
+        (), "further names of the base model in requests over HTTP, the first one shown in lists"
+    )
+    http_cors_origin: tuple[str, ...] = _option(
+        (), "origins whose pages a browser lets use HTTP, such as https://example.org; * is all"
+    )
+    lora_dir: str = _option(
+        "", "folder from which /v1/load_lora_adapter takes files, beside adapter_dir"
+    )
     metrics_port: int = _option(9095, "port of /metrics; 0 picks a free one")
     socket: str = _option(
         "", "unix socket to listen on as well, without TLS: for probes and callers on this machine"
@@ -112,7 +122,7 @@ class ServerConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise InvalidArgumentError(f"{name} is {value!r}, must be one of {allowed}")
-        for name in ("port", "metrics_port"):
+        for name in ("port", "http_port", "metrics_port"):
             if getattr(self, name) > 65535:
                 raise InvalidArgumentError(f"{name} is {getattr(self, name)}, must be below 65536")
         if self.training_share > 1:
@@ -149,7 +159,7 @@ class ServerConfig:
 
 
 _LOWEST = {
-    "port": 0, "metrics_port": 0, "threads": 0, "max_running": 1, "max_batch_tokens": 1,
+    "port": 0, "http_port": -1, "metrics_port": 0, "threads": 0, "max_running": 1, "max_batch_tokens": 1,
     "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "prefix_cache_bytes": 0,
     "bank_bytes": 0, "host_cache_bytes": 0, "training_share": 0.001, "training_queue": 1,
     "training_max_tokens": 1, "drain_s": 0,
@@ -173,7 +183,7 @@ def load_config(
     """
     fields = {f.name: f for f in dataclasses.fields(ServerConfig)}
     parser = argparse.ArgumentParser(
-        prog=prog, description="Serve RED adapters over gRPC.", allow_abbrev=False
+        prog=prog, description="Serve RED adapters over gRPC and HTTP.", allow_abbrev=False
     )
     parser.add_argument("--config", help="TOML file with any of these options")
     for name, field in fields.items():

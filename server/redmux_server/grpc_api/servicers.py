@@ -12,8 +12,8 @@ from redmux.v1.adapter_service_pb2_grpc import AdapterServiceServicer
 from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.engine.request import FinishReason, Pooling
+from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.converted import Converted, fill_page
-from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import Delta, Finish, GenerationService
@@ -57,7 +57,7 @@ class InferenceServicer(InferenceServiceServicer):
         generation: GenerationService | None,
         scoring: ScoringService | None,
         reading: ReadingService,
-        keys: ApiKeys,
+        keys: CallKeys,
     ) -> None:
         """`generation` and `scoring` are None for a model that generates nothing."""
         self._generation = generation
@@ -187,7 +187,7 @@ class AdapterServicer(AdapterServiceServicer):
     """Adapters while the server runs; a key sees its own and the operator's."""
 
     def __init__(
-        self, registry: AdapterRegistry, on_change: Callable[[], None], keys: ApiKeys
+        self, registry: AdapterRegistry, on_change: Callable[[], None], keys: CallKeys
     ) -> None:
         self._registry = registry
         self._on_change = on_change
