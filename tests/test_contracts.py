@@ -41,7 +41,7 @@ FLOORS = {
         "cli",
     ],
     "server/redmux_server/models": [
-        "base_model compilation editing kvcache layer_norm proving text",
+        "base_model compilation editing kvcache layer_norm proving text token_bytes",
         "cpu",
         "causal",
         "cuda",
