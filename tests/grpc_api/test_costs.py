@@ -71,6 +71,9 @@ class Codec:
     def encode_continuation(self, prompt, prompt_ids, text, most):
         return [1] * len(text)
 
+    def decoder(self, *, skip_special_tokens):
+        return str
+
 
 @pytest.fixture(scope="module")
 def servicers():

@@ -10,7 +10,6 @@ from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat, Turn
 from redmux_server.services.spec import Chat, GenerationSpec
 from redmux_server.services.validation import (
-    DEFAULT_MAX_TOKENS,
     MAX_MESSAGES,
     MAX_STOP_BYTES,
     MAX_STOP_TOKEN_IDS,
@@ -30,7 +29,7 @@ def check(spec, num_prompt_tokens=5):
     VALIDATOR.prompt(spec.prompt)
     if isinstance(spec.prompt, list):
         num_prompt_tokens = len(spec.prompt)
-    return sampling, VALIDATOR.max_tokens(spec.max_tokens, num_prompt_tokens)
+    return sampling, VALIDATOR.max_tokens(spec, num_prompt_tokens)
 
 
 REFUSED = {
@@ -108,7 +107,6 @@ def test_what_is_unset_gets_its_default():
     sampling, max_tokens = check(GenerationSpec("hello"))
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 1.0, 0)
     assert max_tokens == CONTEXT - 5
-    assert Validator(VOCAB, 10_000).max_tokens(None, 5) == DEFAULT_MAX_TOKENS
 
 
 def test_an_unset_seed_is_another_each_time():

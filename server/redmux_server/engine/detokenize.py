@@ -64,24 +64,30 @@ class Detokenizer:
 class StopMatcher:
     """Holds text back while it may be the beginning of a stop text."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
+        """With `included` the stop text that ends the text is part of it."""
+        self._stops = list(stops)
+        self._included = included
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """Returns the text that is safe to give out; nothing more once `matched` is set."""
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """Returns the text that is safe to give out; nothing more once `matched` is set.
+
+        Unless it `may_stop`, no stop text ends in this text, but one may begin there.
+        """
         if self.matched is not None:
             return ""
+        num_held = len(self._held)
         text = self._held + text
         # The stop text that is complete first wins, so that the cut does not depend on how the
         # text arrived; of two that end together, the longer.
-        found = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops
-                 if stop in text]  # fmt: skip
+        ends = ((_end_of(text, stop, num_held), -len(stop), stop) for stop in self._stops)
+        found = [end for end in ends if end[0]] if may_stop else []
         if found:
             end, _, self.matched = min(found)
             self._held = ""
-            return text[: end - len(self.matched)]
+            return text[: end if self._included else end - len(self.matched)]
         held = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -96,3 +102,9 @@ class StopMatcher:
         """Length of the longest end of `text` that is a proper beginning of `stop`."""
         longest = min(len(text), len(stop) - 1)
         return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _end_of(text: str, stop: str, num_held: int) -> int:
+    """Returns where a stop text first ends behind the held text, or 0."""
+    start = text.find(stop, max(0, num_held - len(stop) + 1))
+    return start + len(stop) if start >= 0 else 0

@@ -105,16 +105,19 @@ class Engine:
     def submit(self, *requests: Request) -> None:
         """Accepts requests of one tenant, all or none: each one's sink gets exactly one ending.
 
-        Raises ResourceExhaustedError if the queue or the tenant's share of it is full, and
-        UnavailableError while draining or while a step does not end.
+        Followers are accepted with the request that they follow. Raises ResourceExhaustedError if
+        the queue or the tenant's share of it is full, and UnavailableError while draining or while
+        a step does not end.
         """
         if self._is_draining or self.died.is_set():
             raise UnavailableError("the server is shutting down")
         if self._stuck_step is not None and self._stuck_step == self.step_under_way:
             raise UnavailableError("the server computes a step that does not end")
-        self._places.take(requests)
+        accepted = [one for request in requests for one in (request, *request.followers)]
+        self._places.take(accepted)
+        now = time.monotonic()
+        self._open |= {request: _Stamps(now) for request in accepted}
         for request in requests:
-            self._open[request] = _Stamps(time.monotonic())
             self._inbox.put(request)
 
     async def submit_in_turn(self, request: Request) -> None:

@@ -1,7 +1,7 @@
 """Request: one generation, scoring or reading, from its acceptance to its one end."""
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,26 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a token is drawn. Temperature 0 is greedy; top_p 1 and top_k 0 do not restrict."""
+    """How a token is drawn; each default does nothing, and temperature 0 is greedy.
+
+    What each of them means, and in which order they act, is said in docs/sampling.md.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] = ()  # none allows every one
+    bad_token_ids: Sequence[int] = ()
+    bad_sequences: Sequence[Sequence[int]] = ()  # of two tokens and more
+    min_tokens: int = 0
 
 
 class Pooling(enum.Enum):
@@ -53,18 +67,26 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token; `logprob` is None unless it was asked for."""
+    """One generated token; `logprob` is None unless it was asked for.
+
+    `top` are the likeliest tokens there, as many as were asked for: (token id, logprob).
+    """
 
     token_id: int
     logprob: float | None
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """The next of a request's targets: log-probabilities, and which are the likeliest token."""
+    """The next of a request's targets: log-probabilities, and which are the likeliest token.
+
+    `top` has of each the likeliest tokens at its place, as many as were asked for.
+    """
 
     logprobs: list[float]
     is_greedy: list[bool]
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +129,20 @@ class Request:
     adapter: "Adapter | None"  # pinned: replacing or deleting its name changes nothing here
     logprobs: bool
     sink: Callable[[Event], None]  # called on the event loop, in order; its last ends the request
-    # Tokens to score instead of generating any: the last follows the whole prompt, each of the
-    # others is the prompt's token behind the one that it follows. `max_tokens` is 0 then.
+    # Tokens to score. Where something is generated they are the prompt's last ones. Else, with
+    # `max_tokens` 0, the last of them follows the whole prompt, and each of the others is the
+    # prompt's token behind the one that it follows.
     targets: Sequence[int] = ()
     reading: Reading | None = None  # what to read instead; `max_tokens` is 0 then, too
     # What the encoder of an encoder-decoder model reads; the prompt is its decoder's start then.
     source_ids: Sequence[int] = ()
+    num_top: int = 0  # likeliest tokens to tell of at each generated one, if `logprobs`
+    num_target_top: int = 0  # the same at each target
+    priority: int = 0  # inside the tenant: lower is sooner
+    deadline_s: float | None = None  # of time.monotonic(); it ends then, or never starts
+    # Other choices of the same prompt, which begin with the first token of this one: each draws
+    # its own from the same row of logits.
+    followers: list["Request"] = field(default_factory=list)
     # ---------------------------------------------------------------------------------------
     early_end: Finished | Failed | None = None  # how its reader has ended it
     token_ids: list[int] = field(default_factory=list)  # prompt and output
@@ -139,9 +169,25 @@ class Request:
         return len(self.source_ids) + len(self.prompt_ids) + self.max_tokens
 
     @property
+    def draws(self) -> bool:
+        """Whether tokens are generated."""
+        return self.max_tokens > 0
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether targets are left to score."""
+        return bool(self.targets) and not self.num_output
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether it may lose its place to a request of another tenant."""
+        return self.draws and not self.is_scoring
+
+    @property
     def first_wanted(self) -> int:
         """Position of the first token whose logits are wanted."""
-        return len(self.token_ids) - max(1, len(self.targets))
+        num_wanted = len(self.targets) + self.draws if self.is_scoring else 1
+        return len(self.token_ids) - num_wanted
 
     @property
     def is_decoding(self) -> bool:
@@ -172,4 +218,12 @@ class Work:
     def samples(self) -> bool:
         """Whether this work ends at the newest token, so that it draws or reads."""
         r = self.request
-        return not r.targets and r.num_computed + self.count == len(r.token_ids)
+        is_whole = r.num_computed + self.count == len(r.token_ids)
+        return is_whole and (r.draws or r.reading is not None)
+
+    @property
+    def scored(self) -> range:
+        """Those of the wanted tokens whose logits score targets."""
+        return (
+            self.wanted[: len(self.wanted) - self.samples] if self.request.is_scoring else range(0)
+        )

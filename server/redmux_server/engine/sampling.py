@@ -30,18 +30,47 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
         for i, token_id in zip(drawn, _draw(logits[drawn], [requests[i] for i in drawn]),
                                strict=True):  # fmt: skip
             ids[i] = token_id
-    logprobs: list[float | None] = [None] * len(ids)
+    tokens = [
+        Token(token_id, None) if ok else NonFinite()
+        for token_id, ok in zip(ids, is_finite, strict=True)
+    ]
     asked = [i for i, r in enumerate(requests) if r.logprobs and is_finite[i]]
     if asked:
-        # log_softmax works row by row, unlike logsumexp, which may split one long row over threads.
-        rows = torch.log_softmax(logits[asked].float(), -1)
-        chosen = torch.tensor([[ids[i]] for i in asked], device=rows.device)
-        for i, value in zip(asked, rows.gather(1, chosen)[:, 0].tolist(), strict=True):
-            logprobs[i] = value
-    return [
-        Token(token_id, logprob) if ok else NonFinite()
-        for token_id, logprob, ok in zip(ids, logprobs, is_finite, strict=True)
-    ]
+        told = _with_logprobs(
+            logits[asked], [ids[i] for i in asked], [requests[i].num_top for i in asked]
+        )
+        for i, token in zip(asked, told, strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _with_logprobs(logits: Tensor, ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
+    # log_softmax works row by row, unlike logsumexp, which may split one long row over threads.
+    logprobs = torch.log_softmax(logits.float(), -1)
+    chosen = torch.tensor(ids, device=logits.device)[:, None]
+    values = logprobs.gather(1, chosen)[:, 0].tolist()
+    top = top_of(logits, logprobs, num_top)
+    return [Token(*told) for told in zip(ids, values, top, strict=True)]
+
+
+def top_of(
+    logits: Tensor, logprobs: Tensor, numbers: Sequence[int]
+) -> list[list[tuple[int, float]]]:
+    """Returns per row so many of the likeliest tokens: (token id, its value in `logprobs`).
+
+    Likeliest first, and of equal logits the lowest id, so the first is what greedy chooses.
+    """
+    most = min(max(numbers), logits.shape[-1])
+    if not most:
+        return [[] for _ in numbers]
+    lowest = logits.topk(most, -1).values[:, -1:]
+    top = []
+    for row, values, number in zip(logits >= lowest, zip(logits, logprobs, strict=True), numbers,
+                                   strict=True):  # fmt: skip
+        ids = row.nonzero()[:, 0]  # in the order of ids, which a stable sort keeps
+        ids = ids[values[0][ids].argsort(descending=True, stable=True)[:number]]
+        top.append(list(zip(ids.tolist(), values[1][ids].tolist(), strict=True)))
+    return top
 
 
 def likeliest(logits: Tensor) -> tuple[list[int], list[bool]]:

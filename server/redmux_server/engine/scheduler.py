@@ -90,6 +90,17 @@ class Scheduler:
             gone += [r for r in queue if r.early_end is not None]
         return gone
 
+    def fork(self, request: Request) -> None:
+        """Queues the followers of a request in front of its tenant's others.
+
+        Call it when their first tokens are drawn. They are admitted behind those of the prompt's
+        blocks that `request` shares, and compute the rest of it and that token.
+        """
+        for follower in reversed(request.followers):
+            follower.num_cached = request.num_cached
+            self._waiting.setdefault(request.tenant, deque()).appendleft(follower)
+        request.followers = []
+
     def share(self, request: Request) -> None:
         """Lets later requests start behind the full blocks that this one has computed.
 
@@ -177,7 +188,8 @@ class Scheduler:
     def _victims(self, request: Request) -> list[Request]:
         """Returns the running requests that have to give way to this one, all or none.
 
-        A reading or a score is no victim: once its prompt is computed it ends by itself.
+        A reading or a score is no victim: once its prompt is computed it ends by itself. Nor is a
+        prompt that is scored on the way, so that no score comes twice.
         """
         num_rows = int(len(self.running) == self._max_running)
         num_blocks = self._blocks.num_missing(request.max_length, self._find_prefix(request))
@@ -198,7 +210,7 @@ class Scheduler:
         able = [r for r in reversed(self.running) if self._served[r.tenant] >= level]
         victims: list[Request] = []
         while num_rows > 0 or num_blocks > 0:
-            able = [r for r in able if r.max_tokens and held[r.tenant] - size(r) >= wanted]
+            able = [r for r in able if r.gives_way and held[r.tenant] - size(r) >= wanted]
             if not able:
                 return []
             victim = max(able, key=lambda r: (held[r.tenant], -r.num_computed))

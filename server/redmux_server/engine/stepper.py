@@ -32,6 +32,8 @@ from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+Result = Token | Scored | Read | NonFinite  # what a step comes to for a request
+
 _MAX_FAILURES = 3  # in a row, before the base model is asked whether it works at all
 
 
@@ -110,13 +112,13 @@ class Stepper:
             return
         for item in work:
             item.request.num_computed += item.count
-            if item in results:
-                self._take(item.request, results[item])
+            for request, result in results.get(item, ()):
+                self._take(request, result)
 
-    def _draw(self, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
+    def _draw(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
         return _evaluate(self._runner.forward(work), work) if work else {}
 
-    def _read(self, work: Sequence[Work]) -> dict[Work, Read | NonFinite]:
+    def _read(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
         if not work:
             return {}
         states = dict(zip(work, self._runner.hidden(work), strict=True))
@@ -127,9 +129,9 @@ class Stepper:
         )
         for item, part in states.items():  # nothing can fail any more
             item.request.states = [] if item.samples else [*item.request.states, part]
-        return dict(zip(ends, read, strict=True))
+        return {item: [(item.request, got)] for item, got in zip(ends, read, strict=True)}
 
-    def _take(self, request: Request, result: Token | Scored | Read | NonFinite) -> None:
+    def _take(self, request: Request, result: Result) -> None:
         if not isinstance(result, NonFinite):
             self._num_failures = 0
         match result:
@@ -139,7 +141,7 @@ class Stepper:
                 self._fail(request, FailedPreconditionError(message))
             case Scored():
                 self._events.append((request, result))
-                if request.num_computed == len(request.prompt_ids):
+                if not request.draws and request.num_computed == len(request.prompt_ids):
                     self._end(request, Finished(FinishReason.SCORED))
             case Read():
                 self._end(request, result)
@@ -147,6 +149,8 @@ class Stepper:
                 self._append(request, result)
 
     def _append(self, request: Request, result: Token) -> None:
+        if request.followers:  # whose first tokens come next
+            self._scheduler.fork(request)
         request.token_ids.append(result.token_id)
         self._events.append((request, result))
         reason = request.finish_reason()
@@ -177,14 +181,14 @@ class Stepper:
             return  # others hold them all, and compute with them
         work = [Work(probe, 1)]
         results = self._read(work) if probe.reading else self._draw(work)
-        if isinstance(results[work[0]], NonFinite):
+        if any(isinstance(result, NonFinite) for _, result in results[work[0]]):
             raise RuntimeError("the base model computes values that are not finite")
         self._scheduler.take_back(probe)
 
     def _end(self, request: Request, event: Event, *, is_sound: bool = True) -> None:
         self._scheduler.remove(request, is_sound=is_sound)
         self._release_slot(request)
-        self._events.append((request, event))
+        self._events += [(ended, event) for ended in (request, *request.followers)]
 
     def _release_slot(self, request: Request) -> None:
         if request.slot is not None:
@@ -205,22 +209,32 @@ class Stepper:
             self._compute([item])
 
 
-def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, Token | Scored | NonFinite]:
-    """Returns what the wanted rows of each work item come to, of those that want any."""
-    results: dict[Work, Token | Scored | NonFinite] = {}
+def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
+    """Returns what the wanted rows of each work item come to, of those that want any.
+
+    From the row of a request that has followers each of these draws, too.
+    """
+    results: dict[Work, list[tuple[Request, Result]]] = {}
     drawing: list[Work] = []
-    rows: list[int] = []  # of the logits of those that draw a token
+    drawers: list[Request] = []
+    rows: list[int] = []  # of the logits, one for each drawer
     row = 0
     for item in work:
-        wanted = item.wanted
-        if item.request.targets and wanted:
-            results[item] = score(logits[row : row + len(wanted)], item)
-        elif wanted:
-            drawing.append(item)
-            rows.append(row)
-        row += len(wanted)
+        num_scored = len(item.scored)
+        if num_scored:
+            scored = score(logits[row : row + num_scored], item)
+            results[item] = [(item.request, scored)]
+        row += len(item.wanted)
+        if item.samples and not (num_scored and isinstance(scored, NonFinite)):
+            requests = [item.request, *item.request.followers]
+            drawers += requests
+            drawing += [item] * len(requests)
+            rows += [row - 1] * len(requests)
     if drawing:
-        drawn_logits = logits if len(rows) == len(logits) else logits[rows]
-        tokens = sample(drawn_logits, [item.request for item in drawing])
-        results.update(zip(drawing, tokens, strict=True))
+        drawn_logits = logits if rows == list(range(len(logits))) else logits[rows]
+        tokens = sample(drawn_logits, drawers)
+        for item, request, token in zip(drawing, drawers, tokens, strict=True):
+            results.setdefault(item, [])
+            if request is item.request or not isinstance(token, NonFinite):
+                results[item].append((request, token))
     return results

@@ -16,7 +16,8 @@ from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.converted import Converted, fill_page
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.generation import Delta, Finish, GenerationService
+from redmux_server.services.choice import Delta, Finish
+from redmux_server.services.generation import GenerationService
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
 from redmux_server.services.spec import (

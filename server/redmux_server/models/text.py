@@ -27,7 +27,8 @@ class TextCodec:
     ) -> None:
         """`reads_prompts` is for models that read prompts as a whole: encoder-decoders."""
         self._encoder = TextEncoder(tokenizer, reads_prompts=reads_prompts)
-        self._decode = _decoder(tokenizer)
+        self._decode = _decoder(tokenizer, skip_special_tokens=True)
+        self._decode_all = _decoder(tokenizer, skip_special_tokens=False)
         eos = generation_config.eos_token_id if generation_config is not None else None
         ids = eos if isinstance(eos, list) else [eos]
         self.eos_token_ids = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
@@ -90,6 +91,10 @@ class TextCodec:
         """Returns the text of these ids, without special tokens."""
         return self._decode(list(token_ids))
 
+    def decoder(self, *, skip_special_tokens: bool = True) -> Callable[[Sequence[int]], str]:
+        """Returns what makes text of ids, with the special tokens among them or without."""
+        return self._decode if skip_special_tokens else self._decode_all
+
     def _check_length(self, what: str, text: str, most: int | None) -> None:
         """Refuses a text whose beginning alone has too many tokens."""
         if most is None or len(text) <= _CHARS_PER_TOKEN * most:
@@ -103,8 +108,8 @@ def _num_bytes(text: str) -> int:
     return len(text.encode(errors="surrogatepass"))
 
 
-def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
-    """Returns the tokenizer's decoding of ids without special tokens and without clean-up.
+def _decoder(tokenizer: Any, *, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
+    """Returns the tokenizer's decoding of ids without clean-up.
 
     transformers' way to the same function of the tokenizers library takes five times as long, twice
     for every token that is streamed.
@@ -118,7 +123,7 @@ def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
         and kind._decode is PreTrainedTokenizerFast._decode
     ):
         backend = tokenizer.backend_tokenizer
-        return lambda ids: backend.decode(ids, skip_special_tokens=True)
+        return lambda ids: backend.decode(ids, skip_special_tokens=skip_special_tokens)
     return lambda ids: tokenizer.decode(
-        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )

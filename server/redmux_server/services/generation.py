@@ -1,142 +1,108 @@
 """GenerationService: from what a caller asks for to text, below every protocol."""
 
-import asyncio
 import functools
+import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from redmux.errors import RedmuxError, RequestCancelledError
 from redmux_adapters import Adapter, PromptFormat
 from redmux_adapters.text.encoder import Encoded
-from redmux_server.engine.detokenize import Detokenizer, StopMatcher
+from redmux_server.engine.detokenize import StopMatcher
 from redmux_server.engine.engine import Engine
-from redmux_server.engine.request import Event, Failed, Finished, FinishReason, Request, Token
+from redmux_server.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Scored,
+    Token,
+)
 from redmux_server.fair_thread import FairThread, portions
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.choice import Choice, Delta, choice_seed
+from redmux_server.services.inbox import Inbox
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
 from redmux_server.services.validation import Validator
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """How a completion ended."""
-
-    reason: FinishReason
-    stop: str  # the stop text that ended it, or ""
-    num_prompt_tokens: int
-    num_cached_tokens: int  # of the prompt, found in the cache
-    num_added_tokens: int  # of the prompt, special tokens that the server put there
-    num_completion_tokens: int
-
-
 @dataclass(slots=True)
-class Delta:
-    """What was generated since the last one; `finish` is set in the last."""
+class PromptScores:
+    """Of each token of a prompt its log-probability, None for the first, which follows nothing.
 
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish: Finish | None = None
-
-
-class EventInbox:
-    """The events of one request on their way from the engine to their one reader.
-
-    Belongs to the event loop. A reader is woken once, however many events a step brings.
+    `top` has of each the likeliest tokens at its place, as many as were asked for.
     """
 
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: Event) -> None:
-        """Adds an event; the request's sink."""
-        self._events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> list[Event]:
-        """Returns everything that came since the last call, waiting for a first event."""
-        if not self._events:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        events, self._events = self._events, []
-        return events
+    logprobs: list[float | None] = field(default_factory=lambda: [None])
+    top: list[list[tuple[int, float]]] = field(default_factory=lambda: [[]])
 
 
 class Generation:
-    """One accepted request, read by one consumer through `deltas`."""
+    """The accepted choices of one prompt, read by one consumer through `deltas`.
+
+    `prompt_scores` is there if they were asked for, and complete once the first delta is.
+    """
 
     def __init__(
         self,
-        request: Request,
-        events: EventInbox,
+        prompt_ids: list[int],
+        choices: Sequence[Choice],
+        events: Inbox[tuple[Choice, Event]],
         engine: Engine,
-        codec: TextCodec,
-        stops: Sequence[str],
-        num_added: int = 0,
+        prompt_scores: PromptScores | None = None,
     ) -> None:
-        """`events` is where the request's sink puts them; `num_added` is told at the end."""
-        self._request = request
+        """`events` is where the sinks of the choices' requests put them."""
+        self.prompt_ids = prompt_ids
+        self.prompt_scores = prompt_scores
+        self._choices = choices
         self._events = events
         self._engine = engine
-        self._detokenizer = Detokenizer(codec.decode)
-        self._matcher = StopMatcher(stops)
-        self._num_added = num_added
-        self._num_tokens = 0
 
     async def deltas(self) -> AsyncGenerator[Delta]:
-        """Yields everything that is ready at a time, until the completion ends.
+        """Yields everything that is ready at a time, until every choice has its finish.
 
-        Raises the request's error. Closing the iterator early cancels the request.
+        The choices take turns as they come. Raises the error of the request, which ends all of
+        them. Closing the iterator early cancels them.
         """
         try:
-            finish = None
-            while finish is None:
-                delta = Delta()
-                for event in await self._events.take():
-                    finish = self._take(event, delta)
-                    if finish is not None:
-                        break
-                delta.finish = finish
-                if delta.text or delta.token_ids or finish is not None:
-                    yield delta
+            num_open = len(self._choices)
+            while num_open:
+                for delta in self._take(await self._events.take()):
+                    num_open -= delta.finish is not None
+                    if delta.text or delta.token_ids or delta.finish is not None:
+                        yield delta
         finally:
-            cancelled = RequestCancelledError("the request was cancelled")
-            self._engine.end(self._request, Failed(cancelled))
+            self.cancel()
 
-    def _take(self, event: Event, delta: Delta) -> Finish | None:
-        if isinstance(event, Failed):
-            raise event.error
-        if isinstance(event, Finished):
-            delta.text += self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
-            return self._finish(
-                event.reason if self._matcher.matched is None else FinishReason.STOP
-            )
-        assert isinstance(event, Token)  # it scores nothing
-        self._num_tokens += 1
-        delta.token_ids.append(event.token_id)
-        if event.logprob is not None:
-            delta.logprobs.append(event.logprob)
-        if event.token_id not in self._request.stop_token_ids:
-            delta.text += self._matcher.push(self._detokenizer.push([event.token_id]))
-        if self._matcher.matched is None:
-            return None
-        self._engine.end(self._request, Finished(FinishReason.STOP))
-        return self._finish(FinishReason.STOP)
+    def cancel(self) -> None:
+        """Ends every choice that has not ended; needed only if `deltas` was never begun."""
+        cancelled = RequestCancelledError("the request was cancelled")
+        for choice in self._choices:
+            self._engine.end(choice.request, Failed(cancelled))
 
-    def _finish(self, reason: FinishReason) -> Finish:
-        return Finish(
-            reason=reason,
-            stop=self._matcher.matched or "",
-            num_prompt_tokens=len(self._request.source_ids or self._request.prompt_ids),
-            num_cached_tokens=self._request.num_cached,
-            num_added_tokens=self._num_added,
-            num_completion_tokens=self._num_tokens,
-        )
+    def _take(self, events: Sequence[tuple[Choice, Event]]) -> list[Delta]:
+        deltas: dict[int, Delta] = {}
+        for choice, event in events:
+            if choice.has_ended:
+                continue
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Scored):
+                if self.prompt_scores is not None:
+                    self.prompt_scores.logprobs += event.logprobs
+                    self.prompt_scores.top += event.top or [[] for _ in event.logprobs]
+                continue
+            assert isinstance(event, Token | Finished)  # nothing is read
+            delta = deltas.setdefault(choice.index, Delta(choice.index))
+            choice.take(event, delta)
+            if choice.has_ended and isinstance(event, Token):
+                self._engine.end(choice.request, Finished(FinishReason.STOP))
+        return list(deltas.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,28 +157,66 @@ class GenerationService:
     async def _submit(
         self, spec: GenerationSpec, tenant: str
     ) -> tuple[Generation, Published | None]:
+        started_s = time.monotonic()
         sampling = self._validator.sampling(spec)
         self._validator.stops(spec)
+        num_choices = self._validator.choices(spec)
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
+        max_tokens = self._validator.max_tokens(spec, len(prepared.ids))
+        events: Inbox[tuple[Choice, Event]] = Inbox()
+        choices = [
+            self._choice(spec, index, sampling, prepared, max_tokens, tenant, events, started_s)
+            for index in range(num_choices)
+        ]
+        leader, *followers = [choice.request for choice in choices]
+        if spec.prompt_logprobs is not None:
+            leader.targets, leader.num_target_top = prepared.ids[1:], spec.prompt_logprobs
+        leader.followers = followers
+        self._engine.submit(leader)
+        scores = None if spec.prompt_logprobs is None else PromptScores()
+        return Generation(prepared.ids, choices, events, self._engine, scores), prepared.published
+
+    def _choice(
+        self,
+        spec: GenerationSpec,
+        index: int,
+        sampling: SamplingParams,
+        prepared: Prepared,
+        max_tokens: int,
+        tenant: str,
+        events: Inbox[tuple[Choice, Event]],
+        started_s: float,
+    ) -> Choice:
+        """Returns a choice whose request puts its events, beside the choice, into `events`."""
         published = prepared.published
-        events = EventInbox()
+        # Without an answer the last token is only scored, not computed: nothing follows it.
+        prompt_ids = prepared.ids if max_tokens else prepared.ids[:-1]
         request = Request(
-            prompt_ids=prepared.ids if self.decoder_start is None else [self.decoder_start],
+            prompt_ids=prompt_ids if self.decoder_start is None else [self.decoder_start],
             source_ids=() if self.decoder_start is None else prepared.ids,
-            max_tokens=self._validator.max_tokens(spec.max_tokens, len(prepared.ids)),
-            sampling=sampling,
+            max_tokens=max_tokens,
+            sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
             stop_token_ids=frozenset(spec.stop_token_ids)
             | (frozenset() if spec.ignore_eos else self._codec.eos_token_ids),
             tenant=tenant or (published.name if published else ""),
             adapter=prepared.adapter,
             logprobs=spec.logprobs,
-            sink=events.put,
+            sink=lambda event: events.put((choice, event)),
+            num_top=spec.top_logprobs or 0,
+            priority=spec.priority or 0,
+            deadline_s=None if spec.timeout_s is None else started_s + spec.timeout_s,
         )
-        self._engine.submit(request)
-        generation = Generation(
-            request, events, self._engine, self._codec, list(spec.stop), prepared.num_added
+        choice = Choice(
+            index,
+            request,
+            self._codec.decoder(skip_special_tokens=spec.skip_special_tokens),
+            StopMatcher(spec.stop, included=spec.include_stop_str),
+            includes_stop=spec.include_stop_str,
+            num_prompt=len(prepared.ids),
+            num_added=prepared.num_added,
+            started_s=started_s,
         )
-        return generation, published
+        return choice
 
     async def prepare(self, adapter: str, prompt: Prompt, tenant: str) -> Prepared:
         """Returns the prompt as token ids, beside the adapter of this name ("" is the base model).

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from redmux.errors import InvalidArgumentError, RedmuxError, RequestCancelledError
 from redmux_server.engine.engine import Engine
-from redmux_server.engine.request import Failed, Finished, Request, SamplingParams, Scored
+from redmux_server.engine.request import Event, Failed, Finished, Request, SamplingParams, Scored
 from redmux_server.metrics import Metrics
 from redmux_server.registry.published import Published
-from redmux_server.services.generation import EventInbox, GenerationService, Prepared
+from redmux_server.services.generation import GenerationService, Prepared
+from redmux_server.services.inbox import Inbox
 from redmux_server.services.spec import ScoreSpec
 from redmux_server.services.validation import Validator
 
@@ -127,7 +128,7 @@ class ScoringService:
         """
         start = self._service.decoder_start
         ids = [*(prepared.ids if start is None else [start]), *continuation]
-        events = EventInbox()
+        events: Inbox[Event] = Inbox()
         scores = TokenScores(ids[-num_scored:])
         request = Request(
             prompt_ids=ids[:-1], source_ids=() if start is None else prepared.ids, max_tokens=0,

@@ -18,7 +18,7 @@ from redmux_server.services.spec import (
     TextPair,
 )
 
-DEFAULT_MAX_TOKENS = 256
+MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_STOP_BYTES = 128
 MAX_STOP_TOKEN_IDS = 64
@@ -122,21 +122,43 @@ class Validator:
                 )
         self._token_ids("stop_token_ids", spec.stop_token_ids, MAX_STOP_TOKEN_IDS)
 
-    def max_tokens(self, requested: int | None, num_prompt_tokens: int) -> int:
+    def choices(self, spec: GenerationSpec) -> int:
+        """Returns how many choices are asked for."""
+        n = 1 if spec.n is None else spec.n
+        if not 1 <= n <= MAX_CHOICES:
+            raise InvalidArgumentError(f"n is {n}, must be from 1 to {MAX_CHOICES}")
+        return n
+
+    def max_tokens(self, spec: GenerationSpec, num_prompt_tokens: int) -> int:
         """Returns how many tokens may be generated after a prompt of this length."""
         if num_prompt_tokens == 0:
             raise InvalidArgumentError("the prompt is empty; give at least one token")
+        requested = spec.max_tokens
         left = self.max_context - num_prompt_tokens
         if requested is None:
-            requested = max(1, min(DEFAULT_MAX_TOKENS, left))
-        if requested < 1:
-            raise InvalidArgumentError(f"max_tokens is {requested}, must be at least 1")
+            requested = max(1, left)
+        if requested == 0 and spec.prompt_logprobs is not None:
+            self._scored_alone(spec, num_prompt_tokens)
+        elif requested < 1:
+            raise InvalidArgumentError(
+                f"max_tokens is {requested}, must be at least 1, or 0 with prompt_logprobs"
+            )
         if requested > left:
             raise InvalidArgumentError(
                 f"prompt has {num_prompt_tokens} tokens and max_tokens is {requested}; together "
                 f"they must be at most {self.max_context}"
             )
         return requested
+
+    def _scored_alone(self, spec: GenerationSpec, num_prompt_tokens: int) -> None:
+        if spec.n not in (None, 1):
+            raise InvalidArgumentError(
+                f"max_tokens is 0, so there is nothing to choose; n is {spec.n}"
+            )
+        if num_prompt_tokens < 2:
+            raise InvalidArgumentError(
+                "the prompt has one token, which follows nothing; give at least two to score it"
+            )
 
     def continuations(self, spec: ScoreSpec) -> None:
         """Checks what is to be scored before it is tokenized."""
