@@ -7,11 +7,6 @@ import openai
 import pytest
 
 
-@pytest.fixture
-def model(server):
-    return server.config.model
-
-
 async def test_a_completion_is_that_of_grpc(api, client, server, model):
     there = await client.generate("abc", max_tokens=8)
     here = await api.completions.create(model=model, prompt="abc", max_tokens=8)
@@ -105,8 +100,10 @@ async def test_usage_is_only_told_of_a_stream_that_asks_for_it(http, model):
     assert all("usage" not in json.loads(event.removeprefix("data: ")) for event in events[:-2])
     always = {"include_usage": True, "continuous_usage_stats": True}
     text = (await http.post("/v1/completions", json={**body, "stream_options": always})).text
-    first = json.loads(text.split("\n\n")[0].removeprefix("data: "))
-    assert first["usage"] == {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4}
+    *_, last, final, _, _ = text.split("\n\n")
+    used = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert json.loads(last.removeprefix("data: "))["usage"] == used
+    assert json.loads(final.removeprefix("data: "))["usage"].items() >= used.items()
 
 
 async def test_explicit_nulls_and_neutral_values_are_as_if_they_were_left_out(api, http, model):
@@ -181,7 +178,7 @@ async def test_log_probabilities_are_those_of_grpc_beside_the_likeliest(api, cli
     told = here.choices[0].logprobs
     assert told.token_logprobs == pytest.approx(there.logprobs, abs=1e-6)
     assert [max(top.values()) for top in told.top_logprobs] == told.token_logprobs
-    assert all(3 <= len(top) <= 4 for top in told.top_logprobs)
+    assert all(1 <= len(top) <= 4 for top in told.top_logprobs)  # some are called the same
     assert len(told.tokens) == len(told.text_offset) == 5
     assert told.text_offset[0] == 0
 
@@ -206,7 +203,7 @@ async def test_an_echo_tells_the_log_probabilities_of_the_prompt(api, client, mo
             logprob == max(top.values())
             for logprob, top in zip(ours, told.top_logprobs[1 : len(prompt)], strict=True)
         ]
-        assert greedy == scores.continuations[0].is_greedy
+        assert greedy == list(scores.continuations[0].is_greedy)
         assert choice.text.startswith("".join(told.tokens[: len(prompt)]))
 
 

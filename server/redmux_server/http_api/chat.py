@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from redmux_server.http_api.answers import json_response
+from redmux_server.http_api.deadline import within
 from redmux_server.http_api.generating import (
     Used,
     Whole,
     caller_of,
     complete,
-    deadline_of,
+    timeout_of,
     read,
     reason_of,
     stop_of,
@@ -41,15 +42,16 @@ def router(offer: Offer) -> APIRouter:
         """Returns the assistant's next message."""
         caller = caller_of(request)
         offer.names.resolve(body.model, caller.tenant)
-        spec = body.spec(
-            body.chat(), offer.names.adapter(body.model), deadline_of(caller, body.stream),
-            **body.outputs(),
-        )  # fmt: skip
-        (generation,), published = await submit(offer, [spec], caller)
-        answer = _Answer(offer, body, generation, published)
-        if body.stream:
-            return EventStream(answer.chunks(), adapter_header(published))
-        return json_response(await answer.whole(), adapter_header(published))
+        timeout_s = timeout_of(caller, body.timeout, body.stream)
+        adapter = offer.names.adapter(body.model)
+        spec = body.spec(body.chat(), adapter, timeout_s, **body.outputs())
+        async with within(timeout_s):
+            (generation,), published = await submit(offer, [spec], caller)
+            answer = _Answer(offer, body, generation, published)
+            headers = adapter_header(published)
+            if body.stream:
+                return EventStream(answer.chunks(), headers, timeout_s)
+            return json_response(await answer.whole(), headers)
 
     return router
 

@@ -10,12 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from redmux_server.http_api.answers import json_response
+from redmux_server.http_api.deadline import within
 from redmux_server.http_api.generating import (
     Used,
     Whole,
     caller_of,
     complete,
-    deadline_of,
+    timeout_of,
     read,
     reason_of,
     stop_of,
@@ -48,18 +49,20 @@ def router(offer: Offer) -> APIRouter:
         caller = caller_of(request)
         offer.names.resolve(body.model, caller.tenant)
         adapter = offer.names.adapter(body.model)
-        timeout_s = deadline_of(caller, body.stream)
         outputs = {
             "logprobs": body.logprobs is not None,
             "top_logprobs": body.logprobs,
             "prompt_logprobs": _prompt_logprobs(body),
         }
+        timeout_s = timeout_of(caller, body.timeout, body.stream)
         specs = [body.spec(prompt, adapter, timeout_s, **outputs) for prompt in body.prompt]
-        generations, published = await submit(offer, specs, caller)
-        answer = _Answer(offer, body, generations, published)
-        if body.stream:
-            return EventStream(answer.chunks(), adapter_header(published))
-        return json_response(await answer.whole(), adapter_header(published))
+        async with within(timeout_s):
+            generations, published = await submit(offer, specs, caller)
+            answer = _Answer(offer, body, generations, published)
+            headers = adapter_header(published)
+            if body.stream:
+                return EventStream(answer.chunks(), headers, timeout_s)
+            return json_response(await answer.whole(), headers)
 
     return router
 

@@ -1,9 +1,10 @@
 """Errors of the tree, in OpenAI's body; the one place that knows both."""
 
+import dataclasses
 import http
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -19,6 +20,7 @@ from redmux.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from redmux_server.services.spec import GenerationSpec, ScoreSpec
 
 _RETRY_AFTER_S = 1.0  # where the server is loading or draining
 _TYPES = (
@@ -39,13 +41,13 @@ _CALLS = {
     "Embed": "/v1/embeddings",
 }
 _CALL = re.compile(rf"\b({'|'.join(_CALLS)})\b")
-_FIELD = re.compile(r"([a-z_]+)(\[\d+\])? (?:is|has|=|must|holds)\b")
+# Their messages begin with the field that is wrong.
+_FIELDS = {field.name for spec in (GenerationSpec, ScoreSpec) for field in dataclasses.fields(spec)}
+_FIELD = re.compile(r"([a-z_]+)(\[\d+\])? (?:is|has|=|holds|must)(?: |$)")
 
 
 class Refusal(InvalidArgumentError):
     """A request that HTTP itself refuses, or one of its fields."""
-
-    default_status: ClassVar[int] = 400
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
@@ -66,8 +68,8 @@ def status_of(err: RedmuxError) -> int:
     return err.status_code if isinstance(err, Refusal) else err.http_status
 
 
-def body_of(err: RedmuxError, fields: Collection[str] = ()) -> dict[str, Any]:
-    """Returns OpenAI's body; `fields` are those of the request, of which a message may tell one."""
+def body_of(err: RedmuxError) -> dict[str, Any]:
+    """Returns OpenAI's body."""
     status = status_of(err)
     kind = next((kind for cls, kind in _TYPES if isinstance(err, cls)), None)
     if kind is None:
@@ -78,7 +80,7 @@ def body_of(err: RedmuxError, fields: Collection[str] = ()) -> dict[str, Any]:
         param, code = "model", "model_not_found"
     else:
         begins = _FIELD.match(err.message)
-        param = begins[1] if begins and begins[1] in fields else None
+        param = begins[1] if begins and begins[1] in _FIELDS else None
         code = next((code for cls, code in _CODES if isinstance(err, cls)), None)
     message = _CALL.sub(lambda found: _CALLS[found[1]], err.message)
     code = code or err.status.name.lower()

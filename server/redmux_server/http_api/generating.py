@@ -19,6 +19,7 @@ from redmux_server.services.spec import GenerationSpec
 
 _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 _READ_TIMEOUT = b"x-stainless-read-timeout"
+_LONGEST_S = 1e6
 
 
 def caller_of(request: Request) -> Caller:
@@ -27,15 +28,17 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-def deadline_of(caller: Caller, streams: bool) -> float | None:
-    """Returns the seconds that the client waits for an answer, as far as it says so.
+def timeout_of(caller: Caller, given_s: float | None, streams: bool) -> float | None:
+    """Returns the seconds that an answer may take: what the body says, or the client.
 
     The openai package tells how long it waits for something to read, which is the whole answer
     only where that is not streamed.
     """
+    if given_s is not None or streams:
+        return given_s
     with contextlib.suppress(ValueError):
         limit_s = float(caller.headers.get(_READ_TIMEOUT, b""))
-        if not streams and 0 < limit_s < 1e6:
+        if 0 < limit_s < _LONGEST_S:
             return limit_s
     return None
 

@@ -56,8 +56,10 @@ class CompletionLogprobs:
                 best.append(None)
                 continue
             top = tops[index][: self._num_top] if index < len(tops) else ()
-            found = {self._names.name(i): _finite(value) for i, value in top}
-            found.setdefault(self._names.name(token_id), _finite(logprob))
+            found: dict[str, float] = {}
+            for other, value in (*top, (token_id, logprob)):
+                # Of tokens that are called the same, the likeliest, which comes first.
+                found.setdefault(self._names.name(other), _finite(value))
             best.append(found)
         return {
             "tokens": [self._names.name(token_id) for token_id in token_ids],

@@ -5,17 +5,19 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any, Protocol
 
 import msgspec
+from starlette.responses import Response
 
 from redmux.errors import RedmuxError
+from redmux_server.http_api.deadline import within
 from redmux_server.http_api.errors import body_of
 from redmux_server.internal_errors import told
 
 DONE = b"data: [DONE]\n\n"
-_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # proxies hold streams back otherwise
-]
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # proxies hold streams back otherwise
+}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -29,23 +31,28 @@ def error_event(err: RedmuxError) -> bytes:
     return event(body_of(err)) + DONE
 
 
-class EventStream:
+class EventStream(Response):
     """An answer that is streamed; its error, once it is under way, is its last event."""
 
-    def __init__(self, chunks: AsyncGenerator[bytes], headers: Mapping[str, str]) -> None:
-        """`chunks` are whole events."""
+    def __init__(
+        self, chunks: AsyncGenerator[bytes], headers: Mapping[str, str],
+        timeout_s: float | None = None,
+    ) -> None:  # fmt: skip
+        """`chunks` are whole events; `timeout_s` is how long all of them may take."""
+        super().__init__(headers=_HEADERS | dict(headers))
+        del self.headers["content-length"]
         self._chunks = chunks
-        self._headers = [(name.encode(), value.encode()) for name, value in headers.items()]
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """See ASGI."""
-        headers = [*_HEADERS, *self._headers]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         last = b""
         async with contextlib.aclosing(self._chunks) as chunks:
             try:
-                async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                async with within(self._timeout_s):
+                    async for chunk in chunks:
+                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except Exception as err:
                 last = error_event(told(err))
         await send({"type": "http.response.body", "body": last})

@@ -62,7 +62,7 @@ def _told(error: Any) -> tuple[str | None, str]:
     for part in error["loc"][1:]:  # the first is "body", "path" or "query"
         if isinstance(part, int):
             param += f"[{part}]"
-        elif part.isidentifier():  # the others are pydantic's names of alternatives
+        elif part.isidentifier() and part != "str":  # else pydantic's name of an alternative
             param += f".{part}" if param else part
     kind, message = error["type"], error["msg"]
     if kind == "extra_forbidden":

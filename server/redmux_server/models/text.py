@@ -7,6 +7,7 @@ from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
 from redmux_adapters.text.encoder import Encoded, TextEncoder
 from redmux_adapters.text.template import Message
+from redmux_server.models.token_bytes import TokenBytes
 
 MAX_BYTES_PER_TOKEN = 16  # more than any tokenizer packs into one on average
 _CHARS_PER_TOKEN = 4
@@ -29,6 +30,8 @@ class TextCodec:
         self._encoder = TextEncoder(tokenizer, reads_prompts=reads_prompts)
         self._decode = _decoder(tokenizer, skip_special_tokens=True)
         self._decode_all = _decoder(tokenizer, skip_special_tokens=False)
+        # For the event loop, which decodes.
+        self.tokens = TokenBytes(tokenizer, self._decode_all, self._encoder.bare("a"))
         eos = generation_config.eos_token_id if generation_config is not None else None
         ids = eos if isinstance(eos, list) else [eos]
         self.eos_token_ids = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

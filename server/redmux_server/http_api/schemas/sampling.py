@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body
@@ -12,6 +12,7 @@ from redmux_server.services.spec import GenerationSpec, Grammar, GrammarKind, Pr
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
+OneOrMore = Annotated[Texts, BeforeValidator(lambda v: [v] if isinstance(v, str) else v, str | list[str])]
 
 
 class StreamOptions(Body):
@@ -99,7 +100,7 @@ class SamplingBody(Body):
     # Stopping.
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | Texts | None = None
+    stop: OneOrMore | None = None
     stop_token_ids: Ids | None = None
     stop_regex: str | None = None
     ignore_eos: bool = False
@@ -123,16 +124,13 @@ class SamplingBody(Body):
         """Returns what the services are asked for; `more` are fields of the spec."""
         fields: dict[str, Any] = {
             "max_tokens": self.max_tokens, "no_repeat_ngram": self.no_repeat_ngram_size,
-            "logit_bias": _bias(self.logit_bias or {}), "stop": self._stops(),
+            "logit_bias": _bias(self.logit_bias or {}), "stop": self.stop or (),
             "include_stop_str": self.include_stop_str_in_output, "grammar": self._grammar(),
-            "timeout_s": timeout_s if self.timeout is None else self.timeout,
+            "timeout_s": timeout_s,
         }  # fmt: skip
         fields |= {name: getattr(self, name) for name in _SAME}
         fields |= {name: getattr(self, name) or () for name in _LISTS}
         return GenerationSpec(prompt, adapter, **fields | more)
-
-    def _stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def _grammar(self) -> Grammar | None:
         given = [g for g in (*self._formats(), *self._guides()) if g is not None]
