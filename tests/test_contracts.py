@@ -28,8 +28,8 @@ PACKAGES = {
 FLOORS = {
     "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
     "server/redmux_server": [
-        "config descriptors device engine fair_thread in_flight internal_errors keys leaving metrics "
-        "metrics_port",
+        "config descriptors device engine fair_thread in_flight internal_errors keys leaving "
+        "metrics metrics_port",
         "models",
         "registry",
         "training",

@@ -20,6 +20,7 @@ from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
 from redmux_server.http_api.app import body_limits, make_app
+from redmux_server.http_api.gauges import GatewayGauges
 from redmux_server.http_api.names import ModelNames
 from redmux_server.http_api.offer import Offer
 from redmux_server.leaving import EXIT_SOFTWARE, Leaving
@@ -30,6 +31,7 @@ from redmux_server.models.load import load
 from redmux_server.registry.folder_lock import FolderLock
 from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.validation import Validator
 from redmux_server.wiring import make_engine, make_services, make_training, open_registry, readable
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,9 @@ class Server:
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
+        self.names = ModelNames(config.model, config.served_model_name, registry)
+        gauges = GatewayGauges(self.names.base, config.max_running, self.engine, registry)
+        gauges.register(self.metrics.registry)
         self._is_draining = False
         self._is_stuck = False
         self._started_s = time.monotonic()
@@ -147,9 +152,9 @@ class Server:
         """Returns what HTTP serves from."""
         config, model = self.config, self.model
         return Offer(
-            config, self.services, self.registry,
-            ModelNames(config.model, config.served_model_name, self.registry), model.codec,
-            self.doors.health, model.fingerprint, model.max_context, int(time.time()),
+            config, self.services, self.registry, self.names, model.codec, self.doors.health,
+            model.fingerprint,
+            Validator(model.vocab_size, model.max_context), int(time.time()),
             self._count_adapters,
         )  # fmt: skip
 

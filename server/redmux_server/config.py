@@ -46,8 +46,8 @@ class ServerConfig:
     http_cors_origin: tuple[str, ...] = _option(
         (), "origins whose pages a browser lets use HTTP, such as https://example.org; * is all"
     )
-    lora_dir: str = _option(
-        "", "folder from which /v1/load_lora_adapter takes files, beside adapter_dir"
+    load_dir: str = _option(
+        "", "folder whose adapters the operator may load by their paths, over HTTP"
     )
     metrics_port: int = _option(9095, "port of /metrics; 0 picks a free one")
     socket: str = _option(
@@ -159,9 +159,9 @@ class ServerConfig:
 
 
 _LOWEST = {
-    "port": 0, "http_port": -1, "metrics_port": 0, "threads": 0, "max_running": 1, "max_batch_tokens": 1,
-    "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0, "prefix_cache_bytes": 0,
-    "bank_bytes": 0, "host_cache_bytes": 0, "training_share": 0.001, "training_queue": 1,
+    "port": 0, "http_port": -1, "metrics_port": 0, "threads": 0, "max_running": 1,
+    "max_batch_tokens": 1, "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0,
+    "prefix_cache_bytes": 0, "bank_bytes": 0, "host_cache_bytes": 0, "training_share": 0.001, "training_queue": 1,
     "training_max_tokens": 1, "drain_s": 0,
 }  # fmt: skip
 _CHOICES = {

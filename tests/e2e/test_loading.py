@@ -97,9 +97,11 @@ async def test_a_port_that_is_taken_is_found_before_anything_is_loaded(option, m
 
 async def test_a_start_that_fails_frees_its_ports(tiny_folder, held_load):
     held_load.set()
-    config = ServerConfig(model=str(tiny_folder), port=0, http_port=0, metrics_port=0, adapters=("/nowhere",))
+    config = ServerConfig(
+        model=str(tiny_folder), port=0, http_port=0, metrics_port=0, adapters=("/nowhere",)
+    )
     doors = await Doors.open(config)
     with pytest.raises(Exception, match="/nowhere"):
         await Server.start(config, doors)
-    for port in (doors.port, doors.metrics_port):
+    for port in (doors.port, doors.http_port, doors.metrics_port):
         socket.create_server(("127.0.0.1", port)).close()

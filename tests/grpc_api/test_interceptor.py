@@ -12,10 +12,10 @@ from redmux.errors import (
     ResourceExhaustedError,
     UnauthenticatedError,
 )
-from redmux_server.keys import ApiKeys
-from redmux_server.in_flight import CALL_BYTES, InFlight
 from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.interceptor import Interceptor
+from redmux_server.in_flight import CALL_BYTES, InFlight
+from redmux_server.keys import ApiKeys
 
 
 class Context:

@@ -27,9 +27,7 @@ async def test_an_adapter_is_named_as_model_and_told_in_body_and_header(api, bas
     assert plain.redmux["digest"] is None
     texts = set()
     for name in ("team/pirate", f"{model}:team/pirate", adapter.digest):
-        raw = await api.completions.with_raw_response.create(
-            model=name, prompt="abc", max_tokens=8
-        )
+        raw = await api.completions.with_raw_response.create(model=name, prompt="abc", max_tokens=8)
         assert raw.headers["x-redmux-adapter"] == adapter.digest
         answer = raw.parse()
         assert answer.redmux["adapter"] == "team/pirate"
@@ -242,9 +240,7 @@ async def test_a_stop_text_ends_the_answer_and_is_told(api, model):
 async def test_who_goes_away_cancels_what_it_asked_for(server, http, model):
     body = {"model": model, "prompt": ["abc", "d"], "max_tokens": 200, "ignore_eos": True}
     for streams in (False, True):
-        asking = asyncio.create_task(
-            http.post("/v1/completions", json={**body, "stream": streams})
-        )
+        asking = asyncio.create_task(http.post("/v1/completions", json={**body, "stream": streams}))
         while server.engine.num_open < 2:
             await asyncio.sleep(0.001)
         asking.cancel()

@@ -12,7 +12,9 @@ from redmux_server.http_api.errors import body_of, headers_of, status_of
 _JSON = "application/json"
 
 
-def json_response(data: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+def json_response(
+    data: Any, headers: Mapping[str, str] | None = None, status: int = 200
+) -> Response:
     """Returns this as JSON; what is not finite in it becomes null."""
     return Response(msgspec.json.encode(data), status, headers, _JSON)
 

@@ -10,7 +10,17 @@ from starlette.exceptions import HTTPException
 
 import redmux
 from redmux.errors import NotFoundError, RedmuxError
-from redmux_server.http_api import chat, completions, models, probes
+from redmux_server.http_api import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    models,
+    probes,
+    reading,
+    responses,
+    tokens,
+)
 from redmux_server.http_api.answers import error_response
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.gate import App
@@ -30,9 +40,15 @@ def make_app(offer: Offer) -> App:
         description="Many RED adapters on one resident base model, in OpenAI's shapes.",
     )  # fmt: skip
     for router in (
-        models.router(offer),
         completions.router(offer),
         chat.router(offer),
+        responses.router(offer),
+        embeddings.router(offer),
+        reading.router(offer),
+        tokens.router(offer),
+        models.router(offer),
+        adapters.router(offer),
+        adapters.loading_router(offer),
         probes.router(offer),
     ):
         app.include_router(router)

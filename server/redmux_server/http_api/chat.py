@@ -16,11 +16,11 @@ from redmux_server.http_api.generating import (
     Whole,
     caller_of,
     complete,
-    timeout_of,
     read,
     reason_of,
     stop_of,
     submit,
+    timeout_of,
     told_of,
 )
 from redmux_server.http_api.logprobs import TokenNames, chat_logprobs

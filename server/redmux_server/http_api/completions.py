@@ -16,11 +16,11 @@ from redmux_server.http_api.generating import (
     Whole,
     caller_of,
     complete,
-    timeout_of,
     read,
     reason_of,
     stop_of,
     submit,
+    timeout_of,
     told_of,
 )
 from redmux_server.http_api.logprobs import (
@@ -187,5 +187,3 @@ class _Answer:
             choice |= {"finish_reason": reason_of(finish), "stop_reason": stop_of(finish)}
             yield chunks.of(choice, redmux=told_of(self._published, finish))
         yield chunks.end(used.told())
-
-

@@ -73,7 +73,9 @@ class Gate:
         connection: Connection = scope["redmux"]
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
-        request_id = given if _REQUEST_ID.fullmatch(given) else b"req-" + secrets.token_hex(12).encode()
+        request_id = (
+            given if _REQUEST_ID.fullmatch(given) else b"req-" + secrets.token_hex(12).encode()
+        )
         cors = self._cors.headers(headers.get(b"origin", b""))
         answer = _Answer(send, connection, [(b"x-request-id", request_id), *cors])
         try:

@@ -1,6 +1,6 @@
 """Log-probabilities in the two shapes of OpenAI's API."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from redmux_server.models.token_bytes import TokenBytes
@@ -103,11 +103,11 @@ def prompt_logprobs(
         if logprob is None:
             told.append(None)
             continue
-        entry: Callable[[int, float, int | None], dict[str, Any]] = lambda i, value, rank: {
-            "logprob": _finite(value), "rank": rank, "decoded_token": names.text(i),
-        }  # fmt: skip
-        found = {str(i): entry(i, value, rank) for rank, (i, value) in enumerate(top, start=1)}
-        found.setdefault(str(token_id), entry(token_id, logprob, None))
+        ranked = [(i, value, rank) for rank, (i, value) in enumerate(top, start=1)]
+        found: dict[str, Any] = {}
+        for i, value, rank in (*ranked, (token_id, logprob, None)):
+            entry = {"logprob": _finite(value), "rank": rank, "decoded_token": names.text(i)}
+            found.setdefault(str(i), entry)
         told.append(found)
     return told
 

@@ -26,7 +26,7 @@ def router(offer: Offer) -> APIRouter:
             "owned_by": "redmux",
             "root": offer.config.model,
             "parent": None,
-            "max_model_len": offer.max_context,
+            "max_model_len": offer.validator.max_context,
             "redmux": {"base_fingerprint": offer.fingerprint},
         }
 
@@ -38,7 +38,7 @@ def router(offer: Offer) -> APIRouter:
             "owned_by": "redmux",
             "root": published.digest,
             "parent": offer.names.base,
-            "max_model_len": offer.max_context,
+            "max_model_len": offer.validator.max_context,
             "redmux": {
                 "digest": published.digest,
                 "base_match": published.base_match,

@@ -10,6 +10,7 @@ from redmux_server.http_api.names import ModelNames
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.validation import Validator
 from redmux_server.wiring import Services
 
 
@@ -24,7 +25,7 @@ class Offer:
     codec: TextCodec
     health: Health
     fingerprint: str  # of the base model
-    max_context: int
+    validator: Validator
     created_s: int  # when the base model was loaded, since the epoch
     on_change: Callable[[], None]  # told of every change of adapters
 

@@ -1,6 +1,6 @@
 """The body of /v1/chat/completions."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -32,7 +32,7 @@ class ChatBody(SamplingBody):
     no_effect = SamplingBody.no_effect | {
         "parallel_tool_calls", "reasoning_effort", "verbosity", "include_reasoning",
     }  # fmt: skip
-    unserved = {**SamplingBody.unserved, **_OTHERS}
+    unserved: ClassVar[Unserved] = {**SamplingBody.unserved, **_OTHERS}
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False

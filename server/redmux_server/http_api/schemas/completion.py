@@ -1,5 +1,7 @@
 """The body of /v1/completions."""
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from redmux_server.http_api.errors import Refusal
@@ -17,7 +19,7 @@ _OTHERS: Unserved = {
 class CompletionBody(SamplingBody):
     """A request for completions of prompts."""
 
-    unserved = {**SamplingBody.unserved, **_OTHERS}
+    unserved: ClassVar[Unserved] = {**SamplingBody.unserved, **_OTHERS}
     prompt: Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -39,5 +41,8 @@ class CompletionBody(SamplingBody):
                 param="add_special_tokens", code="unsupported_parameter",
             )  # fmt: skip
         if self.prompt_logprobs is not None and self.stream:
-            raise Refusal("prompt_logprobs has no place in a stream; use echo with logprobs", param="prompt_logprobs")
+            raise Refusal(
+                "prompt_logprobs has no place in a stream; use echo with logprobs",
+                param="prompt_logprobs",
+            )
         return self

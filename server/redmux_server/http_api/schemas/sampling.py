@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
-from redmux_server.http_api.schemas.body import Body
+from redmux_server.http_api.schemas.body import Body, Unserved
 from redmux_server.services.spec import GenerationSpec, Grammar, GrammarKind, Prompt
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Ids = Annotated[list[int], Field(fail_fast=True)]
-OneOrMore = Annotated[Texts, BeforeValidator(lambda v: [v] if isinstance(v, str) else v, str | list[str])]
+OneOrMore = Annotated[
+    Texts, BeforeValidator(lambda v: [v] if isinstance(v, str) else v, str | list[str])
+]
 
 
 class StreamOptions(Body):
@@ -41,7 +43,7 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """What an answer has to look like, as in vLLM; one of them."""
 
-    unserved = {
+    unserved: ClassVar[Unserved] = {
         "structural_tag": ((), "give a grammar of one of the other kinds"),
         "disable_any_whitespace": ((False,), "JSON is written as json.dumps does"),
         "disable_additional_properties": ((False,), "say it in the schema"),
@@ -63,7 +65,7 @@ class SamplingBody(Body):
         "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
         "prompt_cache_retention", "cache_salt", "request_id", "guided_decoding_backend",
     ))  # fmt: skip
-    unserved = {
+    unserved: ClassVar[Unserved] = {
         "use_beam_search": ((False,), "there is no beam search; ask for n choices"),
         "length_penalty": ((1, 1.0), "there is no beam search"),
         "early_stopping": ((False,), "there is no beam search"),
@@ -120,7 +122,9 @@ class SamplingBody(Body):
     priority: int | None = None
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
 
-    def spec(self, prompt: Prompt, adapter: str, timeout_s: float | None, **more: Any) -> GenerationSpec:
+    def spec(
+        self, prompt: Prompt, adapter: str, timeout_s: float | None, **more: Any
+    ) -> GenerationSpec:
         """Returns what the services are asked for; `more` are fields of the spec."""
         fields: dict[str, Any] = {
             "max_tokens": self.max_tokens, "no_repeat_ngram": self.no_repeat_ngram_size,
@@ -150,14 +154,14 @@ class SamplingBody(Body):
             return [Grammar(GrammarKind.JSON_OBJECT)]
         if given.json_schema is None:
             raise Refusal("response_format.json_schema is missing", param="response_format")
-        return [_schema(given.json_schema.schema_)]
+        return [schema_grammar(given.json_schema.schema_)]
 
     def _guides(self) -> list[Grammar | None]:
         inner = self.structured_outputs or StructuredOutputs()
         return [
-            _schema(self.guided_json), _regex(self.guided_regex), _choice(self.guided_choice),
-            _lark(self.guided_grammar), _schema(inner.json_), _regex(inner.regex),
-            _choice(inner.choice), _lark(inner.grammar),
+            schema_grammar(self.guided_json), _regex(self.guided_regex),
+            _choice(self.guided_choice), _lark(self.guided_grammar),
+            schema_grammar(inner.json_), _regex(inner.regex), _choice(inner.choice), _lark(inner.grammar),
             Grammar(GrammarKind.JSON_OBJECT) if inner.json_object else None,
         ]  # fmt: skip
 
@@ -181,7 +185,8 @@ def _bias(given: Mapping[str, float]) -> dict[int, float]:
     return bias
 
 
-def _schema(given: Mapping[str, Any] | str | None) -> Grammar | None:
+def schema_grammar(given: Mapping[str, Any] | str | None) -> Grammar | None:
+    """Returns the language of a JSON schema, None without one."""
     if given is None:
         return None
     source = given if isinstance(given, str) else json.dumps(given)
