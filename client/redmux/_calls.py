@@ -7,7 +7,7 @@ from typing import SupportsIndex, Unpack, cast
 
 import grpc
 
-from redmux import errors
+from redmux import _chats, errors
 from redmux._arguments import check_names, fill, put
 from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
 from redmux.types import (
@@ -28,6 +28,7 @@ from redmux.types import (
     ServerInfo,
     TextInput,
     TokenScores,
+    ToolCallDelta,
     Usage,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
@@ -70,6 +71,7 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
     if isinstance(stop, str):
         raise InvalidArgumentError(f"stop is a sequence of texts; write stop=[{stop!r}]")
     parse_special_tokens = options.pop("parse_special_tokens", False)
+    of_chat = {key: options.pop(key) for key in _chats.OPTIONS if key in options}  # type: ignore[misc]
     message = inference_pb2.Generation(
         sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
     )
@@ -78,7 +80,7 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
         part = next(part for part in parts if name in part.DESCRIPTOR.fields_by_name)
         if value is not None:
             put(part, name, value, name)
-    _set_prompt(message, prompt, parse_special_tokens)
+    _set_prompt(message, prompt, parse_special_tokens, of_chat)
     return message
 
 
@@ -126,7 +128,12 @@ def _set_prompt(
     message: inference_pb2.Generation | inference_pb2.ScoreRequest,
     prompt: Prompt,
     parse_special_tokens: bool,
+    of_chat: Mapping[str, object] | None = None,
 ) -> None:
+    is_chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+    for name, value in (of_chat or {}).items():
+        if not is_chat and value not in (None, False):
+            raise InvalidArgumentError(f"{name} is for chats; give the prompt as chat messages")
     if isinstance(prompt, str):
         put(message, "text", prompt, "prompt")  # which has to be valid Unicode
         return
@@ -136,11 +143,9 @@ def _set_prompt(
             f"not {type(prompt).__name__}"
         )
     if prompt and all(isinstance(item, Mapping) for item in prompt):
-        messages = [
-            chat_message(item, f"prompt[{index}]: ")
-            for index, item in enumerate(cast(Sequence[Mapping[str, str]], prompt))
-        ]
-        message.chat.CopyFrom(inference_pb2.Chat(messages=messages))
+        message.chat.CopyFrom(
+            _chats.chat(cast(Sequence[Mapping[str, object]], prompt), of_chat or {})
+        )
         put(message.chat, "parse_special_tokens", parse_special_tokens, "parse_special_tokens")
         return
     if prompt and all(isinstance(item, str) for item in prompt):
@@ -211,7 +216,9 @@ def _input(index: int, item: TextInput) -> inference_pb2.Input:
 
 
 def chat_message(message: Mapping[str, str], place: str = "") -> inference_pb2.ChatMessage:
-    """Returns the message of one turn; raises InvalidArgumentError for other keys and kinds.
+    """Returns the message of one turn of a training record, which has a role and a content.
+
+    Raises InvalidArgumentError for other keys and kinds.
 
     `place` begins what the error says.
     """
@@ -255,6 +262,7 @@ def completion(message: inference_pb2.CompleteResponse, with_logprobs: bool) -> 
         usage=_usage(message.finish.usage),
         adapter=message.adapter.name or None,
         digest=message.adapter.digest or None,
+        tool_calls=tuple(map(_chats.tool_call, message.tool_calls)),
     )
 
 
@@ -285,6 +293,10 @@ def chunk(message: inference_pb2.GenerateResponse, with_logprobs: bool) -> Chunk
         finish_reason=_finish_reason(message.finish) if is_last else None,
         stop=message.finish.stop or None,
         usage=_usage(message.finish.usage) if is_last else None,
+        tool_calls=tuple(
+            ToolCallDelta(call.index, call.id, call.name, call.arguments)
+            for call in message.tool_calls
+        ),
     )
 
 

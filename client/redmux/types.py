@@ -13,8 +13,12 @@ ModelKind: TypeAlias = Literal["decoder", "encoder", "encoder_decoder"]
 Pooling: TypeAlias = Literal["mean", "cls", "last"]
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
 
-Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Raw text, token ids, or chat messages with the keys "role" and "content"."""
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Raw text, token ids, or chat messages as in OpenAI's API.
+
+A message has "role" and "content", a text or a list of text parts; an assistant's may have
+"tool_calls", one of role "tool" has "tool_call_id", and each may have a "name".
+"""
 
 TextInput: TypeAlias = str | Sequence[int] | tuple[str, str]
 """A text, token ids, or two texts in one input."""
@@ -47,6 +51,20 @@ class GenerationOptions(TypedDict, total=False):
     """Returns the log-probability of each generated token."""
     parse_special_tokens: bool
     """Takes what is written like a special token in a chat message for that token."""
+    template: str | None
+    """Jinja template of the chat instead of the adapter's or the model's, if the server takes any."""
+    template_args: Mapping[str, Any] | None
+    """Further variables of the template, such as {"enable_thinking": False}."""
+    add_generation_prompt: bool | None
+    """Ends the chat with what begins an answer; by default unless the final message goes on."""
+    continue_final_message: bool
+    """Goes on with the content of the chat's final message."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """Functions that the model may call, as in OpenAI's API."""
+    tool_choice: str | Mapping[str, Any] | None
+    """"auto" (default), "none", "required", or the name of the one function to call."""
+    parallel_tool_calls: bool | None
+    """Takes more than one call per completion; by default so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +83,35 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool, which may go into the "tool_calls" of the next prompt as it is.
+
+    `arguments` is JSON, unless the model broke off or wrote something else.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A part of the call number `index`: the first has `id` and `name`, each may have arguments."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A whole completion.
 
     `logprobs` has one natural logarithm per token id, of the distribution before temperature, or
     is None where they were not asked for. `stop` is the stop text that ended it. `adapter` and
-    `digest` name what it was computed with; both are None for the base model.
+    `digest` name what it was computed with; both are None for the base model. `tool_calls` are not
+    in `text`.
     """
 
     text: str
@@ -81,6 +122,7 @@ class Completion:
     usage: Usage
     adapter: str | None
     digest: str | None
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +130,8 @@ class Chunk:
     """A part of a completion: what was decoded since the chunk before.
 
     The texts and tokens of all chunks, joined, are the completion. `text` may be empty while a
-    character is incomplete. Only the last chunk has `finish_reason` and `usage`.
+    character is incomplete. Only the last chunk has `finish_reason` and `usage`. `tool_calls` are
+    parts of calls, which are not in `text`.
     """
 
     text: str
@@ -99,6 +142,7 @@ class Chunk:
     finish_reason: FinishReason | None
     stop: str | None
     usage: Usage | None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

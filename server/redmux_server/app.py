@@ -58,7 +58,10 @@ class Server:
         self.engine = make_engine(config, model, self.metrics)
         # One thread: tokenizing a long prompt must not hold up the event loop.
         self._tokenizing = FairThread("tokenizer")
-        self.services = make_services(model, self.engine, registry, self.metrics, self._tokenizing)
+        self.services = make_services(
+            model, self.engine, registry, self.metrics, self._tokenizing,
+            allow_request_template=config.allow_request_template,
+        )  # fmt: skip
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )

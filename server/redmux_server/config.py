@@ -85,6 +85,11 @@ class ServerConfig:
         "true or false: whether adapters are taken that were made for other weights or another "
         "vocabulary of the same architecture and size, such as those of a relative",
     )
+    allow_request_template: bool = _option(
+        False,
+        "true or false: whether requests may bring chat templates, which run in a sandbox: for "
+        "callers who are trusted not to use up its memory",
+    )
     training: bool = _option(True, "true or false: whether TrainingService takes jobs")
     training_share: float = _option(
         0.25, "share of the time that training runs while requests do, above 0, up to 1"

@@ -36,10 +36,10 @@ class Services:
 
 def make_services(
     model: BaseModel | EncoderModel, engine: Engine, registry: AdapterRegistry, metrics: Metrics,
-    tokenizing: FairThread,
+    tokenizing: FairThread, *, allow_request_template: bool = False,
 ) -> Services:  # fmt: skip
     """Returns the services of this model; they tokenize in the thread `tokenizing`."""
-    validator = Validator(model.vocab_size, model.max_context)
+    validator = Validator(model.vocab_size, model.max_context, allow_request_template)
     parts = engine, registry, model.codec, validator, metrics, tokenizing
     reading = ReadingService(readable(model), *parts)
     if not isinstance(model, BaseModel):

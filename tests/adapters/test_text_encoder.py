@@ -12,6 +12,7 @@ from redmux.errors import InvalidArgumentError, WrongBaseError
 from redmux_adapters import PromptFormat, Turn
 from redmux_adapters.text.control import any_of
 from redmux_adapters.text.encoder import TextEncoder
+from redmux_adapters.text.template import ChatOptions
 from redmux_adapters.train.prompts import PromptWriter
 from redmux_server.models.text import TextCodec
 
@@ -31,7 +32,7 @@ def user(content):
 
 
 def chat(encoder, messages, form=None, **options):
-    return encoder.encode(encoder.render(messages, form, **options))
+    return encoder.encode(encoder.render(messages, form, ChatOptions(**options)))
 
 
 # -- what is put before and behind a text -------------------------------------------------------

@@ -60,8 +60,8 @@ def test_a_name_that_is_no_argument_is_told_with_the_one_that_is_meant(client, n
         ([1, 2**40], r"prompt\[1\] is 1099511627776, must be a whole number"),
         ("\ud800", "prompt is .*, must be a text"),
         (
-            [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
-            r"prompt\[0\]: content is \[\{.*, must be a text",
+            [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image_url"}]}],
+            r"prompt\[0\]: content\[1\] is \{.*; only parts of type text are served",
         ),
         (
             [{"role": "user", "content": "Hi"}, {"role": "user"}],

@@ -140,7 +140,7 @@ def test_zero_is_sent_and_not_taken_for_unset(send):
         ([2**31], {}),
         (["Hi"], {}),
         ([{"role": "user"}], {}),
-        ([{"role": "user", "content": "Hi", "name": "x"}], {}),
+        ([{"role": "user", "content": "Hi", "audio": "x"}], {}),
         ([{"role": "user", "content": 3}], {}),
         ([{"role": "user", "content": "Hi"}, 3], {}),
         ("\ud800", {}),

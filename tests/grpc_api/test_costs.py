@@ -62,7 +62,7 @@ class Codec:
 
     encode_input = encode
 
-    def encode_chat(self, messages, prompt_format, *, parse_special, most):
+    def encode_chat(self, messages, prompt_format, options, *, most):
         return Encoded([1] * len(messages))
 
     def encode_pair(self, first, second, most):
@@ -143,8 +143,18 @@ counts = st.sampled_from([0, 1, 2, 17, 129, 300, 1025, 5000])
 texts = st.sampled_from(["", "a", "abcd" * 8])
 token_ids = st.builds(lambda n: pb.TokenIds(ids=[7] * n), counts)
 chats = st.builds(
-    lambda n, text: pb.Chat(messages=[pb.ChatMessage(role="user"[: len(text)], content=text)] * n),
-    counts, texts,
+    lambda n, m, text: pb.Chat(
+        messages=[
+            pb.ChatMessage(
+                role="user"[: len(text)], content=text,
+                tool_calls=[pb.ToolCall(name="f", arguments=text)] * (m % 7),
+            )
+        ]
+        * n,
+        tools=[pb.Tool(name=f"f{i}", parameters_json='{"a":{"b":[1]}}' * bool(text)) for i in range(m)],
+        tool_choice="none",
+    ),
+    counts, counts, texts,
 )  # fmt: skip
 prompts = st.one_of(
     st.builds(lambda t, n: {"text": t * n}, texts, counts),
@@ -209,6 +219,10 @@ def test_a_job_costs_in_proportion_to_its_bytes(servicers, num):
 MANY = 5000
 TOO_MANY = {
     "messages": ("Complete", {"chat": pb.Chat(messages=[pb.ChatMessage()] * MANY)}),
+    "tools": (
+        "Complete",
+        {"chat": pb.Chat(messages=[pb.ChatMessage()], tools=[pb.Tool()] * MANY)},
+    ),
     "token ids": ("Complete", {"token_ids": pb.TokenIds(ids=[7] * MANY)}),
     "stop texts": ("Complete", {"text": "x", "stopping": pb.Stopping(stop=[""] * MANY)}),
     "continuations": ("Score", {"text": "x", "continuations": [pb.Continuation()] * MANY}),
@@ -247,6 +261,7 @@ def long(item, num):
 LONG = {
     "token_ids has 257 tokens": lambda v: v.prompt(long(1, CONTEXT + 1)),
     "chat has 4097 messages": lambda v: v.prompt(Chat(long({}, 4097))),
+    "chat has 129 tools": lambda v: v.prompt(Chat([{}], tools=long({}, 129))),
     "17 stop strings": lambda v: v.stops(GenerationSpec("x", stop=long("x", 17))),
     "65 tokens; limit 64": lambda v: v.stops(GenerationSpec("x", stop_token_ids=long(1, 65))),
     "129 continuations": lambda v: v.continuations(ScoreSpec("x", long("x", 129))),

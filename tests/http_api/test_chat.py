@@ -184,7 +184,10 @@ async def test_a_response_is_streamed_as_events_in_their_order(api, model):
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["file_search_call.results"]}, "include[0]"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].type"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0]",
+        ),
         ({"input": [{"role": "user"}]}, "input[0]"),
         ({"input": []}, "input"),
         ({"input": 1}, "input"),

@@ -102,7 +102,11 @@ async def test_probes_are_answered_without_a_key(http, server):
 async def test_the_gateway_is_told_who_runs(http, api, base, put, server):
     await put("gateway/one", base.adapter(11))
     stream = await api.completions.create(
-        model="gateway/one", prompt="a", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        model="gateway/one",
+        prompt="a",
+        max_tokens=200,
+        stream=True,
+        extra_body={"ignore_eos": True},
     )
     async for _ in stream:
         break

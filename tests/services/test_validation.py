@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat, Turn
+from redmux_server.services.chat import MAX_MESSAGES
 from redmux_server.services.spec import Chat, GenerationSpec
 from redmux_server.services.validation import (
-    MAX_MESSAGES,
     MAX_STOP_BYTES,
     MAX_STOP_TOKEN_IDS,
     MAX_STOPS,

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -10,7 +11,11 @@ from redmux.errors import InvalidArgumentError, WrongBaseError
 
 from ..format.prompt import Part, PromptFormat
 from .control import ControlTokens, joined
-from .template import ChatTemplate, Message
+from .messages import Message, normal
+from .template import PLAIN, ChatOptions, ChatTemplate
+from .tool_format import ToolFormat, find_format
+
+_KEPT = 16  # templates of requests
 
 
 class Encoded(NamedTuple):
@@ -49,6 +54,8 @@ class TextEncoder:
         self._reads_prompts = reads_prompts
         self._control = ControlTokens(tokenizer)
         self.template = ChatTemplate(tokenizer, self._control)
+        self._of_request = lru_cache(_KEPT)(partial(ChatTemplate, tokenizer, self._control))
+        self._tool_format = lru_cache(_KEPT)(self._found_format)
         self._begin, self._end = _frame(tokenizer)
         self._frame_tokens = dict(zip(_texts(tokenizer, self._begin), self._begin, strict=True))
 
@@ -88,22 +95,34 @@ class TextEncoder:
 
     def render(
         self, messages: Sequence[Message], prompt_format: PromptFormat | None,
-        *, parse_special: bool = False,
+        options: ChatOptions = PLAIN,
     ) -> RenderedChat:  # fmt: skip
-        """Returns a chat up to where the answer begins, in `prompt_format`, else by the template.
-
-        With `parse_special`, what is written like a special token in a content is that token.
+        """Returns a chat by the template of `options`, else in `prompt_format`, else by the model's.
 
         Raises InvalidArgumentError for what the format or the template cannot write.
         """
-        if prompt_format is None:
-            parts = self.template.render(messages, parse_special=parse_special)
+        if prompt_format is None or options.template is not None:
+            template = self._template(options.template)
             # A template writes the special tokens that it wants.
-            return RenderedChat(joined(parts), self.template.control, self._reads_prompts)
-        parts = prompt_format.parts(messages)
-        if parse_special:
+            parts = joined(template.render(messages, options))
+            return RenderedChat(parts, template.control, self._reads_prompts)
+        parts = _turns(prompt_format, normal(messages), options)
+        if options.parse_special:
             parts = [Part(part.text, False) for part in parts]
         return RenderedChat(joined(parts), self.control_of(prompt_format), True)
+
+    def tool_format(self, template: str | None) -> ToolFormat:
+        """Returns how the model's template, or a request's, has calls of tools written.
+
+        Raises InvalidArgumentError where it writes no tools, or calls in a way that is not known.
+        """
+        found = self._tool_format(template)
+        if found is None:
+            raise InvalidArgumentError(
+                "the chat template writes calls of tools in a way that this server does not read; "
+                "it reads JSON, bare or between <tool_call> and </tool_call>"
+            )
+        return found
 
     def encode(self, chat: RenderedChat) -> Encoded:
         """Returns a rendered chat; raises as `encode_parts` does."""
@@ -157,6 +176,25 @@ class TextEncoder:
                     "with the tokenizer that it was trained with"
                 )
 
+    def _template(self, source: str | None) -> ChatTemplate:
+        return self.template if source is None else self._of_request(source)
+
+    def _found_format(self, source: str | None) -> ToolFormat | None:
+        template = self._template(source)
+
+        def render(messages: Sequence[Message], tools: Sequence[Any], is_open: bool) -> str:
+            options = ChatOptions(parse_special=True, tools=tools, is_open=is_open)
+            return "".join(part.text for part in template.render(messages, options))
+
+        if (found := find_format(render)) is None:
+            return None
+        tokens = self._control.special.keys() | self._control.others.keys()
+        return replace(
+            found,
+            is_special=found.tag in self._control.special,
+            tokens=tokens & {found.tag, found.end_tag},
+        )
+
     def _found_in(self, prompt_format: PromptFormat) -> dict[str, int]:
         found: dict[str, int] = {}
         for turn in prompt_format.turns.values():
@@ -172,6 +210,25 @@ class TextEncoder:
         if end and ids[-len(end) :] == end:
             end = []
         return Encoded([*begin, *ids, *end], len(begin) + len(end))
+
+
+def _turns(
+    prompt_format: PromptFormat, messages: Sequence[Message], options: ChatOptions
+) -> list[Part]:
+    """Returns the parts of a chat in an adapter's format, which has turns and nothing else."""
+    if options.tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
+        raise InvalidArgumentError(
+            "the adapter's prompt format cannot write tools, their calls or their results; leave "
+            "them out, or use a template of the request"
+        )
+    if options.args:
+        raise InvalidArgumentError(
+            "the adapter's prompt format takes no template_args; leave them out"
+        )
+    parts = prompt_format.parts(messages)
+    if options.is_continued:
+        return parts[:-2]  # without what ends the last message and begins the next
+    return parts if options.is_open else parts[:-1]
 
 
 def _frame(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,7 +7,8 @@ from redmux.errors import InvalidArgumentError
 
 from ..format.prompt import Part, PromptFormat, Turn
 from ..text.encoder import TextEncoder
-from ..text.template import Message
+from ..text.messages import Message
+from ..text.template import ChatOptions
 
 CHATML = PromptFormat(
     user=Turn("<|im_start|>user\n", "<|im_end|>\n"),
@@ -90,7 +91,7 @@ class PromptWriter:
         else:
             user, answer = {"role": "user", "content": "a"}, "ANSWER"
             messages = [user, {"role": "assistant", "content": answer}]
-            parts = self._encoder.template.render(messages, is_open=False)
+            parts = self._encoder.template.render(messages, ChatOptions(is_open=False))
             suffix = "".join(part.text for part in parts).rpartition(answer)[2]
         suffix = suffix.rstrip()
         return suffix if any(i in self._eos_ids for i in self._ids(suffix)) else None

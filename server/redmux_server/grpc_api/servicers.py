@@ -13,6 +13,7 @@ from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.engine.request import FinishReason, Pooling
 from redmux_server.grpc_api.call_keys import CallKeys
+from redmux_server.grpc_api.chats import chat_of, tool_calls_of
 from redmux_server.grpc_api.converted import Converted, fill_page
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
@@ -20,16 +21,8 @@ from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import GenerationService
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
-from redmux_server.services.spec import (
-    Chat,
-    GenerationSpec,
-    Message,
-    Prompt,
-    ReadInput,
-    ScoreSpec,
-    TextPair,
-)
-from redmux_server.services.validation import check_num_messages
+from redmux_server.services.spec import GenerationSpec, Prompt, ReadInput, ScoreSpec, TextPair
+from redmux_server.services.tools import ToolCallDelta, whole_calls
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000
@@ -76,9 +69,14 @@ class InferenceServicer(InferenceServiceServicer):
         spec = _spec(request.generation)
         generation, published = await self._generates().submit(spec, self._keys.tenant(context))
         message = inference_pb.GenerateResponse(adapter=_applied(published))
+        parser = generation.tool_parser()
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 message.text = delta.text
+                if parser is not None:
+                    message.text, calls = parser.push(delta.text, is_last=delta.finish is not None)
+                    message.ClearField("tool_calls")
+                    message.tool_calls.extend(tool_calls_of(calls))
                 message.token_ids[:] = delta.token_ids
                 if spec.logprobs:
                     message.logprobs[:] = delta.logprobs
@@ -100,8 +98,12 @@ class InferenceServicer(InferenceServiceServicer):
                 whole.logprobs += delta.logprobs
                 whole.finish = delta.finish
         assert whole.finish is not None
+        calls: list[ToolCallDelta] = []
+        if (parser := generation.tool_parser()) is not None:
+            whole.text, calls = parser.push(whole.text, is_last=True)
         return inference_pb.CompleteResponse(
             text=whole.text,
+            tool_calls=tool_calls_of(whole_calls(calls)),
             token_ids=whole.token_ids,
             logprobs=whole.logprobs,
             adapter=_applied(published),
@@ -278,16 +280,8 @@ def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Pro
     if form == "token_ids":
         return message.token_ids.ids
     if form == "chat":
-        check_num_messages(len(message.chat.messages))
-        if not message.chat.messages:
-            raise InvalidArgumentError("chat has no messages; give at least one user message")
-        messages = Converted(message.chat.messages, _turn)
-        return Chat(messages, message.chat.parse_special_tokens)
+        return chat_of(message.chat)
     raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
-
-
-def _turn(_: int, message: inference_pb.ChatMessage) -> Message:
-    return {"role": message.role, "content": message.content}
 
 
 def _input(index: int, message: inference_pb.Input) -> ReadInput:

@@ -11,6 +11,7 @@ from redmux.v1.training_service_pb2_grpc import TrainingServiceServicer
 from redmux_adapters.train import Evaluated, Stepped
 from redmux_adapters.train.inline import InlineTask
 from redmux_server.grpc_api.call_keys import CallKeys
+from redmux_server.grpc_api.chats import plain_messages
 from redmux_server.grpc_api.converted import Converted, fill_page
 from redmux_server.training.job import Job, JobState, JobTask, TaskState
 from redmux_server.training.service import TrainingService
@@ -166,8 +167,7 @@ def _record(place: str, message: pb.TrainingRecord) -> dict[str, Any]:
             pair["prompt_pair"] = message.pair.prompt_pair
         return pair
     if form == "chat":
-        turns = message.chat.messages
-        return {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+        return {"messages": plain_messages(place, message.chat)}
     if form is None:
         raise InvalidArgumentError(f"{place} is empty; set pair, chat, labelled or scored")
     text: pb.LabelledText | pb.ScoredText

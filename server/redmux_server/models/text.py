@@ -6,7 +6,9 @@ from typing import Any
 from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
 from redmux_adapters.text.encoder import Encoded, TextEncoder
-from redmux_adapters.text.template import Message
+from redmux_adapters.text.messages import Message
+from redmux_adapters.text.template import PLAIN, ChatOptions
+from redmux_adapters.text.tool_format import ToolFormat
 from redmux_server.models.token_bytes import TokenBytes
 
 MAX_BYTES_PER_TOKEN = 16  # more than any tokenizer packs into one on average
@@ -61,16 +63,12 @@ class TextCodec:
         self,
         messages: Sequence[Message],
         prompt_format: PromptFormat | None,
+        options: ChatOptions = PLAIN,
         *,
-        parse_special: bool = False,
         most: int | None = None,
     ) -> Encoded:
-        """Returns the ids of a conversation up to where the assistant's answer begins.
-
-        Written in `prompt_format`, or by the model's own chat template where that is None. What is
-        written like a special token in a content is text, unless `parse_special`.
-        """
-        chat = self._encoder.render(messages, prompt_format, parse_special=parse_special)
+        """Returns the ids of a conversation; see TextEncoder.render."""
+        chat = self._encoder.render(messages, prompt_format, options)
         if most is not None and (num_bytes := _num_bytes(chat.text)) > MAX_BYTES_PER_TOKEN * most:
             raise InvalidArgumentError(
                 f"the chat has {num_bytes} bytes with its turns; limit "
@@ -78,6 +76,10 @@ class TextCodec:
             )
         self._check_length("prompt", chat.text, most)
         return self._encoder.encode(chat)
+
+    def tool_format(self, template: str | None) -> ToolFormat:
+        """Returns how calls of tools are written; see TextEncoder.tool_format."""
+        return self._encoder.tool_format(template)
 
     def encode_continuation(
         self, prompt: str | None, prompt_ids: Sequence[int], text: str, most: int | None = None

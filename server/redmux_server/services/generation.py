@@ -2,12 +2,13 @@
 
 import functools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from redmux.errors import RedmuxError, RequestCancelledError
+from redmux.errors import InvalidArgumentError, RedmuxError, RequestCancelledError
 from redmux_adapters import Adapter, PromptFormat
 from redmux_adapters.text.encoder import Encoded
+from redmux_adapters.text.tool_format import ToolFormat
 from redmux_server.engine.detokenize import StopMatcher
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import (
@@ -25,9 +26,12 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.choice import Choice, Delta, choice_seed
 from redmux_server.services.inbox import Inbox
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
+from redmux_server.services.tool_grammar import tool_grammar
+from redmux_server.services.tools import ToolCallParser
 from redmux_server.services.validation import Validator
 
 
@@ -55,13 +59,22 @@ class Generation:
         events: Inbox[tuple[Choice, Event]],
         engine: Engine,
         prompt_scores: PromptScores | None = None,
+        make_parser: Callable[[], ToolCallParser] | None = None,
     ) -> None:
-        """`events` is where the sinks of the choices' requests put them."""
+        """`events` is where the sinks of the choices' requests put them.
+
+        `make_parser` makes what finds calls of tools in a choice.
+        """
         self.prompt_ids = prompt_ids
         self.prompt_scores = prompt_scores
         self._choices = choices
+        self._make_parser = make_parser
         self._events = events
         self._engine = engine
+
+    def tool_parser(self) -> ToolCallParser | None:
+        """Returns what finds calls of tools in the text of a choice; None where there are none."""
+        return None if self._make_parser is None else self._make_parser()
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """Yields everything that is ready at a time, until every choice has its finish.
@@ -113,6 +126,7 @@ class Prepared:
     num_added: int  # of them, special tokens that no text asked for
     published: Published | None
     adapter: Adapter | None
+    tool_format: ToolFormat | None = None  # of the calls that the completion may have
 
 
 class GenerationService:
@@ -162,6 +176,7 @@ class GenerationService:
         self._validator.stops(spec)
         num_choices = self._validator.choices(spec)
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
+        spec, make_parser = _with_tools(spec, prepared.tool_format)
         max_tokens = self._validator.max_tokens(spec, len(prepared.ids))
         events: Inbox[tuple[Choice, Event]] = Inbox()
         choices = [
@@ -174,7 +189,8 @@ class GenerationService:
         leader.followers = followers
         self._engine.submit(leader)
         scores = None if spec.prompt_logprobs is None else PromptScores()
-        return Generation(prepared.ids, choices, events, self._engine, scores), prepared.published
+        generation = Generation(prepared.ids, choices, events, self._engine, scores, make_parser)
+        return generation, prepared.published
 
     def _choice(
         self,
@@ -227,9 +243,9 @@ class GenerationService:
         prompt_format = published.summary.config.prompt_format if published else None
         self._validator.prompt(prompt, prompt_format)
         tenant = tenant or (published.name if published else "")
-        encoded = await self._encode(prompt, prompt_format, tenant)
+        encoded, tool_format = await self._encode(prompt, prompt_format, tenant)
         vectors = await self._registry.fetch(published) if published else None
-        return Prepared(encoded.ids, encoded.num_added, published, vectors)
+        return Prepared(encoded.ids, encoded.num_added, published, vectors, tool_format)
 
     async def encode_continuations(
         self, prompt: Prompt, prompt_ids: list[int], texts: Sequence[str], tenant: str
@@ -254,17 +270,38 @@ class GenerationService:
 
     async def _encode(
         self, prompt: Prompt, prompt_format: PromptFormat | None, tenant: str
-    ) -> Encoded:
-        codec, most = self._codec, self._validator.max_context
+    ) -> tuple[Encoded, ToolFormat | None]:
         if isinstance(prompt, str):
-            cost, work = len(prompt), functools.partial(codec.encode, prompt, most)
-        elif isinstance(prompt, Chat):
-            messages = list(prompt.messages)
-            cost = sum(len(message["content"]) for message in messages)
-            work = functools.partial(
-                codec.encode_chat, messages, prompt_format,
-                parse_special=prompt.parse_special, most=most,
-            )  # fmt: skip
-        else:
-            return Encoded(list(prompt))
-        return await self._tokenizing.run(tenant, cost, work)
+            text = functools.partial(self._codec.encode, prompt, self._validator.max_context)
+            return await self._tokenizing.run(tenant, len(prompt), text), None
+        if not isinstance(prompt, Chat):
+            return Encoded(list(prompt)), None
+        chat = functools.partial(self._encode_chat, prompt, prompt_format)
+        return await self._tokenizing.run(tenant, said_bytes(prompt.messages), chat)
+
+    def _encode_chat(
+        self, chat: Chat, prompt_format: PromptFormat | None
+    ) -> tuple[Encoded, ToolFormat | None]:
+        """Returns a chat's ids, and how its tools are called if it has any."""
+        options, most = options_of(chat), self._validator.max_context
+        encoded = self._codec.encode_chat(chat.messages, prompt_format, options, most=most)
+        return encoded, self._codec.tool_format(chat.template) if options.tools else None
+
+
+def _with_tools(
+    spec: GenerationSpec, form: ToolFormat | None
+) -> tuple[GenerationSpec, Callable[[], ToolCallParser] | None]:
+    """Returns what is asked for with the grammar of the tools, and what makes their parser."""
+    chat = spec.prompt
+    if form is None or not isinstance(chat, Chat):
+        return spec, None
+    is_parallel = chat.parallel_tool_calls
+    grammar = tool_grammar(form, chat.tools, chat.tool_choice, is_parallel=is_parallel)
+    if grammar is not None:
+        if spec.grammar is not None:
+            raise InvalidArgumentError(
+                f"tool_choice {chat.tool_choice!r} and a grammar exclude each other; leave one out"
+            )
+        spec = replace(spec, grammar=grammar)
+    names = [tool["function"]["name"] for tool in chat.tools]
+    return spec, functools.partial(ToolCallParser, form, names, is_parallel=is_parallel)

@@ -12,7 +12,8 @@ Message = Mapping[str, Any]  # as in OpenAI's chats: "role", "content" and what 
 class Chat:
     """A prompt of messages, not yet rendered.
 
-    With `parse_special`, special tokens that are written out in contents are these tokens.
+    With `parse_special`, special tokens that are written out in contents are these tokens. It may
+    not have both `add_generation_prompt` and `continue_final_message`.
     """
 
     messages: Sequence[Message]
@@ -23,6 +24,7 @@ class Chat:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Mapping[str, Any]] = ()  # in OpenAI's form: {"type": "function", "function"}
     tool_choice: str = "auto"  # "none", "auto", "required", or the name of a function
+    parallel_tool_calls: bool = True  # whether there may be several in one completion
 
 
 Prompt = str | Sequence[int] | Chat

@@ -9,6 +9,7 @@ from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
 from redmux_server.engine.request import SamplingParams
 from redmux_server.models.text import MAX_BYTES_PER_TOKEN
+from redmux_server.services.chat import check_chat
 from redmux_server.services.spec import (
     Chat,
     GenerationSpec,
@@ -25,7 +26,6 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 MAX_CONTINUATIONS = 128
 MAX_SCORED_TOKENS = 300_000  # of all continuations; up to ten bytes each in the answer
-MAX_MESSAGES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Validator:
 
     vocab_size: int
     max_context: int
+    allow_request_template: bool = False
     max_prompt_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,11 +53,10 @@ class Validator:
         if isinstance(prompt, str):
             num_bytes = _num_bytes(prompt)
         elif isinstance(prompt, Chat):
-            check_num_messages(len(prompt.messages))
-            num_bytes = sum(_num_bytes(m["content"]) for m in prompt.messages)
-            if prompt_format is not None:
+            num_bytes = check_chat(prompt, allow_template=self.allow_request_template)
+            if prompt_format is not None and prompt.template is None:
                 added = {r: _num_bytes("".join(t)) for r, t in prompt_format.turns.items()}
-                num_bytes += sum(added.get(m["role"], 0) for m in prompt.messages)
+                num_bytes += sum(added.get(str(m.get("role")), 0) for m in prompt.messages)
         else:
             self._token_ids("token_ids" if name == "prompt" else f"{name}.token_ids", prompt)
             return
@@ -211,12 +211,6 @@ class Validator:
             raise InvalidArgumentError(
                 f"{name}[{index}] = {ids[index]} is outside [0, {self.vocab_size})"
             )
-
-
-def check_num_messages(number: int) -> None:
-    """Raises InvalidArgumentError for more messages than a chat may have."""
-    if number > MAX_MESSAGES:
-        raise InvalidArgumentError(f"the chat has {number} messages; limit {MAX_MESSAGES}")
 
 
 def _num_bytes(text: str) -> int:

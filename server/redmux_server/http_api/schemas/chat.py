@@ -8,8 +8,8 @@ from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Unserved
 from redmux_server.http_api.schemas.completion import MAX_TOP_LOGPROBS
 from redmux_server.http_api.schemas.sampling import SamplingBody
+from redmux_server.services.chat import check_num_messages
 from redmux_server.services.spec import Chat
-from redmux_server.services.validation import check_num_messages
 
 _OTHERS: Unserved = {
     "audio": ((), "answers are text"),

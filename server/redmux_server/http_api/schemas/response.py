@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Field
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Unserved
 from redmux_server.http_api.schemas.sampling import JsonSchema, schema_grammar
+from redmux_server.services.chat import check_num_messages
 from redmux_server.services.spec import Chat, GenerationSpec, Grammar, GrammarKind, Message
-from redmux_server.services.validation import check_num_messages
 
 _PARTS = ("input_text", "output_text", "text")
 _LOGPROBS = "message.output_text.logprobs"

@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Unserved
+from redmux_server.services.chat import check_num_messages
 from redmux_server.services.spec import Chat
-from redmux_server.services.validation import check_num_messages
 
 Ids = Annotated[list[int], Field(fail_fast=True)]
 
