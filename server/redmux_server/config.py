@@ -166,8 +166,8 @@ class ServerConfig:
 _LOWEST = {
     "port": 0, "http_port": -1, "metrics_port": 0, "threads": 0, "max_running": 1,
     "max_batch_tokens": 1, "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0,
-    "prefix_cache_bytes": 0, "bank_bytes": 0, "host_cache_bytes": 0, "training_share": 0.001, "training_queue": 1,
-    "training_max_tokens": 1, "drain_s": 0,
+    "prefix_cache_bytes": 0, "bank_bytes": 0, "host_cache_bytes": 0, "training_share": 0.001,
+    "training_queue": 1, "training_max_tokens": 1, "drain_s": 0,
 }  # fmt: skip
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),

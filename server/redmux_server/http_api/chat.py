@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -29,8 +29,9 @@ from redmux_server.http_api.schemas.chat import ChatBody
 from redmux_server.http_api.sse import Chunks, EventStream
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.registry.published import Published
-from redmux_server.services.choice import Delta
+from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import Generation
+from redmux_server.services.tools import ToolCallDelta, ToolCallParser, whole_calls
 
 
 def router(offer: Offer) -> APIRouter:
@@ -95,11 +96,18 @@ class _Answer:
 
     def _choice(self, index: int, whole: Whole) -> dict[str, Any]:
         assert whole.finish is not None
+        message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
+        parser = self._generation.tool_parser()
+        if parser is not None:
+            text, calls = parser.push(whole.text, is_last=True)
+            message["content"] = text
+            if calls:
+                message |= {"content": text or None, "tool_calls": _whole_calls(calls)}
         choice = {
             "index": index,
-            "message": {"role": "assistant", "content": whole.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(whole),
-            "finish_reason": reason_of(whole.finish),
+            "finish_reason": _reason(whole.finish, parser),
             "stop_reason": stop_of(whole.finish),
         }
         if self._body.return_token_ids:
@@ -127,14 +135,20 @@ class _Answer:
             for index in range(self._num_choices)
         )
         num_prompt = len(self._generation.prompt_ids)
+        parsers = [self._generation.tool_parser() for _ in range(self._num_choices)]
         async for _, delta in read([self._generation]):
             finish = delta.finish
             chunks.count(delta.index, num_prompt, len(delta.token_ids))
             ready = b""
-            if delta.text or (delta.token_ids and (body.logprobs or body.return_token_ids)):
+            parser = parsers[delta.index]
+            said: dict[str, Any] = {"content": delta.text}
+            if parser is not None:
+                said = _said(*parser.push(delta.text, is_last=finish is not None))
+            tells_tokens = delta.token_ids and (body.logprobs or body.return_token_ids)
+            if said.get("content") or "tool_calls" in said or tells_tokens:
                 choice: dict[str, Any] = {
                     "index": delta.index,
-                    "delta": {"content": delta.text},
+                    "delta": said,
                     "logprobs": self._logprobs(delta),
                     "finish_reason": None,
                 }
@@ -145,9 +159,38 @@ class _Answer:
                 used.add(0, finish)
                 end = {
                     "index": delta.index, "delta": {}, "logprobs": None,
-                    "finish_reason": reason_of(finish), "stop_reason": stop_of(finish),
+                    "finish_reason": _reason(finish, parser), "stop_reason": stop_of(finish),
                 }  # fmt: skip
                 ready += chunks.of(end, redmux=told_of(self._published, finish))
             if ready:
                 yield ready
         yield chunks.end(used.told())
+
+
+def _reason(finish: Finish, parser: ToolCallParser | None) -> str:
+    """Returns the finish reason: calls where the answer ended with some by itself."""
+    reason = reason_of(finish)
+    return "tool_calls" if reason == "stop" and parser is not None and parser.num_calls else reason
+
+
+def _whole_calls(deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
+    return [
+        {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+        for c in whole_calls(deltas)
+    ]
+
+
+def _said(text: str, calls: Sequence[ToolCallDelta]) -> dict[str, Any]:
+    """Returns what a chunk brings: text, parts of calls, or both."""
+    said: dict[str, Any] = {"content": text} if text or not calls else {}
+    if calls:
+        said["tool_calls"] = [_part_of_call(call) for call in calls]
+    return said
+
+
+def _part_of_call(call: ToolCallDelta) -> dict[str, Any]:
+    function: dict[str, Any] = {"arguments": call.arguments}
+    if not call.id:
+        return {"index": call.index, "function": function}
+    function["name"] = call.name
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}

@@ -103,7 +103,8 @@ class HttpDoor:
     async def _wait_for_answers(self) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_S):
-                while self._state.tasks or self._state.connections:
+                # uvicorn tells of no end of theirs.
+                while self._state.tasks or self._state.connections:  # noqa: ASYNC110
                     await asyncio.sleep(_MOMENT_S)
 
 

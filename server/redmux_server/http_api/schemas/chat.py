@@ -1,11 +1,11 @@
 """The body of /v1/chat/completions."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from redmux_server.http_api.errors import Refusal
-from redmux_server.http_api.schemas.body import Unserved
+from redmux_server.http_api.schemas.body import Body, Unserved
 from redmux_server.http_api.schemas.completion import MAX_TOP_LOGPROBS
 from redmux_server.http_api.schemas.sampling import SamplingBody
 from redmux_server.services.chat import check_num_messages
@@ -26,11 +26,24 @@ _OTHERS: Unserved = {
 }
 
 
+class ToolName(Body):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The function that has to be called."""
+
+    type: Literal["function"] = "function"
+    function: ToolName
+
+
 class ChatBody(SamplingBody):
     """A request for the assistant's next message."""
 
     no_effect = SamplingBody.no_effect | {
-        "parallel_tool_calls", "reasoning_effort", "verbosity", "include_reasoning",
+        "reasoning_effort", "verbosity", "include_reasoning",
     }  # fmt: skip
     unserved: ClassVar[Unserved] = {**SamplingBody.unserved, **_OTHERS}
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -39,18 +52,25 @@ class ChatBody(SamplingBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = Field(None, description="Unless a message is continued.")
     continue_final_message: bool = False
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: str | NamedTool = "auto"
+    parallel_tool_calls: bool = True
 
     def chat(self) -> Chat:
         """Returns the messages for the services."""
         check_num_messages(len(self.messages))
+        is_open, choice = self.add_generation_prompt, self.tool_choice
         return Chat(
             self.messages,
             template=self.chat_template,
-            add_generation_prompt=self.add_generation_prompt,
+            add_generation_prompt=not self.continue_final_message if is_open is None else is_open,
             continue_final_message=self.continue_final_message,
             template_args=self.chat_template_kwargs or {},
+            tools=self.tools,
+            tool_choice=choice if isinstance(choice, str) else choice.function.name,
+            parallel_tool_calls=self.parallel_tool_calls,
         )
 
     def outputs(self) -> dict[str, Any]:

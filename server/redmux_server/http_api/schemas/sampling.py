@@ -161,7 +161,8 @@ class SamplingBody(Body):
         return [
             schema_grammar(self.guided_json), _regex(self.guided_regex),
             _choice(self.guided_choice), _lark(self.guided_grammar),
-            schema_grammar(inner.json_), _regex(inner.regex), _choice(inner.choice), _lark(inner.grammar),
+            schema_grammar(inner.json_), _regex(inner.regex), _choice(inner.choice),
+            _lark(inner.grammar),
             Grammar(GrammarKind.JSON_OBJECT) if inner.json_object else None,
         ]  # fmt: skip
 

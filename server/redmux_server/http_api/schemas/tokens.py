@@ -25,8 +25,9 @@ class TokenizeBody(Body):
     return_token_strs: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = Field(None, description="Unless a message is continued.")
     continue_final_message: bool = False
+    tools: list[dict[str, Any]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _checked(self) -> "TokenizeBody":
@@ -45,10 +46,11 @@ class TokenizeBody(Body):
             return self.prompt
         messages = self.messages or []
         check_num_messages(len(messages))
+        is_open = self.add_generation_prompt
         return Chat(
             messages, template=self.chat_template, template_args=self.chat_template_kwargs or {},
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
+            add_generation_prompt=not self.continue_final_message if is_open is None else is_open,
+            continue_final_message=self.continue_final_message, tools=self.tools,
         )  # fmt: skip
 
 
