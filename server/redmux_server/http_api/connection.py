@@ -170,6 +170,8 @@ class Connection(HttpToolsProtocol):
                 self.loop.call_later(self._limits.stall_s, self.transport.abort)
         elif has_rest:
             self._wait(self._limits.rest_s)
+        elif self._is_in_head:  # of the next request, which began during this one
+            self._wait(self._limits.head_s)
 
     def timeout_keep_alive_handler(self) -> None:
         """See HttpToolsProtocol."""
