@@ -13,9 +13,10 @@ from redmux_adapters import to_bytes
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of a module share the loop of its server."""
+    """Tests of a module share the loop of its server, where they use that."""
     for item in items:
-        if "/http_api/" in str(item.path) and item.get_closest_marker("asyncio"):
+        names = set(getattr(item, "fixturenames", ()))
+        if "/http_api/" in str(item.path) and names & {"server", "reader"}:
             item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)
 
 
