@@ -49,7 +49,7 @@ def _parser() -> _Parser:
         ("load", "loading", _loading, load, "what putting, holding and loading adapters takes"),
         ("floor", "floor", _floor, [server, common],
          "the engine's steps against what this machine allows"),
-        ("engine", "engine", _engine, load, "the engine alone against the same load over gRPC"),
+        ("engine", "engine", _engine, load, "the engine alone against the same load over gRPC and HTTP"),
         ("nlg", "nlg", _nlg, [common], "score generated texts as the E2E NLG challenge does"),
         ("train", "training", _train, [common],
          "adapters trained together against one after the other"),
