@@ -125,7 +125,7 @@ async def _measure(
     )
 
     def median(turns: Sequence[_Turn], what: str) -> float:
-        return statistics.median(getattr(turn, what) for turn in turns[1:])
+        return float(statistics.median(getattr(turn, what) for turn in turns[1:]))
 
     return {
         "streams": options.concurrency,

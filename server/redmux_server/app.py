@@ -14,7 +14,6 @@ from typing import Any
 import redmux
 from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
-from redmux_server.descriptors import raise_limit
 from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
@@ -227,7 +226,6 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     Returns whether it ended well: false if the engine died or hung and somebody should start it
     again.
     """
-    raise_limit()
     loop = asyncio.get_running_loop()
     signalled: asyncio.Queue[None] = asyncio.Queue()
 

@@ -154,7 +154,8 @@ class Gate:
 
         if length == 0 and b"transfer-encoding" not in headers:
             return b""
-        return await held.receive(read, self._receive_s)
+        body: bytes = await held.receive(read, self._receive_s)
+        return body
 
 
 def connection_of(scope: Scope) -> Connection:
