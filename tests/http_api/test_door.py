@@ -321,6 +321,22 @@ async def test_what_a_caller_holds_is_bounded_over_all_its_connections():
         await until(lambda: in_flight.num_bytes == 0)
 
 
+async def test_a_body_is_counted_before_it_comes_and_while_it_does():
+    in_flight = InFlight()
+    async with opened(in_flight=in_flight) as door:
+        in_flight.share_bytes = MIB
+        reader, writer = await connect(door)
+        writer.write(f"POST / HTTP/1.1\r\nContent-Length: {2 * MIB}\r\n\r\n".encode())
+        assert (await read_answer(reader))[0] == 429
+        writer.close()
+        reader, writer = await connect(door)
+        writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write((b"10000\r\n" + b"x" * 65536 + b"\r\n") * 20)
+        assert (await read_answer(reader))[0] == 429
+        writer.close()
+        await until(lambda: in_flight.num_bytes == 0)
+
+
 async def test_an_answer_that_is_too_large_for_its_caller_becomes_an_error():
     in_flight = InFlight()
     async with opened(in_flight=in_flight) as door:
