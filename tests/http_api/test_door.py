@@ -313,6 +313,9 @@ async def test_what_a_caller_holds_is_bounded_over_all_its_connections():
         assert status == 429
         assert headers["retry-after-ms"] == "1000"
         assert json.loads(body)["error"]["type"] == "rate_limit_error"
+        in_flight.total_bytes = 0
+        assert (await ask(door, "/health", method="GET"))[0] == 200
+        in_flight.total_bytes = 100 * CALL_BYTES
         other = KEY.replace("first", "other")
         assert (await ask(door, "/", other))[0] == 200
         assert (await ask(door, "/health", method="GET"))[0] == 200
