@@ -24,11 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--once", action="store_true", help="stop after the batch")
     parser.add_argument("--port", type=int, default=50051)
+    parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--metrics-port", type=int, default=9095)
     args = parser.parse_args(argv)
 
     command = [sys.executable, "-m", "redmux", "serve", "--adapters", "zoo",
-               "--port", str(args.port), "--metrics-port", str(args.metrics_port)]  # fmt: skip
+               "--port", str(args.port), "--http-port", str(args.http_port),
+               "--metrics-port", str(args.metrics_port)]  # fmt: skip
     print("starting:", " ".join(["redmux", *command[3:]]), flush=True)
     server = subprocess.Popen(command)
     try:

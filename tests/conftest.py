@@ -105,7 +105,13 @@ async def start_server(tiny_folder):
     servers = []
 
     async def start(**options) -> Server:
-        values = {"model": str(tiny_folder), "port": 0, "metrics_port": 0, "threads": 2}
+        values = {
+            "model": str(tiny_folder),
+            "port": 0,
+            "http_port": 0,
+            "metrics_port": 0,
+            "threads": 2,
+        }
         server = await Server.start(ServerConfig(**values | options))
         servers.append(server)
         return server

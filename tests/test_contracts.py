@@ -28,19 +28,20 @@ PACKAGES = {
 FLOORS = {
     "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
     "server/redmux_server": [
-        "config descriptors device engine fair_thread keys leaving metrics metrics_port",
+        "config descriptors device engine fair_thread in_flight internal_errors keys leaving "
+        "metrics metrics_port",
         "models",
         "registry",
         "training",
         "services",
         "wiring",
-        "grpc_api",
+        "grpc_api http_api",
         "doors",
         "app",
         "cli",
     ],
     "server/redmux_server/models": [
-        "base_model compilation editing kvcache layer_norm proving text",
+        "base_model compilation editing kvcache layer_norm proving text token_bytes",
         "cpu",
         "causal",
         "cuda",

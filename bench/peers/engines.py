@@ -22,7 +22,8 @@ class RedmuxPeer(ServerPeer):
         super().__post_init__()
         self.command = [
             self.options.get("python", sys.executable), "-m", "redmux", "serve",
-            "--model", str(self.models / "hf"), "--port", str(self.port), "--metrics-port", "0",
+            "--model", str(self.models / "hf"), "--port", str(self.port), "--http-port", "-1",
+            "--metrics-port", "0",
             "--max-running", str(self.limits.concurrency), "--log-level", "warning",
             *self.options.get("arguments", []),
         ]  # fmt: skip

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import importlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -14,11 +15,13 @@ from typing import Any
 import redmux
 from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
-from redmux_server.descriptors import raise_limit
 from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
+from redmux_server.http_api.gauges import GatewayGauges
+from redmux_server.http_api.names import ModelNames
+from redmux_server.http_api.offer import Offer
 from redmux_server.leaving import EXIT_SOFTWARE, Leaving, stop_loading
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
@@ -28,6 +31,7 @@ from redmux_server.registry.folder_lock import FolderLock
 from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.registry.tenants import sees_all
+from redmux_server.services.validation import Validator
 from redmux_server.wiring import make_engine, make_services, make_training, open_registry, readable
 
 logger = logging.getLogger(__name__)
@@ -62,6 +66,9 @@ class Server:
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
+        self.names = ModelNames(config.model, config.served_model_name, registry)
+        gauges = GatewayGauges(self.names.base, config.max_running, self.engine, registry)
+        gauges.register(self.metrics.registry)
         # Where the model lies is the operator's to know.
         is_file = Path(config.model).expanduser().exists()
         self._model_name = Path(config.model).name if is_file else config.model
@@ -89,7 +96,9 @@ class Server:
                 in_loader = functools.partial(asyncio.get_running_loop().run_in_executor, loader)
                 given = await in_loader(read_given, config.adapters)
                 lock = FolderLock(Path(config.adapter_dir)) if config.adapter_dir else None
-                model = await in_loader(load, config, choices)
+                # FastAPI takes a while to be imported, which is the loading's time otherwise.
+                importing = asyncio.to_thread(importlib.import_module, "redmux_server.http_api.app")
+                model, _ = await asyncio.gather(in_loader(load, config, choices), importing)
                 registry = await in_loader(open_registry, config, model, given)
             server = cls(config, doors, model, registry, lock)
             await server._serve()
@@ -104,6 +113,11 @@ class Server:
     def port(self) -> int:
         """The port of gRPC."""
         return self.doors.port
+
+    @property
+    def http_port(self) -> int:
+        """The port of HTTP, -1 where there is none."""
+        return self.doors.http_port
 
     @property
     def metrics_port(self) -> int:
@@ -134,11 +148,27 @@ class Server:
         self._count_adapters()
         self.engine.start()
         await doors.grpc.serve(message_limits(self.registry, self.training))
+        if doors.http_port >= 0:
+            from redmux_server.http_api.app import body_limits, make_app
+
+            offer = self._offer()
+            doors.http.serve(make_app(offer), body_limits(offer))
         doors.state = lambda: self.state
         self._watch = asyncio.create_task(self._watch_engine())
         logger.info(
-            "serving %s on %s:%d, metrics on port %d, %d adapters",
-            self.config.model, self.config.host, self.port, self.metrics_port, len(self.registry),
+            "serving %s on %s:%d, HTTP on port %d, metrics on port %d, %d adapters",
+            self.config.model, self.config.host, self.port, self.http_port, self.metrics_port,
+            len(self.registry),
+        )  # fmt: skip
+
+    def _offer(self) -> Offer:
+        """Returns what HTTP serves from."""
+        config, model = self.config, self.model
+        return Offer(
+            config, self.services, self.registry, self.names, model.codec, self.doors.health,
+            model.fingerprint,
+            Validator(model.vocab_size, model.max_context), int(time.time()),
+            self._count_adapters,
         )  # fmt: skip
 
     @property
@@ -207,7 +237,6 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     Returns whether it ended well: false if the engine died or hung and somebody should start it
     again.
     """
-    raise_limit()
     loop = asyncio.get_running_loop()
     # Events, not a queue: whoever waits for two things at once could take a signal and lose it.
     leave, leave_now = asyncio.Event(), asyncio.Event()

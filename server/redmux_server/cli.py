@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import redmux
 from redmux.errors import RedmuxError
 from redmux_server.config import ServerConfig, load_config
+from redmux_server.descriptors import raise_limit
 from redmux_server.doors import Doors
 from redmux_server.leaving import EXIT_SOFTWARE, heed_signals
 
@@ -37,13 +38,15 @@ def serve(argv: Sequence[str]) -> int:
 async def _serve(config: ServerConfig) -> bool:
     logger.info("redmux %s starts with model %s", redmux.__version__, config.model)
     loop = asyncio.get_running_loop()
+    raise_limit()  # before the doors take their part of it
     doors = await Doors.open(config)
     if config.api_keys_file:  # not by the loop: closing, it would let those that still come kill
         read_keys = functools.partial(loop.call_soon_threadsafe, doors.read_keys_again)
         signal.signal(signal.SIGHUP, lambda *_: read_keys())
     logger.info(
-        "listening on %s:%d, metrics on port %d; health is NOT_SERVING until the model is loaded",
-        config.host, doors.port, doors.metrics_port,
+        "listening on %s:%d, HTTP on port %d, metrics on port %d; health is NOT_SERVING until the "
+        "model is loaded",
+        config.host, doors.port, doors.http_port, doors.metrics_port,
     )  # fmt: skip
     # Only now: torch takes seconds to import.
     app = await asyncio.to_thread(importlib.import_module, "redmux_server.app")

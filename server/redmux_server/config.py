@@ -38,6 +38,16 @@ class ServerConfig:
     )
     host: str = _option("127.0.0.1", "address to listen on")
     port: int = _option(50051, "port of gRPC; 0 picks a free one")
+    http_port: int = _option(8000, "port of HTTP; 0 picks a free one, -1 is none")
+    served_model_name: tuple[str, ...] = _option(
+        (), "further names of the base model in requests over HTTP, the first one shown in lists"
+    )
+    http_cors_origin: tuple[str, ...] = _option(
+        (), "origins whose pages a browser lets use HTTP, such as https://example.org; * is all"
+    )
+    load_dir: str = _option(
+        "", "folder whose adapters the operator may load by their paths, over HTTP"
+    )
     metrics_port: int = _option(9095, "port of /metrics; 0 picks a free one")
     socket: str = _option(
         "", "unix socket to listen on as well, without TLS: for probes and callers on this machine"
@@ -150,7 +160,8 @@ _CALLS = 1 << 20
 _BYTES = 1 << 50
 # What is more than these would be a slip, which shows itself as a start that hangs or dies.
 _RANGES = {
-    "port": (0, 65535), "metrics_port": (0, 65535), "threads": (0, 1024),
+    "port": (0, 65535), "http_port": (-1, 65535), "metrics_port": (0, 65535),
+    "threads": (0, 1024),
     "max_running": (1, 1 << 16), "max_batch_tokens": (1, _TOKENS), "max_queue": (0, _CALLS),
     "max_context": (0, _TOKENS), "kv_cache_tokens": (0, 1 << 40), "prefix_cache_bytes": (0, _BYTES),
     "bank_bytes": (0, _BYTES), "host_cache_bytes": (0, _BYTES), "training_share": (0.001, 1),
@@ -176,7 +187,7 @@ def load_config(
     """
     fields = {f.name: f for f in dataclasses.fields(ServerConfig)}
     parser = argparse.ArgumentParser(
-        prog=prog, description="Serve RED adapters over gRPC.", allow_abbrev=False
+        prog=prog, description="Serve RED adapters over gRPC and HTTP.", allow_abbrev=False
     )
     parser.add_argument("--config", help="TOML file with any of these options")
     for name, field in fields.items():

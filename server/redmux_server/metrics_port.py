@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
 _LIMIT_S = 10.0  # of a connection, which brings one request
-_FRESH_S = 1.0  # that metrics are told again as they were: collecting them takes milliseconds
+_FRESH_S = 1.0
 _HEAD_BYTES = 8 << 10
 _TEXT = "text/plain; charset=utf-8"
 
@@ -30,6 +30,31 @@ class State(enum.Enum):
     DRAINING = "draining"
     DEAD = "dead: the engine has failed"
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nobody has to start the process again."""
+        return self is not State.DEAD
+
+
+class Exposition:
+    """The metrics as text, collected once in a while however often they are asked for."""
+
+    def __init__(self, registry: CollectorRegistry, fresh_s: float = _FRESH_S) -> None:
+        """The same is told again for `fresh_s`: collecting takes milliseconds."""
+        self._registry = registry
+        self._fresh_s = fresh_s
+        self._collected: dict[str, tuple[float, bytes]] = {}  # by type: when, and what
+
+    def text(self, accept: str) -> tuple[str, bytes]:
+        """Returns the content type that fits a header `Accept`, and the metrics in it."""
+        encode, content_type = choose_encoder(accept)
+        now_s = asyncio.get_running_loop().time()
+        since_s, body = self._collected.get(content_type, (-math.inf, b""))
+        if now_s - since_s > self._fresh_s:
+            body = encode(self._registry)
+            self._collected[content_type] = now_s, body
+        return content_type, body
+
 
 class MetricsPort:
     """Answers GET and HEAD of three paths, on the event loop that opens it.
@@ -40,17 +65,14 @@ class MetricsPort:
 
     def __init__(
         self,
-        registry: CollectorRegistry,
+        metrics: Exposition,
         state: Callable[[], State],
         limit_s: float = _LIMIT_S,
-        fresh_s: float = _FRESH_S,
     ) -> None:
-        """`state` is asked at every request, the metrics once in `fresh_s`."""
-        self._registry = registry
+        """`state` is asked at every request."""
+        self._exposition = metrics
         self._state = state
         self._limit_s = limit_s
-        self._fresh_s = fresh_s
-        self._collected: dict[str, tuple[float, bytes]] = {}  # by type: when, and what
         self._connections: dict[asyncio.Task[None], None] = {}  # the oldest first
         self.port = 0
 
@@ -62,7 +84,7 @@ class MetricsPort:
     async def open(self, host: str, port: int) -> None:
         """Starts to answer; raises FailedPreconditionError where the port cannot be had."""
         try:
-            listening = _listen(host.strip("[]"), port)
+            listening = listen(host.strip("[]"), port)
             self._server = await asyncio.start_server(
                 self._accept, sock=listening, limit=_HEAD_BYTES
             )
@@ -116,7 +138,7 @@ class MetricsPort:
             return self._metrics(accept)
         state = self._state()
         if path == "/healthz":
-            is_well = state is not State.DEAD
+            is_well = state.is_healthy
         elif path == "/readyz":
             is_well = state is State.SERVING
         else:
@@ -124,16 +146,11 @@ class MetricsPort:
         return _response("200 OK" if is_well else "503 Service Unavailable", f"{state.value}\n")
 
     def _metrics(self, accept: str) -> bytes:
-        encode, content_type = choose_encoder(accept)
-        now_s = asyncio.get_running_loop().time()
-        since_s, body = self._collected.get(content_type, (-math.inf, b""))
-        if now_s - since_s > self._fresh_s:
-            body = encode(self._registry)
-            self._collected[content_type] = now_s, body
+        content_type, body = self._exposition.text(accept)
         return _response("200 OK", body, f"Content-Type: {content_type}")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Returns a socket that listens on the first address of a host."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address[:2], family=family)

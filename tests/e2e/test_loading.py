@@ -53,7 +53,7 @@ def refusals(monkeypatch):
 async def test_a_call_that_comes_while_the_model_loads_is_answered_once_it_is_there(
     tiny_folder, held_load, refusals
 ):
-    config = ServerConfig(model=str(tiny_folder), port=0, metrics_port=0, threads=2)
+    config = ServerConfig(model=str(tiny_folder), port=0, http_port=0, metrics_port=0, threads=2)
     doors = await Doors.open(config)
     starting = asyncio.create_task(Server.start(config, doors))
     async with AsyncClient(f"127.0.0.1:{doors.port}") as client:
@@ -77,7 +77,7 @@ async def read(stream):
 
 
 async def test_who_has_no_key_learns_nothing_of_the_loading():
-    config = ServerConfig(port=0, metrics_port=0, api_keys=("the-only-key",))
+    config = ServerConfig(port=0, http_port=0, metrics_port=0, api_keys=("the-only-key",))
     doors = await Doors.open(config)
     address = f"127.0.0.1:{doors.port}"
     async with AsyncClient(address) as stranger, AsyncClient(address, api_key="the-only-key") as us:
@@ -88,11 +88,11 @@ async def test_who_has_no_key_learns_nothing_of_the_loading():
     await doors.close()
 
 
-@pytest.mark.parametrize("option", ["port", "metrics_port"])
+@pytest.mark.parametrize("option", ["port", "http_port", "metrics_port"])
 async def test_a_port_that_is_taken_is_found_before_anything_is_loaded(option, monkeypatch):
     monkeypatch.setattr(redmux_server.app, "load", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        ports = {"port": 0, "metrics_port": 0} | {option: taken.getsockname()[1]}
+        ports = {"port": 0, "http_port": 0, "metrics_port": 0} | {option: taken.getsockname()[1]}
         with pytest.raises(FailedPreconditionError, match=str(ports[option])):
             await Server.start(ServerConfig(model="/nowhere", **ports))
 
@@ -129,9 +129,11 @@ async def test_a_certificate_that_cannot_be_used_is_told_as_such(which, tmp_path
 
 async def test_a_start_that_fails_frees_its_ports(tiny_folder, held_load):
     held_load.set()
-    config = ServerConfig(model=str(tiny_folder), port=0, metrics_port=0, adapters=("/nowhere",))
+    config = ServerConfig(
+        model=str(tiny_folder), port=0, http_port=0, metrics_port=0, adapters=("/nowhere",)
+    )
     doors = await Doors.open(config)
     with pytest.raises(Exception, match="/nowhere"):
         await Server.start(config, doors)
-    for port in (doors.port, doors.metrics_port):
+    for port in (doors.port, doors.http_port, doors.metrics_port):
         socket.create_server(("127.0.0.1", port)).close()

@@ -32,8 +32,8 @@ class Process:
 
     async def __aenter__(self):
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, *self.start, "serve", "--port", "0", "--metrics-port", "0",
-            *self.flags, env=self.environ, stderr=subprocess.PIPE,
+            sys.executable, *self.start, "serve", "--port", "0", "--http-port", "0",
+            "--metrics-port", "0", *self.flags, env=self.environ, stderr=subprocess.PIPE,
         )  # fmt: skip
         return self
 
@@ -348,6 +348,7 @@ CASES = {
     "cut adapter": (["--adapters", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors: the tensors"),
     "folder in use": (["--adapter-dir", "{tmp}/held"], "{tmp}/held belongs to another server"),
     "port": (["--port", "{port}"], "cannot listen on 127.0.0.1:{port}; is it taken by another"),
+    "http": (["--http-port", "{port}"], "cannot serve HTTP"),
     "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
     "threads": (["--threads", "many"], "--threads is 'many'"),
     "cache": (["--kv-cache-tokens", "32"], "kv_cache_tokens is too small"),
@@ -375,7 +376,16 @@ def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_pa
     with socket.create_server(("127.0.0.1", 0)) as taken, contextlib.closing(lock):
         port = taken.getsockname()[1]
         flags = [flag.format(tmp=tmp_path, port=port) for flag in flags]
-        common = ["--port", "0", "--metrics-port", "0", "--model", str(tiny_folder)]
+        common = [
+            "--port",
+            "0",
+            "--http-port",
+            "0",
+            "--metrics-port",
+            "0",
+            "--model",
+            str(tiny_folder),
+        ]
         assert serve([*common, *flags]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("redmux serve: ")

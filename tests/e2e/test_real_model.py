@@ -24,7 +24,7 @@ TOKENS = 14
 @contextlib.contextmanager
 def serving(*options):
     command = [sys.executable, "-m", "redmux", "serve", "--adapters", "zoo", "--port", "0",
-               "--metrics-port", "0", *options]  # fmt: skip
+               "--http-port", "0", "--metrics-port", "0", *options]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         lines = []
         for line in process.stderr:

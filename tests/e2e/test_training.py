@@ -275,7 +275,7 @@ async def test_training_is_stopped_for_most_of_the_time_while_requests_run(monke
 async def test_training_does_not_outlive_a_server_that_is_killed(tiny_folder):
     serving = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "redmux", "serve", "--model", str(tiny_folder), "--port", "0",
-        "--metrics-port", "0", stderr=asyncio.subprocess.PIPE,
+        "--http-port", "0", "--metrics-port", "0", stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
         while b"serving" not in (line := await serving.stderr.readline()):

@@ -9,8 +9,9 @@ import grpc
 import pytest
 
 from redmux.errors import NotFoundError
-from redmux_server.grpc_api.in_flight import CALL_BYTES, RECEIVING, InFlight
-from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
+from redmux_server.grpc_api.interceptor import Interceptor
+from redmux_server.in_flight import CALL_BYTES, RECEIVING, InFlight
+from redmux_server.keys import ApiKeys
 
 MIB = 1 << 20
 NO_PROBING = ("grpc.http2.bdp_probe", 0)

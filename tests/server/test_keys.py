@@ -2,9 +2,9 @@
 
 import pytest
 
-from redmux.errors import InvalidArgumentError
+from redmux.errors import InvalidArgumentError, UnauthenticatedError
 from redmux_server.config import ServerConfig
-from redmux_server.keys import read_keys
+from redmux_server.keys import ADMIN, ApiKeys, read_keys
 
 
 @pytest.fixture
@@ -45,3 +45,45 @@ def test_a_file_that_guards_nothing_is_refused(keys_of, text, message):
 def test_a_file_that_is_not_there_is_refused_by_name():
     with pytest.raises(InvalidArgumentError, match="cannot read api_keys_file /nowhere"):
         read_keys(ServerConfig(api_keys_file="/nowhere"))
+
+
+@pytest.mark.parametrize("text", ["Bearer one", "bearer one", "BEARER two"])
+def test_a_known_key_is_let_in(text):
+    assert ApiKeys(["one", "two"]).tenant(text).startswith("key-")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "one", "Bearer", "Bearer ", "Bearer on", "Bearer one ", "Bearer ONE", "Basic one"]
+)
+def test_anything_else_is_refused(text):
+    with pytest.raises(UnauthenticatedError, match="missing or unknown API key"):
+        ApiKeys(["one", "two"]).tenant(text)
+
+
+def test_without_keys_everybody_is_one_tenant():
+    assert {ApiKeys([]).tenant(c) for c in ("", "Bearer x")} == {""}
+
+
+def test_each_key_is_a_tenant_whose_name_does_not_show_it():
+    keys = ApiKeys(["secret-one", "secret-two"])
+    names = [keys.tenant(f"Bearer secret-{n}") for n in ("one", "two", "one")]
+    assert names[0] == names[2] != names[1]
+    assert not any("secret" in name for name in names)
+
+
+def test_the_admin_key_is_let_in_as_the_admin():
+    keys = ApiKeys(["one"], "boss")
+    assert keys.tenant("Bearer boss") == ADMIN
+    assert keys.tenant("Bearer one").startswith("key-")
+    alone = ApiKeys([], "boss")
+    assert alone.tenant("Bearer boss") == ADMIN
+    for text in ("", "Bearer ", "Bearer one"):
+        with pytest.raises(UnauthenticatedError):
+            alone.tenant(text)
+
+
+def test_a_key_has_the_same_name_in_every_run_whatever_the_other_keys():
+    """Adapters on disk carry it; this value must not change."""
+    expected = "key-cb1f81636632ca0a91bd9551aaa4df71"
+    for keys in (["one"], ["two", "one"]):
+        assert ApiKeys(keys, "boss").tenant("Bearer one") == expected

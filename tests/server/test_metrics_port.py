@@ -7,13 +7,13 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from redmux.errors import FailedPreconditionError
-from redmux_server.metrics_port import MAX_CONNECTIONS, MetricsPort, State
+from redmux_server.metrics_port import MAX_CONNECTIONS, Exposition, MetricsPort, State
 
 
 @contextlib.asynccontextmanager
-async def opened(state=State.SERVING, registry=None, **options):
-    registry = registry or CollectorRegistry()
-    port = MetricsPort(registry, state if callable(state) else lambda: state, **options)
+async def opened(state=State.SERVING, registry=None, fresh_s=1, **options):
+    exposition = Exposition(registry or CollectorRegistry(), fresh_s)
+    port = MetricsPort(exposition, state if callable(state) else lambda: state, **options)
     await port.open("127.0.0.1", 0)
     try:
         yield port
@@ -163,14 +163,14 @@ async def test_a_head_without_end_ends_its_connection():
 async def test_a_port_that_is_taken_is_named():
     async with opened() as port:
         with pytest.raises(FailedPreconditionError, match=f"metrics on 127.0.0.1:{port.port}"):
-            await MetricsPort(CollectorRegistry(), lambda: State.LOADING).open(
+            await MetricsPort(Exposition(CollectorRegistry()), lambda: State.LOADING).open(
                 "127.0.0.1", port.port
             )
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[127.0.0.1]"])
 async def test_a_host_is_a_name_or_an_address_with_or_without_brackets(host):
-    port = MetricsPort(CollectorRegistry(), lambda: State.SERVING)
+    port = MetricsPort(Exposition(CollectorRegistry()), lambda: State.SERVING)
     await port.open(host, 0)
     assert port.port > 0
     await port.close()

@@ -88,6 +88,20 @@ class Engine:
         return len(self._scheduler.running)
 
     @property
+    def kv_used_ratio(self) -> float:
+        """The share of cache blocks in use."""
+        return self._scheduler.kv_used_ratio
+
+    def open_digests(self) -> tuple[set[str], set[str]]:
+        """Returns the digests of the adapters of running requests, and of those that wait."""
+        running = set(self._scheduler.running)
+        found: tuple[set[str], set[str]] = (set(), set())
+        for request in self._open:
+            if request.adapter is not None:
+                found[request not in running].add(request.adapter.digest)
+        return found
+
+    @property
     def most_for_one(self) -> int:
         """How many requests a tenant may have open that is alone."""
         return self._places.most_for_one

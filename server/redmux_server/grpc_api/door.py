@@ -21,9 +21,11 @@ from redmux.v1 import (
 from redmux_server.config import ServerConfig
 from redmux_server.descriptors import max_connections
 from redmux_server.grpc_api.ending import Ending
-from redmux_server.grpc_api.interceptor import ApiKeys, Interceptor
+from redmux_server.grpc_api.interceptor import Interceptor
 from redmux_server.grpc_api.loading import LateMethods
 from redmux_server.grpc_api.refusals import Refusals
+from redmux_server.in_flight import InFlight
+from redmux_server.keys import ApiKeys
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +51,12 @@ class GrpcDoor:
     loop that serves.
     """
 
-    def __init__(self, config: ServerConfig, keys: ApiKeys, refusals: Refusals) -> None:
+    def __init__(
+        self, config: ServerConfig, keys: ApiKeys, in_flight: InFlight, refusals: Refusals
+    ) -> None:
+        """`in_flight` counts what all doors hold together."""
         self._config = config
-        self._interceptor = Interceptor(keys, refusals=refusals)
+        self._interceptor = Interceptor(keys, in_flight, refusals=refusals)
         self.health = HealthServicer()
         self._ending = Ending()
         self.methods = LateMethods()

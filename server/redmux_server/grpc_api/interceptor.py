@@ -2,14 +2,10 @@
 
 import asyncio
 import contextlib
-import functools
-import hashlib
-import hmac
 import inspect
 import logging
-import secrets
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,11 +15,12 @@ from redmux.errors import (
     InvalidArgumentError,
     RedmuxError,
     ResourceExhaustedError,
-    UnauthenticatedError,
 )
-from redmux_server.grpc_api.in_flight import LARGEST, CallBytes, InFlight
+from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.refusals import Refusals
-from redmux_server.registry.tenants import ADMIN
+from redmux_server.in_flight import LARGEST, CallBytes, InFlight
+from redmux_server.internal_errors import told
+from redmux_server.keys import ApiKeys
 
 logger = logging.getLogger(__name__)
 
@@ -33,49 +30,6 @@ PUBLIC_PREFIX = "/grpc.health.v1.Health/"  # probes carry no key
 _PROBES_RECEIVED = 2
 _PROBE_S = 1.0
 _SMALL_BYTES = 64 << 10  # of a request to a method that takes no data
-
-
-class ApiKeys:
-    """The keys that are let in; none lets everybody in."""
-
-    def __init__(self, keys: Sequence[str], admin_key: str = "") -> None:
-        """`admin_key` is let in, too, if it is not empty."""
-        self._admin_digests = [_digest(admin_key)] if admin_key else []
-        self.set(keys)
-
-    def set(self, keys: Sequence[str]) -> None:
-        """Lets in these keys from here on, beside the admin's; calls that are running go on."""
-        self._digests = [*self._admin_digests, *map(_digest, keys)]
-
-    def tenant(self, context: Any) -> str:
-        """Returns a name for the caller's key, `ADMIN` for the admin key, "" where none is needed.
-
-        The same key has the same name in every run. Raises UnauthenticatedError for a missing or
-        unknown key.
-        """
-        if not self._digests:
-            return ""
-        header = dict(context.invocation_metadata() or ()).get("authorization", "")
-        kind, _, key = str(header).partition(" ")
-        digest = _digest(key)
-        known = [hmac.compare_digest(digest, other) for other in self._digests]
-        if kind.lower() != "bearer" or not any(known):
-            raise UnauthenticatedError("missing or unknown API key")
-        return ADMIN if digest in self._admin_digests else _tenant(digest)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-@functools.lru_cache(maxsize=4096)
-def _tenant(digest: bytes) -> str:
-    """Returns the name of a key that is let in; takes milliseconds, once for each.
-
-    It is written to disk as the owner of adapters, so trying out keys against it has to be dear.
-    """
-    name = hashlib.scrypt(digest, salt=b"redmux tenant", n=1 << 12, r=8, p=1, dklen=16)
-    return f"key-{name.hex()}"
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
@@ -97,7 +51,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         refusals: Refusals | None = None,
     ) -> None:
         """`stall_s` is how long a stream waits for its reader, or a call for its request."""
-        self._keys = keys
+        self._keys = CallKeys(keys)
         self._refusals = refusals or Refusals()
         self._in_flight = in_flight or InFlight()
         # Probes have to come through whatever others hold.
@@ -309,7 +263,7 @@ def _with_status(run: Callable[[Any], Awaitable[Any]]) -> Any:
         try:
             return await run(context)
         except Exception as err:
-            failure = err if isinstance(err, grpc.aio.AbortError) else _told(err)
+            failure = err if isinstance(err, grpc.aio.AbortError) else told(err)
         if isinstance(failure, RedmuxError):
             failure = await _aborted(context, failure)
         del context
@@ -328,13 +282,3 @@ async def _aborted(context: Any, err: RedmuxError) -> grpc.aio.AbortError:
     except grpc.aio.AbortError as abort:
         return abort
     raise AssertionError("abort does not return")
-
-
-def _told(err: Exception) -> RedmuxError:
-    """Returns what the caller is told of an error, without the frames that raised it."""
-    if not isinstance(err, RedmuxError):
-        error_id = secrets.token_hex(6)
-        logger.error("internal error %s", error_id, exc_info=err)
-        return RedmuxError(f"internal error, id {error_id}")
-    err.__context__ = None
-    return err.with_traceback(None)

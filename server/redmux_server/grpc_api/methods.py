@@ -8,10 +8,11 @@ from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_ser
 from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from redmux.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
+from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.door import SERVICES
-from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.grpc_api.servicers import AdapterServicer, AdminServicer, InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
+from redmux_server.keys import ApiKeys
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.training.service import TrainingService
 from redmux_server.wiring import Services
@@ -31,12 +32,13 @@ def add_methods(
     `info` is asked for every GetServerInfo, with the tenant; `on_change` is told of every change of
     adapters.
     """
+    callers = CallKeys(keys)
     add_InferenceServiceServicer_to_server(
-        InferenceServicer(services.generation, services.scoring, services.reading, keys), server
+        InferenceServicer(services.generation, services.scoring, services.reading, callers), server
     )
-    add_AdapterServiceServicer_to_server(AdapterServicer(registry, on_change, keys), server)
-    add_AdminServiceServicer_to_server(AdminServicer(info, keys), server)
-    add_TrainingServiceServicer_to_server(TrainingServicer(training, keys), server)
+    add_AdapterServiceServicer_to_server(AdapterServicer(registry, on_change, callers), server)
+    add_AdminServiceServicer_to_server(AdminServicer(info, callers), server)
+    add_TrainingServiceServicer_to_server(TrainingServicer(training, callers), server)
 
 
 def message_limits(registry: AdapterRegistry, training: TrainingService) -> dict[str, int]:

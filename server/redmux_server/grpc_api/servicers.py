@@ -12,6 +12,7 @@ from redmux.v1.adapter_service_pb2_grpc import AdapterServiceServicer
 from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.engine.request import Pooling
+from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.converted import Converted, fill_page
 from redmux_server.grpc_api.generating import (
     ToolParsers,
@@ -22,7 +23,6 @@ from redmux_server.grpc_api.generating import (
     prompt_scores,
     spec_of,
 )
-from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
@@ -53,7 +53,7 @@ class InferenceServicer(InferenceServiceServicer):
         generation: GenerationService | None,
         scoring: ScoringService | None,
         reading: ReadingService,
-        keys: ApiKeys,
+        keys: CallKeys,
     ) -> None:
         """`generation` and `scoring` are None for a model that generates nothing."""
         self._generation = generation
@@ -171,7 +171,7 @@ class AdapterServicer(AdapterServiceServicer):
     """Adapters while the server runs; a key sees its own and the operator's."""
 
     def __init__(
-        self, registry: AdapterRegistry, on_change: Callable[[], None], keys: ApiKeys
+        self, registry: AdapterRegistry, on_change: Callable[[], None], keys: CallKeys
     ) -> None:
         self._registry = registry
         self._on_change = on_change
@@ -223,7 +223,7 @@ class AdapterServicer(AdapterServiceServicer):
 class AdminServicer(AdminServiceServicer):
     """What the server is."""
 
-    def __init__(self, info: Callable[[str], admin_pb.ServerInfo], keys: ApiKeys) -> None:
+    def __init__(self, info: Callable[[str], admin_pb.ServerInfo], keys: CallKeys) -> None:
         """`info` returns what a tenant is told."""
         self._info = info
         self._keys = keys

@@ -10,9 +10,9 @@ from redmux.v1 import training_service_pb2 as pb
 from redmux.v1.training_service_pb2_grpc import TrainingServiceServicer
 from redmux_adapters.train import Evaluated, Stepped
 from redmux_adapters.train.inline import InlineTask
+from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.chats import plain_messages
 from redmux_server.grpc_api.converted import Converted, fill_page
-from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.training.job import Job, JobState, JobTask, TaskState
 from redmux_server.training.service import TrainingService
 
@@ -39,7 +39,7 @@ _TASK_STATES = {
 class TrainingServicer(TrainingServiceServicer):
     """Adapters that are trained while the server runs."""
 
-    def __init__(self, service: TrainingService, keys: ApiKeys) -> None:
+    def __init__(self, service: TrainingService, keys: CallKeys) -> None:
         self._service = service
         self._keys = keys
 

@@ -9,6 +9,7 @@ from redmux_adapters.text.encoder import Encoded, TextEncoder
 from redmux_adapters.text.messages import Message
 from redmux_adapters.text.template import PLAIN, ChatOptions
 from redmux_adapters.text.tool_format import ToolFormat
+from redmux_server.models.token_bytes import TokenBytes
 
 MAX_BYTES_PER_TOKEN = 16  # more than any tokenizer packs into one on average
 _CHARS_PER_TOKEN = 4
@@ -32,6 +33,8 @@ class TextCodec:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode = _decoder(tokenizer, skip_special_tokens=True)
         self._decode_all = _decoder(tokenizer, skip_special_tokens=False)
+        # For the event loop, which decodes.
+        self.tokens = TokenBytes(tokenizer, self._decode_all, self._encoder.bare("a"))
         eos = generation_config.eos_token_id if generation_config is not None else None
         ids = eos if isinstance(eos, list) else [eos]
         self.eos_token_ids = frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -49,6 +49,11 @@ class Catalogue:
                 return found
         raise self.not_found(name_or_digest, tenant)
 
+    def names_of(self, digest: str, owner: str) -> list[str]:
+        """Returns the names that an owner has for a digest."""
+        same = self._by_digest.get(digest, {})
+        return [name for name, published in same.items() if published.owner == owner]
+
     def page(self, after: str, size: int, tenant: str) -> list[Published]:
         """Returns up to `size` versions whose names sort after `after`."""
         starts = [(names, bisect.bisect_right(names, after)) for names in self._visible(tenant)]

@@ -20,7 +20,7 @@ from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.host_cache import HostCache
 from redmux_server.registry.names import check_name
 from redmux_server.registry.published import Published, Rules
-from redmux_server.registry.tenants import may_change, may_see, owner_of_new
+from redmux_server.registry.tenants import OPERATOR, may_change, may_see, owner_of_new
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,10 @@ class AdapterRegistry:
     def page(self, after: str, size: int, tenant: str = "") -> list[Published]:
         """Returns up to `size` adapters whose names sort after `after`."""
         return self._catalogue.page(after, size, tenant)
+
+    def operators_names(self, digest: str) -> list[str]:
+        """Returns the names that the operator has for a digest."""
+        return self._catalogue.names_of(digest, OPERATOR)
 
     def check_may_put(self, name: str, replace: bool, tenant: str) -> None:
         """Raises unless a tenant may put something under a name, as far as owners are concerned.

@@ -5,7 +5,8 @@ An owner is a tenant's name, or "" for the operator: of what was there at start,
 keys or was put by the admin key.
 """
 
-ADMIN = "admin"
+from redmux_server.keys import ADMIN
+
 OPERATOR = ""
 
 

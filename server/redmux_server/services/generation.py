@@ -69,7 +69,10 @@ class Generation:
         prompt_scores: PromptScores | None = None,
         make_parser: Callable[[], ToolCallParser] | None = None,
     ) -> None:
-        """`events` is where the sinks of the choices' requests put them."""
+        """`events` is where the sinks of the choices' requests put them.
+
+        `make_parser` makes what finds calls of tools in a choice.
+        """
         self.prompt_ids = prompt_ids
         self.prompt_scores = prompt_scores
         self._choices = choices

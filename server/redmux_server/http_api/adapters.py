@@ -1,0 +1,188 @@
+"""/v1/adapters, and adapters loaded by their paths in vLLM's and SGLang's shapes."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Query
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from redmux.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
+from redmux_adapters import to_bytes
+from redmux_adapters.format.files import read_parts
+from redmux_server.http_api.answers import json_response
+from redmux_server.http_api.generating import caller_of
+from redmux_server.http_api.offer import Offer, adapter_header
+from redmux_server.http_api.schemas.adapters import LoadBody, UnloadBody
+from redmux_server.http_api.validated import JsonRoute
+from redmux_server.registry.published import Published
+from redmux_server.registry.tenants import may_change, sees_all
+
+_BYTES = "application/octet-stream"
+_DEFAULT_PAGE, _MAX_PAGE = 100, 1000
+
+
+def router(offer: Offer) -> APIRouter:
+    """Returns the routes of adapters."""
+    router = APIRouter(tags=["adapters"])
+    registry = offer.registry
+
+    @router.get("/v1/adapters")
+    async def list_adapters(
+        request: Request, after: str = "", limit: int = Query(_DEFAULT_PAGE, ge=1, le=_MAX_PAGE)
+    ) -> Response:
+        """Lists adapters in order of name: those behind `after`, up to `limit`."""
+        found = registry.page(after, limit + 1, caller_of(request).tenant)
+        page = [_told(published) for published in found[:limit]]
+        return json_response({
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": len(found) > limit,
+        })  # fmt: skip
+
+    @router.get("/v1/adapters/{name:path}")
+    async def get_adapter(request: Request, name: str) -> Response:
+        """Returns what is known of an adapter, or its file where that is what is accepted."""
+        tenant = caller_of(request).tenant
+        published = registry.resolve(name, tenant)
+        headers = adapter_header(published)
+        if request.headers.get("accept") != _BYTES:
+            return json_response(_told(published), headers)
+        if not may_change(tenant, published.owner):
+            raise PermissionDeniedError(
+                f"adapter {published.name!r} is the operator's, whose file only the admin key reads"
+            )
+        data = to_bytes(await registry.fetch(published))
+        return Response(data, headers=headers, media_type=_BYTES)
+
+    @router.put(
+        "/v1/adapters/{name:path}",
+        openapi_extra={"requestBody": {"required": True, "content": {
+            _BYTES: {"schema": {"type": "string", "format": "binary"}},
+        }}},
+    )  # fmt: skip
+    async def put_adapter(request: Request, name: str, replace: bool = False) -> Response:
+        """Publishes an adapter: a safetensors file with its configuration in its metadata."""
+        kind = request.headers.get("content-type", _BYTES)
+        if kind not in (_BYTES, "application/safetensors", "application/x-safetensors"):
+            raise InvalidArgumentError(f"content-type is {kind[:80]!r}, must be {_BYTES}")
+        data = await request.body()
+        if not data:
+            raise InvalidArgumentError("the body is empty; send the bytes of a safetensors file")
+        published, created = await registry.put(name, data, "", replace, caller_of(request).tenant)
+        offer.on_change()
+        told = {**_told(published), "created_now": created}
+        return json_response(told, adapter_header(published), 201 if created else 200)
+
+    @router.delete("/v1/adapters/{name:path}")
+    async def delete_adapter(request: Request, name: str) -> Response:
+        """Removes a name."""
+        published = await registry.delete(name, caller_of(request).tenant)
+        offer.on_change()
+        answer = {"id": published.name, "object": "adapter.deleted", "deleted": True}
+        return json_response(answer, adapter_header(published))
+
+    return router
+
+
+def loading_router(offer: Offer) -> APIRouter:
+    """Returns the routes of adapters that lie in a folder of the server."""
+    router = APIRouter(route_class=JsonRoute, tags=["adapters"])
+
+    async def load(request: Request, body: LoadBody) -> None:
+        tenant = caller_of(request).tenant
+        if not sees_all(tenant):
+            raise PermissionDeniedError(
+                "only the admin key loads adapters by their paths, since others' lie there, too; "
+                "PUT yours to /v1/adapters/{name}"
+            )
+        data, config = await asyncio.to_thread(_read, offer, body.lora_path)
+        await offer.registry.put(body.lora_name, data, config or "", body.load_inplace, tenant)
+        offer.on_change()
+
+    async def unload(request: Request, body: UnloadBody) -> None:
+        await offer.registry.delete(body.lora_name, caller_of(request).tenant)
+        offer.on_change()
+
+    def loaded(request: Request) -> dict[str, Any]:
+        page = offer.registry.page("", _MAX_PAGE, caller_of(request).tenant)
+        return {
+            "success": True, "error_message": "",
+            "loaded_adapters": {published.name: published.digest for published in page},
+        }  # fmt: skip
+
+    @router.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(request: Request, body: LoadBody) -> Response:
+        """Publishes an adapter that lies in an allowed folder, as vLLM does."""
+        await load(request, body)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(request: Request, body: UnloadBody) -> Response:
+        """Removes a name, as vLLM does."""
+        await unload(request, body)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    @router.post("/load_lora_adapter")
+    async def load_as_sglang(request: Request, body: LoadBody) -> Response:
+        """Publishes an adapter that lies in an allowed folder, as SGLang does."""
+        await load(request, body)
+        return json_response(loaded(request))
+
+    @router.post("/unload_lora_adapter")
+    async def unload_as_sglang(request: Request, body: UnloadBody) -> Response:
+        """Removes a name, as SGLang does."""
+        await unload(request, body)
+        return json_response(loaded(request))
+
+    return router
+
+
+def _read(offer: Offer, given: str) -> tuple[bytes, str | None]:
+    """Returns the parts of an adapter at a path; raises unless it is inside an allowed folder."""
+    folders = [
+        Path(folder).resolve()
+        for folder in (offer.config.load_dir, offer.config.adapter_dir)
+        if folder
+    ]
+    if not folders:
+        raise PermissionDeniedError(
+            "this server loads nothing by its path; start it with --load-dir, or PUT the bytes to "
+            "/v1/adapters/{name}"
+        )
+    if "\0" in given:
+        raise InvalidArgumentError("lora_path holds a zero byte")
+    try:
+        # A relative path begins in the first folder; links are followed before it is judged.
+        path = (folders[0] / given).resolve()
+        exists = path.exists()
+    except (OSError, RuntimeError) as err:
+        raise InvalidArgumentError(
+            f"lora_path {given[:256]!r} cannot be looked at: {err}"
+        ) from None
+    if not any(path.is_relative_to(folder) for folder in folders):
+        raise PermissionDeniedError(
+            f"lora_path {given[:256]!r} is outside of {' and '.join(map(str, folders))}"
+        )
+    if not exists:
+        raise NotFoundError(f"there is no file or folder at lora_path {given[:256]!r}")
+    return read_parts(path)
+
+
+def _told(published: Published) -> dict[str, Any]:
+    summary = published.summary
+    return {
+        "id": published.name,
+        "object": "adapter",
+        "digest": summary.digest,
+        "base_fingerprint": summary.config.base_fingerprint,
+        "base_match": published.base_match,
+        "num_sites": summary.num_sites,
+        "num_parameters": summary.num_parameters,
+        "size_bytes": summary.nbytes,
+        "description": summary.config.metadata.description,
+        "created_at": int(published.created_at.timestamp()),
+    }

@@ -1,0 +1,81 @@
+"""The application of the HTTP door: its routers, and how errors look."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+import redmux
+from redmux.errors import NotFoundError, RedmuxError
+from redmux_server.http_api import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    models,
+    probes,
+    reading,
+    responses,
+    tokens,
+)
+from redmux_server.http_api.answers import error_response
+from redmux_server.http_api.errors import Refusal
+from redmux_server.http_api.gate import App
+from redmux_server.http_api.offer import Offer
+from redmux_server.http_api.validated import refusal_of
+from redmux_server.internal_errors import told
+
+logger = logging.getLogger(__name__)
+
+_CONFIG_BYTES = 1 << 20  # of what comes with an adapter's file
+
+
+def make_app(offer: Offer) -> App:
+    """Returns the application over a loaded server."""
+    app = FastAPI(
+        title="redmux", version=redmux.__version__, redoc_url=None,
+        description="Many RED adapters on one resident base model, in OpenAI's shapes.",
+    )  # fmt: skip
+    for router in (
+        completions.router(offer),
+        chat.router(offer),
+        responses.router(offer),
+        embeddings.router(offer),
+        reading.router(offer),
+        tokens.router(offer),
+        models.router(offer),
+        adapters.router(offer),
+        adapters.loading_router(offer),
+        probes.router(offer),
+    ):
+        app.include_router(router)
+
+    @app.exception_handler(RedmuxError)
+    async def redmux_error(request: Request, err: RedmuxError) -> Any:
+        return error_response(told(err))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, err: RequestValidationError) -> Any:
+        return error_response(refusal_of(err.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, err: HTTPException) -> Any:
+        if err.status_code == 404:
+            missing = NotFoundError(f"there is no {request.url.path[:256]}; see /docs")
+            return error_response(missing)
+        refusal = Refusal(str(err.detail), status=err.status_code, code="http_error")
+        return error_response(refusal, err.headers)
+
+    @app.exception_handler(Exception)
+    async def internal(request: Request, err: Exception) -> Any:
+        return error_response(told(err))
+
+    return app
+
+
+def body_limits(offer: Offer) -> Mapping[str, int]:
+    """Returns the most bytes of bodies by beginning of path, of those with a limit of their own."""
+    return {"/v1/adapters/": offer.registry.max_file_bytes + _CONFIG_BYTES}

@@ -1,0 +1,64 @@
+"""/v1/models: the base model and the adapters that a caller sees."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from redmux_server.http_api.answers import json_response
+from redmux_server.http_api.generating import caller_of
+from redmux_server.http_api.offer import Offer
+from redmux_server.registry.published import Published
+
+_PAGE = 1000
+
+
+def router(offer: Offer) -> APIRouter:
+    """Returns the routes of models."""
+    router = APIRouter(tags=["models"])
+
+    def base() -> dict[str, Any]:
+        return {
+            "id": offer.names.base,
+            "object": "model",
+            "created": offer.created_s,
+            "owned_by": "redmux",
+            "root": offer.config.model,
+            "parent": None,
+            "max_model_len": offer.validator.max_context,
+            "redmux": {"base_fingerprint": offer.fingerprint},
+        }
+
+    def adapter(published: Published) -> dict[str, Any]:
+        return {
+            "id": published.name,
+            "object": "model",
+            "created": int(published.created_at.timestamp()),
+            "owned_by": "redmux",
+            "root": published.digest,
+            "parent": offer.names.base,
+            "max_model_len": offer.validator.max_context,
+            "redmux": {
+                "digest": published.digest,
+                "base_match": published.base_match,
+                "description": published.summary.config.metadata.description,
+            },
+        }
+
+    @router.get("/v1/models")
+    async def list_models(request: Request) -> Response:
+        """Lists the base model, then adapters in order of name."""
+        tenant = caller_of(request).tenant
+        found: list[Published] = []
+        while page := offer.registry.page(found[-1].name if found else "", _PAGE, tenant):
+            found += page
+        return json_response({"object": "list", "data": [base(), *map(adapter, found)]})
+
+    @router.get("/v1/models/{model:path}")
+    async def retrieve_model(request: Request, model: str) -> Response:
+        """Returns what is known of the base model or of an adapter."""
+        published = offer.names.resolve(model, caller_of(request).tenant)
+        return json_response(base() if published is None else adapter(published))
+
+    return router

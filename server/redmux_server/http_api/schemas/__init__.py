@@ -1,0 +1,1 @@
+"""What requests look like, field by field."""

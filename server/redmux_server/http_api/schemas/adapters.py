@@ -1,0 +1,26 @@
+"""Bodies of vLLM's and SGLang's ways to load and unload an adapter."""
+
+from typing import ClassVar
+
+from redmux_server.http_api.schemas.body import Body, Unserved
+
+
+class LoadBody(Body):
+    """An adapter that lies in a folder of the server."""
+
+    no_effect = frozenset(("base_model_name", "pinned", "lora_int_id"))
+    unserved: ClassVar[Unserved] = {
+        "is_3d_lora_weight": ((False,), "adapters are RED's vectors"),
+        "added_tokens_config": ((), "adapters bring no tokens"),
+        "load_format": ((), "files are safetensors"),
+    }
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadBody(Body):
+    """The name of an adapter."""
+
+    no_effect = frozenset(("lora_int_id",))
+    lora_name: str

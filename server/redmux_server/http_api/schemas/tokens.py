@@ -1,0 +1,61 @@
+"""Bodies of /tokenize and /detokenize."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from redmux_server.http_api.errors import Refusal
+from redmux_server.http_api.schemas.body import Body, Unserved
+from redmux_server.services.chat import check_num_messages
+from redmux_server.services.spec import Chat
+
+Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
+class TokenizeBody(Body):
+    """A text, or the messages of a chat."""
+
+    unserved: ClassVar[Unserved] = {
+        "mm_processor_kwargs": ((), "prompts are texts"),
+    }
+    model: str
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = Field(None, description="Unless a message is continued.")
+    continue_final_message: bool = False
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _checked(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise Refusal("give either prompt or messages", param="prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise Refusal(
+                "add_special_tokens is true; the template says what a chat begins with",
+                param="add_special_tokens",
+            )  # fmt: skip
+        return self
+
+    def what(self) -> str | Chat:
+        """Returns the prompt for the services."""
+        if self.prompt is not None:
+            return self.prompt
+        messages = self.messages or []
+        check_num_messages(len(messages))
+        is_open = self.add_generation_prompt
+        return Chat(
+            messages, template=self.chat_template, template_args=self.chat_template_kwargs or {},
+            add_generation_prompt=not self.continue_final_message if is_open is None else is_open,
+            continue_final_message=self.continue_final_message, tools=self.tools,
+        )  # fmt: skip
+
+
+class DetokenizeBody(Body):
+    """Tokens."""
+
+    model: str
+    tokens: Ids

@@ -1,0 +1,74 @@
+"""One server for each module, and its clients: the openai package, and httpx2 for what that lacks.
+
+What a test puts there stays for the others of its module.
+"""
+
+import httpx2
+import openai
+import pytest
+import pytest_asyncio
+
+from redmux import AsyncClient
+from redmux_adapters import to_bytes
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of a module share the loop of its server, where they use that."""
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        if "/http_api/" in str(item.path) and names & {"server", "reader"}:
+            item.add_marker(pytest.mark.asyncio(loop_scope="module"), append=False)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tiny_folder):
+    from redmux_server.app import Server
+    from redmux_server.config import ServerConfig
+
+    config = ServerConfig(
+        model=str(tiny_folder), port=0, http_port=0, metrics_port=0, threads=2, max_running=16,
+        max_batch_tokens=48, max_queue=64, served_model_name=("tiny", "gpt-4o"),
+    )  # fmt: skip
+    server = await Server.start(config)
+    yield server
+    await server.stop(drain_s=0)
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    return f"http://127.0.0.1:{server.http_port}"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(server):
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def api(url):
+    """The asynchronous client of the openai package."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as api:
+        yield api
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def http(url):
+    """A plain client."""
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
+        yield http
+
+
+@pytest.fixture
+def put(client):
+    """Publishes an adapter object under a name."""
+
+    async def put(name, adapter, **options):
+        return await client.adapters.put(name, to_bytes(adapter), **options)
+
+    return put
+
+
+@pytest.fixture
+def model(server):
+    return "tiny"
