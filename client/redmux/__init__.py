@@ -21,6 +21,18 @@ from redmux.errors import (
     UnimplementedError,
     WrongBaseError,
 )
+from redmux.job_types import (
+    Job,
+    JobEvent,
+    JobState,
+    JobTask,
+    TaskState,
+    TrainingEvaluation,
+    TrainingOptions,
+    TrainingStep,
+    TrainingTask,
+)
+from redmux.server_types import Health, ModelKind, ServerInfo
 from redmux.training import AsyncJobs, Jobs
 from redmux.types import (
     Adapter,
@@ -32,24 +44,12 @@ from redmux.types import (
     Embeddings,
     FinishReason,
     GenerationOptions,
-    Health,
-    Job,
-    JobEvent,
-    JobState,
-    JobTask,
-    ModelKind,
     Pooling,
     ProblemType,
     Prompt,
     Scores,
-    ServerInfo,
-    TaskState,
     TextInput,
     TokenScores,
-    TrainingEvaluation,
-    TrainingOptions,
-    TrainingStep,
-    TrainingTask,
     Usage,
 )
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 import grpc.aio
 
-from redmux import _calls
+from redmux import _server_calls, _statuses
 from redmux._options import channel_options
 from redmux._target import check_target, explained, is_shared
 from redmux.errors import (
@@ -98,7 +98,7 @@ class Settings:
 
         gRPC's own texts become sentences with a remedy.
         """
-        raised = _calls.error_of(error)
+        raised = _statuses.error_of(error)
         if raised.message == "CANCELLED" and not is_closed:
             raised = UnavailableError(f"the server at {self.target} stopped during the call")
         return explained(
@@ -148,7 +148,7 @@ class Connection:
         self.admin = AdminServiceStub(self._channel)
         self.training = TrainingServiceStub(self._channel)
         self.health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
-            _calls.HEALTH_METHOD
+            _server_calls.HEALTH_METHOD
         )
 
     def unary(
@@ -247,7 +247,7 @@ class AsyncConnection:
     @cached_property
     def health(self) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
         """The health check, on encoded messages."""
-        return self._open_channel().unary_unary(_calls.HEALTH_METHOD)
+        return self._open_channel().unary_unary(_server_calls.HEALTH_METHOD)
 
     async def unary(
         self,

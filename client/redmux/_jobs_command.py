@@ -13,7 +13,7 @@ from redmux._job_calls import OPTION_FIELDS
 from redmux._job_files import JobFiles, read_tasks
 from redmux.client import Client
 from redmux.errors import InvalidArgumentError
-from redmux.types import Job, JobEvent, JobTask, TrainingStep
+from redmux.job_types import Job, JobEvent, JobTask, TrainingStep
 
 _Connect = Callable[[argparse.Namespace], Client]
 _STEP_EVERY_S = 2.0  # least time between two lines that tell a step

@@ -9,10 +9,11 @@ from typing import Self, Unpack
 
 import grpc
 
-from redmux import _calls
+from redmux import _calls, _server_calls
 from redmux._channel import READY_POLL_S, STREAM_TIMEOUT_S, AsyncConnection, Settings
 from redmux._source import AdapterConfig, AdapterSource, read_source
 from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
+from redmux.server_types import Health, ServerInfo
 from redmux.training import AsyncJobs
 from redmux.types import (
     Adapter,
@@ -22,11 +23,9 @@ from redmux.types import (
     Continuation,
     Embeddings,
     GenerationOptions,
-    Health,
     Pooling,
     Prompt,
     Scores,
-    ServerInfo,
     TextInput,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
@@ -167,10 +166,12 @@ class AsyncClient:
     async def health(self) -> Health:
         """Returns whether the server is ready to generate."""
         try:
-            response = await self._connection.unary(self._connection.health, _calls.HEALTH_REQUEST)
+            response = await self._connection.unary(
+                self._connection.health, _server_calls.HEALTH_REQUEST
+            )
         except NotFoundError:
             return "unknown"
-        return _calls.health(response)
+        return _server_calls.health(response)
 
     async def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns once the server is ready, for as long as it may still be starting.
@@ -190,7 +191,7 @@ class AsyncClient:
         """Returns what the server is, how it was set up and how busy it is."""
         request = admin_service_pb2.GetServerInfoRequest()
         response = await self._connection.unary(self._connection.admin.GetServerInfo, request)
-        return _calls.server_info(response.info)
+        return _server_calls.server_info(response.info)
 
     async def close(self) -> None:
         """Ends all running calls, which raise RequestCancelledError, and the connection."""

@@ -5,7 +5,7 @@ from contextlib import aclosing, closing
 
 from redmux import _job_calls
 from redmux._channel import WATCH_TIMEOUT_S, AsyncConnection, Connection
-from redmux.types import Job, JobEvent, TrainingTask
+from redmux.job_types import Job, JobEvent, TrainingTask
 from redmux.v1 import training_service_pb2 as pb
 
 
