@@ -28,7 +28,7 @@ from .show import describe, plot, table
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; errors are one line on standard error."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except RedmuxError as err:
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(prog="redmux adapters", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -32,7 +32,7 @@ from redmux.job_types import (
     TrainingStep,
     TrainingTask,
 )
-from redmux.server_types import Health, ModelKind, ServerInfo
+from redmux.server_types import Health, Latencies, Load, ModelKind, ServerInfo
 from redmux.training import AsyncJobs, Jobs
 from redmux.types import (
     Adapter,
@@ -83,6 +83,8 @@ __all__ = [
     "JobState",
     "JobTask",
     "Jobs",
+    "Latencies",
+    "Load",
     "ModelKind",
     "NotFoundError",
     "PermissionDeniedError",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +19,7 @@ import grpc.aio
 
 from redmux import _server_calls, _statuses
 from redmux._options import channel_options
+from redmux._started_call import StartedCall
 from redmux._target import check_target, explained, is_shared
 from redmux.errors import (
     FailedPreconditionError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Value = TypeVar("Value")
 
 STREAM_TIMEOUT_S = 600.0
 WATCH_TIMEOUT_S = 7 * 86_400.0  # training takes hours, and a stream without a limit could leak
@@ -166,6 +168,25 @@ class Connection:
         except ValueError:
             self._check_open()
             raise
+
+    def start(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout_s: float | None,
+        value: Callable[[Response], Value],
+    ) -> StartedCall[Response, Value]:
+        """Sends one request and returns the call, whose result is `value` of the response."""
+        deadline_s = self.settings.deadline_s(timeout_s)
+        try:
+            call = method.future(request, timeout=deadline_s, metadata=self.settings.metadata)
+        except ValueError:
+            self._check_open()
+            raise
+        return StartedCall(
+            call, value,
+            lambda error: self.settings.error_of(error, deadline_s, is_closed=self._is_closed),
+        )  # fmt: skip
 
     def stream(
         self,

@@ -1,17 +1,19 @@
 """The synchronous client."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 
 from redmux import _calls, _server_calls
 from redmux._channel import READY_POLL_S, STREAM_TIMEOUT_S, Connection, Settings
+from redmux._mapping import CONCURRENCY, Pending, check_mapping, map_in_order
+from redmux._progress import Progress, total_of
 from redmux._source import AdapterConfig, AdapterSource, read_source
-from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
+from redmux.errors import DeadlineExceededError, NotFoundError, RedmuxError, UnavailableError
 from redmux.server_types import Health, ServerInfo
 from redmux.training import Jobs
 from redmux.types import (
@@ -105,6 +107,67 @@ class Client:
                 yield chunk
         if not is_finished:
             raise _calls.unfinished()
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = ...,
+        progress: bool = ...,
+        return_exceptions: Literal[False] = ...,
+        timeout_s: float | None = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[Completion, None, None]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = ...,
+        progress: bool = ...,
+        return_exceptions: bool,
+        timeout_s: float | None = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[Completion | RedmuxError, None, None]: ...
+
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: bool = False,
+        return_exceptions: bool = False,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[Any, None, None]:
+        """Yields the completions of many prompts, in their order.
+
+        Takes what `generate` takes. At most `concurrency` requests are under way, and prompts are
+        asked for as there is room, so there may be any number of them; `timeout_s` limits each
+        request. The first error, in the order of the prompts, ends it; with `return_exceptions` it
+        is yielded in the completion's place instead. `progress` counts on stderr, by tqdm where
+        that is installed. Closing the iterator cancels what is under way.
+        """
+        check_mapping(prompts, concurrency)
+        self._connection.settings.deadline_s(timeout_s)
+        return map_in_order(
+            lambda prompt: self._start(prompt, timeout_s, options), prompts,
+            concurrency=concurrency, return_exceptions=return_exceptions,
+            progress=Progress(is_wanted=progress, total=total_of(prompts)),
+        )  # fmt: skip
+
+    def _start(
+        self, prompt: Prompt, timeout_s: float | None, options: GenerationOptions
+    ) -> Pending[Completion]:
+        generation = _calls.generation(prompt, **options)
+        return self._connection.start(
+            self._connection.inference.Complete,
+            inference_pb2.CompleteRequest(generation=generation),
+            timeout_s,
+            lambda response: _calls.completion(response, generation.logprobs),
+        )
 
     def classify(
         self, inputs: Sequence[TextInput], *, adapter: str, timeout_s: float | None = None
@@ -237,6 +300,9 @@ class Adapters:
         return _calls.adapter(
             self._connection.unary(self._connection.adapters.GetAdapter, request).adapter
         )
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return self.list()
 
     def list(self) -> Iterator[Adapter]:
         """Yields all adapters in the order of their names, fetched page by page."""

@@ -39,6 +39,9 @@ class Jobs:
         response = self._connection.unary(self._connection.training.GetJob, request)
         return _job_calls.job(response.job)
 
+    def __iter__(self) -> Iterator[Job]:
+        return self.list()
+
     def list(self) -> Iterator[Job]:
         """Yields the jobs of this client's API key, the newest first, fetched page by page."""
         request = pb.ListJobsRequest()
@@ -114,6 +117,9 @@ class AsyncJobs:
         request = pb.GetJobRequest(id=_job_calls.check_id(job_id))
         response = await self._connection.unary(self._connection.training.GetJob, request)
         return _job_calls.job(response.job)
+
+    def __aiter__(self) -> AsyncIterator[Job]:
+        return self.list()
 
     async def list(self) -> AsyncIterator[Job]:
         """Yields the jobs of this client's API key, the newest first, fetched page by page."""

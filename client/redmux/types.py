@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 Pooling: TypeAlias = Literal["mean", "cls", "last"]
@@ -132,13 +132,21 @@ class Classifications:
 class Embeddings:
     """A vector per input, and what they were computed with.
 
-    `adapter` and `digest` are None for the base model.
+    `adapter` and `digest` are None for the base model. `numpy.asarray` makes a matrix of them,
+    [inputs, width] in float32, as they are on the wire.
     """
 
     vectors: tuple[tuple[float, ...], ...]
     usage: Usage
     adapter: str | None
     digest: str | None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy  # whoever asks for an array has it
+
+        if copy is False:
+            raise ValueError("the vectors are no array yet, so a copy is made")
+        return numpy.array(self.vectors, dtype=numpy.float32 if dtype is None else dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
 from redmux_server.leaving import EXIT_SOFTWARE, Leaving
+from redmux_server.load import load_message
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
@@ -187,6 +188,7 @@ class Server:
             uptime_s=time.monotonic() - self._started_s,
             kind=readable(model).kind,
             trains=self.training.trains,
+            load=load_message(self.metrics),
         )
 
 

@@ -149,7 +149,7 @@ def test_generate_runs_several_adapters_at_once(run, server, form):
 def test_one_failing_adapter_does_not_disturb_the_others(run, server, form):
     server.fail = fail_for("acme/none")
     code, out, err = run("generate", "--adapter", "acme/none", "--adapter", "acme/a", *form, "Hi")
-    assert code == 1
+    assert code == 4
     assert out.endswith("== acme/a ==\nHello world\n")
     assert err == "redmux: acme/none: no adapter 'acme/none'; see `redmux adapters list`\n"
 
@@ -157,7 +157,7 @@ def test_one_failing_adapter_does_not_disturb_the_others(run, server, form):
 def test_an_error_is_one_line_on_stderr(run, server):
     server.fail = fail_for("acme/none")
     code, _, err = run("generate", "--adapter", "acme/none", "Hi")
-    assert (code, err) == (1, "redmux: no adapter 'acme/none'; see `redmux adapters list`\n")
+    assert (code, err) == (4, "redmux: no adapter 'acme/none'; see `redmux adapters list`\n")
 
 
 @pytest.mark.parametrize(
@@ -175,22 +175,22 @@ def test_errors_name_commands_and_flags_instead_of_calls_and_arguments(run, serv
     server.fail = lambda call, context: context.abort(grpc.StatusCode.NOT_FOUND, message)
     for command in ("generate", "embed", "classify"):
         code, _, err = run(command, "Hi", *(["--adapter", "a"] if command == "classify" else []))
-        assert (code, err) == (1, f"redmux: {told}\n")
-    assert run("info")[::2] == (1, f"redmux: {told}\n")
+        assert (code, err) == (4, f"redmux: {told}\n")
+    assert run("info")[::2] == (4, f"redmux: {told}\n")
 
 
 def test_a_limit_that_passed_names_the_flag_that_sets_it(run, server, target):
     server.script = server.first_then_silence
     code, _, err = run("generate", "--no-stream", "Hi", "--timeout", "0.25")
     assert (code, err) == (
-        1, f"redmux: no whole answer from {target} within 0.25 s; --timeout sets the limit\n",
+        3, f"redmux: no whole answer from {target} within 0.25 s; --timeout sets the limit\n",
     )  # fmt: skip
 
 
 def test_a_failed_handshake_is_the_one_line_on_stderr(target):
     command = [sys.executable, "-m", "redmux", "info", "--tls", "--target", target]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stderr == f"redmux: the server at {target} speaks no TLS; leave out --tls\n"
 
 
@@ -396,5 +396,5 @@ def test_a_reader_that_goes_away_is_no_traceback(server, target):
     command = [sys.executable, "-m", "redmux", "info", "--target", target]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
-        assert process.wait(20) == 1
+        assert process.wait(20) == 141
         assert process.stderr.read() == b""

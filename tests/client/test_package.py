@@ -55,6 +55,8 @@ def test_exported_names_say_where_they_are_imported_from():
         redmux.Embeddings,
         redmux.Job,
         redmux.JobTask,
+        redmux.Latencies,
+        redmux.Load,
         redmux.ServerInfo,
         redmux.TrainingEvaluation,
         redmux.TrainingStep,
