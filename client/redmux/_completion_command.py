@@ -24,22 +24,27 @@ _WHERE = {
 
 def main(argv: Sequence[str]) -> int:
     """Prints the script for a shell and returns 0."""
+    shell = _own_parser().parse_args(argv).shell
+    print(shtab.complete(whole_parser(), shell=shell))
+    return 0
+
+
+def _own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="redmux completion", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Print a script that completes commands and options, with those of the extras "
         "that are installed.",
         epilog="To use it from the next shell on:\n  " + "\n  ".join(_WHERE.values()),
     )  # fmt: skip
-    parser.add_argument("shell", choices=_WHERE)
-    shell = parser.parse_args(argv).shell
-    print(shtab.complete(whole_parser(), shell=shell))
-    return 0
+    parser.add_argument("shell", choices=tuple(_WHERE))
+    return parser
 
 
 def whole_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command with those of the extras that are installed."""
     parser = command_parser()
     commands = _choices(parser)
+    commands["completion"] = _own_parser()
     for name, (module, function) in _PARSERS.items():
         found = _made(module, function)
         if found is not None:

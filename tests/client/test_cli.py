@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,21 +13,10 @@ import trustme
 from grpc_health.v1 import health_pb2
 
 import redmux
+from redmux import cli
 from redmux.cli import main
 
 DIGEST = "sha256:" + "ab" * 32
-
-
-@pytest.fixture
-def run(target, capsys):
-    """Runs a command against the server; returns its exit code, stdout and stderr."""
-
-    def run(*arguments, options=None):
-        code = main([*arguments, *(["--target", target] if options is None else options)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def fail_for(name, code=grpc.StatusCode.NOT_FOUND):
@@ -313,13 +303,27 @@ def test_version_is_that_of_the_package(arguments, capsys):
     assert capsys.readouterr().out == f"redmux {redmux.__version__}\n"
 
 
+def test_the_version_is_json_if_wanted(capsys):
+    assert main(["version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"version": redmux.__version__}
+
+
+def test_offline_verbs_are_those_of_their_own_command(capsys):
+    parser = pytest.importorskip("redmux_adapters.cli").command_parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    verbs = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M))
+    assert verbs == set(cli._OFFLINE_VERBS)
+
+
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     for command in (
         "serve", "bench", "train", "generate", "adapters", "info", "health", "version",
+        "chat", "top", "doctor", "completion",
     ):  # fmt: skip
-        assert f"    {command} " in out
+        assert re.search(rf"^    {command}\s", out, re.M)
     assert main(["adapters", "--help"]) == 0
     out = capsys.readouterr().out
     for command in ("list", "get", "put", "delete", "create", "convert", "show", "verify"):
@@ -339,6 +343,7 @@ def test_help_lists_every_command(capsys):
             "adapters",
             ["show", "--x", "f"],
         ),
+        (["adapters", "stamp", "f"], "redmux_adapters.cli", "main", "adapters", ["stamp", "f"]),
         (["adapters", "create", "-h"], "redmux_adapters.cli", "main", "adapters", ["create", "-h"]),
         (["adapters", "convert"], "redmux_adapters.cli", "main", "adapters", ["convert"]),
         (["adapters", "verify", "f"], "redmux_adapters.cli", "main", "adapters", ["verify", "f"]),

@@ -265,6 +265,15 @@ def test_json_has_a_line_per_event(run, events):
     assert kinds == ["Job", "TrainingStep", "TrainingEvaluation", "Job"]
 
 
+async def test_the_jobs_themselves_are_iterated_over(target, server):
+    server.page_size = 2
+    server.jobs = {name: server.job(name, "a") for name in "xyz"}
+    with redmux.Client(target) as client:
+        assert [job.id for job in client.jobs] == ["x", "y", "z"]
+    async with redmux.AsyncClient(target) as client:
+        assert [job.id async for job in client.jobs] == ["x", "y", "z"]
+
+
 def test_list_is_a_table(run, server):
     server.jobs = {"job-0": server.job("job-0", "a", "b")}
     assert run("list")[1].splitlines() == [

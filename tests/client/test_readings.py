@@ -132,3 +132,14 @@ def test_texts_come_from_stdin_line_by_line_and_as_pairs(run, server, monkeypatc
     assert forms(server.calls[0].request) == [("zero", "one"), ("two", "three")]
     code, _, err = run("embed", "--pairs", "alone")
     assert (code, err) == (5, "redmux: --pairs takes texts two by two; 1 are given\n")
+
+
+def test_embeddings_are_a_matrix_to_numpy(client):
+    numpy = pytest.importorskip("numpy")
+    answer = client.embed(["x", "y"])
+    matrix = numpy.asarray(answer)
+    assert (matrix.dtype, matrix.shape) == (numpy.float32, (2, 2))
+    assert matrix.tolist() == [[0.5, -1.5], [0.5, -1.5]]
+    assert numpy.asarray(answer, dtype=numpy.float64).dtype == numpy.float64
+    with pytest.raises(ValueError, match="a copy is made"):
+        numpy.array(answer, copy=False)
