@@ -28,7 +28,7 @@ PACKAGES = {
 FLOORS = {
     "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
     "server/redmux_server": [
-        "config descriptors device engine fair_thread keys leaving metrics metrics_port",
+        "config descriptors device engine fair_thread keys leaving load metrics metrics_port",
         "models",
         "registry",
         "training",
