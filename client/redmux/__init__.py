@@ -21,6 +21,18 @@ from redmux.errors import (
     UnimplementedError,
     WrongBaseError,
 )
+from redmux.job_types import (
+    Job,
+    JobEvent,
+    JobState,
+    JobTask,
+    TaskState,
+    TrainingEvaluation,
+    TrainingOptions,
+    TrainingStep,
+    TrainingTask,
+)
+from redmux.server_types import Health, Latencies, Load, ModelKind, ServerInfo
 from redmux.training import AsyncJobs, Jobs
 from redmux.types import (
     Adapter,
@@ -32,28 +44,16 @@ from redmux.types import (
     Embeddings,
     FinishReason,
     GenerationOptions,
-    Health,
-    Job,
-    JobEvent,
-    JobState,
-    JobTask,
-    ModelKind,
     Pooling,
     ProblemType,
     Prompt,
     PromptScores,
     Scores,
-    ServerInfo,
-    TaskState,
     TextInput,
     TokenScores,
     ToolCall,
     ToolCallDelta,
     TopLogprobs,
-    TrainingEvaluation,
-    TrainingOptions,
-    TrainingStep,
-    TrainingTask,
     Usage,
 )
 
@@ -87,6 +87,8 @@ __all__ = [
     "JobState",
     "JobTask",
     "Jobs",
+    "Latencies",
+    "Load",
     "ModelKind",
     "NotFoundError",
     "PermissionDeniedError",

@@ -1,4 +1,4 @@
-"""Arguments to messages, messages to values, statuses to errors: no I/O, shared by both clients."""
+"""Arguments to messages and messages to values: no I/O, shared by both clients."""
 
 import operator
 import reprlib
@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
 from typing import Any, SupportsIndex, Unpack, cast
 
-import grpc
-
-from redmux import _chats, errors
+from redmux import _chats
 from redmux._arguments import check_names, fill, put
 from redmux._grammar import grammar
-from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
+from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import (
     Adapter,
     Chunk,
@@ -22,20 +20,18 @@ from redmux.types import (
     Embeddings,
     FinishReason,
     GenerationOptions,
-    Health,
     Pooling,
     ProblemType,
     Prompt,
     PromptScores,
     Scores,
-    ServerInfo,
     TextInput,
     TokenScores,
     ToolCallDelta,
     TopLogprobs,
     Usage,
 )
-from redmux.v1 import adapter_service_pb2, admin_service_pb2
+from redmux.v1 import adapter_service_pb2
 from redmux.v1 import inference_service_pb2 as inference_pb2
 
 _FINISH_REASONS: dict[int, FinishReason] = {
@@ -52,14 +48,6 @@ _POOLINGS = {
     "mean": inference_pb2.POOLING_MEAN,
     "cls": inference_pb2.POOLING_CLS,
     "last": inference_pb2.POOLING_LAST,
-}
-
-_ERROR_OF_STATUS: dict[grpc.StatusCode, type[RedmuxError]] = {
-    kind.status: kind for kind in RedmuxError.__subclasses__()
-}
-# Classes that share the status of their parent; the server names them in its trailing metadata.
-_ERROR_OF_NAME: dict[str, type[RedmuxError]] = {
-    kind.__name__: kind for kind in (errors.InvalidAdapterError, errors.WrongBaseError)
 }
 
 
@@ -422,46 +410,3 @@ def adapter(message: adapter_service_pb2.Adapter) -> Adapter:
         created_at=message.created_at.ToDatetime(tzinfo=UTC),
         base_match=message.base_match,
     )
-
-
-def server_info(message: admin_service_pb2.ServerInfo) -> ServerInfo:
-    """Returns the value of a server's description."""
-    fields = {name: getattr(message, name) for name in ServerInfo.__slots__}
-    return ServerInfo(**{**fields, "choices": tuple(message.choices)})
-
-
-# grpc.health.v1 in bytes. Its package would tie this SDK to one major version of protobuf, for a
-# request of one string and a response of one enum.
-HEALTH_METHOD = "/grpc.health.v1.Health/Check"
-_SERVICE = b"redmux.v1.InferenceService"
-HEALTH_REQUEST = b"\x0a" + bytes([len(_SERVICE)]) + _SERVICE  # string service = 1
-_HEALTHS: dict[bytes, Health] = {b"\x08\x01": "serving", b"\x08\x02": "not_serving"}
-
-
-def health(response: bytes) -> Health:
-    """Returns the health that an encoded HealthCheckResponse tells."""
-    return _HEALTHS.get(response, "unknown")
-
-
-def error_of(rpc_error: grpc.RpcError) -> RedmuxError:
-    """Returns the redmux error that a failed call stands for."""
-    status = rpc_error.code()
-    pairs = cast("Iterable[tuple[str, str | bytes]]", rpc_error.trailing_metadata() or ())
-    # iter, since dict would take grpc.aio's Metadata for a mapping, whose keys are pairs.
-    metadata = dict(iter(pairs))
-    kind = _ERROR_OF_STATUS.get(status, RedmuxError)
-    named = _ERROR_OF_NAME.get(str(metadata.get("redmux-error")))
-    if named is not None and named.status is status:
-        kind = named
-    message = rpc_error.details() or f"the call ended with {status.name} and no explanation"
-    if kind is ResourceExhaustedError:
-        return ResourceExhaustedError(message, _retry_after_s(metadata))
-    return kind(message)
-
-
-def _retry_after_s(metadata: Mapping[str, str | bytes]) -> float | None:
-    try:
-        pushback_ms = int(metadata["grpc-retry-pushback-ms"])
-    except (KeyError, ValueError):
-        return None
-    return pushback_ms / 1000 if pushback_ms >= 0 else None

@@ -23,6 +23,7 @@ from redmux_server.http_api.gauges import GatewayGauges
 from redmux_server.http_api.names import ModelNames
 from redmux_server.http_api.offer import Offer
 from redmux_server.leaving import EXIT_SOFTWARE, Leaving, stop_loading
+from redmux_server.load import load_message
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
@@ -227,6 +228,7 @@ class Server:
             uptime_s=time.monotonic() - self._started_s,
             kind=readable(model).kind,
             trains=self.training.trains,
+            load=load_message(self.metrics),
         )
 
 

@@ -186,22 +186,7 @@ def load_config(
     unknown flags. An unknown variable is a warning: another version may know it.
     """
     fields = {f.name: f for f in dataclasses.fields(ServerConfig)}
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Serve RED adapters over gRPC and HTTP.", allow_abbrev=False
-    )
-    parser.add_argument("--config", help="TOML file with any of these options")
-    for name, field in fields.items():
-        kind = " (repeatable)" if _is_list(name) else ""
-        default = _default_text(field.default)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            action="append" if _is_list(name) else "store",
-            metavar=name.upper(),
-            help=f"{field.metadata['help']}{kind}; default: {default}",
-            nargs="?" if field.type is bool else None,
-            const="true" if field.type is bool else None,
-        )
-    flags = vars(parser.parse_args(argv))
+    flags = vars(option_parser(prog).parse_args(argv))
     file = flags.pop("config") or environ.get("REDMUX_CONFIG")
     values = _from_file(Path(file), fields) if file else {}
     values |= _from_environment(environ, fields)
@@ -217,6 +202,27 @@ def load_config(
             "everybody would be served; set REDMUX_API_KEYS, or insecure to mean it"
         )
     return config
+
+
+def option_parser(prog: str = "redmux serve") -> argparse.ArgumentParser:
+    """Returns the parser of the flags; what is not given is None."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Serve RED adapters over gRPC and HTTP.", allow_abbrev=False
+    )
+    parser.add_argument("--config", help="TOML file with any of these options")
+    for field in dataclasses.fields(ServerConfig):
+        name = field.name
+        kind = " (repeatable)" if _is_list(name) else ""
+        default = _default_text(field.default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            action="append" if _is_list(name) else "store",
+            metavar=name.upper(),
+            help=f"{field.metadata['help']}{kind}; default: {default}",
+            nargs="?" if field.type is bool else None,
+            const="true" if field.type is bool else None,
+        )
+    return parser
 
 
 _SECRETS = {"admin_key", "api_keys"}

@@ -151,6 +151,14 @@ def test_verify_says_what_it_checked(folder, capsys):
     assert out == f"ok {read_adapter(folder).digest} for {BASE}: 11 sites, 66 parameters\n"
 
 
+def test_verify_prints_json(folder, base, capsys):
+    assert main(["verify", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "digest": read_adapter(folder).digest, "base_fingerprint": BASE, "num_sites": 11,
+        "num_parameters": 66, "base_match": None,
+    }  # fmt: skip
+
+
 def test_create_writes_an_identity_that_fits_its_base(base, tmp_path, capsys):
     assert main(["create", "--base", "gpt2", "--output", str(tmp_path / "new")]) == 0
     assert main(["verify", str(tmp_path / "new"), "--base", "gpt2"]) == 0
