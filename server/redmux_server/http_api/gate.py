@@ -11,9 +11,14 @@ import msgspec
 from redmux.errors import RedmuxError, UnavailableError
 from redmux_server.http_api.connection import Connection
 from redmux_server.http_api.cors import Cors
-from redmux_server.http_api.errors import Refusal, body_of, headers_of, status_of
+from redmux_server.http_api.errors import (
+    Refusal,
+    body_of,
+    error_event,
+    headers_of,
+    status_of,
+)
 from redmux_server.http_api.health import Health
-from redmux_server.http_api.sse import error_event
 from redmux_server.in_flight import CallBytes, InFlight
 from redmux_server.internal_errors import told
 from redmux_server.keys import ApiKeys
@@ -154,7 +159,8 @@ class Gate:
 
         if length == 0 and b"transfer-encoding" not in headers:
             return b""
-        return await held.receive(read, self._receive_s)
+        body: bytes = await held.receive(read, self._receive_s)
+        return body
 
 
 def connection_of(scope: Scope) -> Connection:
