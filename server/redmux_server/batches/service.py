@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_OUTPUT_BYTES = 64 << 20  # of the answers of one batch
 _MOST_OPEN = 16  # of a tenant
 _MOST_KEPT = 1000  # of a tenant that have ended
+_ANSWERS = ".answers"
 _CUT_SHORT = {
     "expired": "This request could not be executed before the completion window expired.",
     "cancelled": "This request was not executed before the batch was cancelled.",
@@ -67,6 +68,7 @@ class BatchService:
         self._batches: dict[str, Batch] = {}  # by id, in the order of their creation
         self._turns: dict[str, asyncio.Lock] = {}  # by tenant
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._work: dict[str, asyncio.Task[str]] = {}  # the part of a task that can be cancelled
         self._answer: Answer | None = None
 
     def start(self, answer: Answer) -> None:
@@ -82,6 +84,10 @@ class BatchService:
             if not batch.has_ended:
                 logger.info("%s goes on", batch.id)
                 self._begin(batch)
+        # A kill in the last moment of a batch leaves its answers, which are in files by then.
+        for path in [] if self._folder is None else self._folder.glob(f"*{_ANSWERS}"):
+            if path.name.removesuffix(_ANSWERS) not in self._tasks:
+                path.unlink(missing_ok=True)
 
     async def stop(self) -> None:
         """Ends what runs; where there is a folder, the next start goes on with it."""
@@ -152,38 +158,47 @@ class BatchService:
         if batch.status not in ("validating", "in_progress"):
             raise InvalidArgumentError(f"{batch.id} is {batch.status}, which cannot be cancelled")
         batch.enter("cancelling")
-        self._tasks[batch.id].cancel()
+        if batch.id in self._work:
+            self._work[batch.id].cancel()
         await self._write(batch)
         return batch
 
     def _begin(self, batch: Batch) -> None:
-        self._tasks[batch.id] = asyncio.create_task(self._run(batch))
+        self._files.hold(batch.input_file_id, batch.id)
+        task = self._tasks[batch.id] = asyncio.create_task(self._run(batch))
+
+        def end(_: object) -> None:
+            del self._tasks[batch.id]
+            self._files.release(batch.input_file_id, batch.id)
+
+        task.add_done_callback(end)
 
     async def _run(self, batch: Batch) -> None:
         try:
-            with self._files.held(batch.input_file_id, batch.id):
-                await self._run_to_end(batch)
+            await self._run_to_end(batch)
         except Exception as err:
             # Where the folder takes nothing any more, it is told as long as the server runs.
             self._fail(batch, [Fault("server_error", told(err).message)])
             with contextlib.suppress(RedmuxError):
                 await self._write(batch)
-        finally:
-            del self._tasks[batch.id]
         logger.info("%s %s", batch.id, batch.status)
 
     async def _run_to_end(self, batch: Batch) -> None:
-        journal = Journal(None if self._folder is None else self._folder / f"{batch.id}.answers")
+        folder = self._folder
+        journal = Journal(None if folder is None else folder / f"{batch.id}{_ANSWERS}")
         ending = batch.ending
         if not ending and batch.status != "cancelling":
+            work = asyncio.create_task(self._answer_all(batch, journal))
+            self._work[batch.id] = work
             try:
-                ending = await self._answer_all(batch, journal)
+                ending = await work
             except asyncio.CancelledError:
-                if batch.status != "cancelling":
-                    raise  # the server stops
                 task = asyncio.current_task()
                 assert task is not None
-                task.uncancel()
+                if task.cancelling():
+                    raise  # the server stops
+            finally:
+                del self._work[batch.id]
         if batch.status != "failed":
             await self._finish(batch, journal, ending or "cancelled")
         await self._write(batch)

@@ -169,16 +169,15 @@ class FileStore:
             await asyncio.shield(asyncio.to_thread(path.unlink, missing_ok=True))
         return file
 
-    @contextlib.contextmanager
-    def held(self, file_id: str, by: str) -> Iterator[None]:
-        """Keeps a file from being deleted; `by` is who reads it, for people."""
+    def hold(self, file_id: str, by: str) -> None:
+        """Keeps a file from being deleted until its release; `by` is who reads it, for people."""
         self._readers.setdefault(file_id, []).append(by)
-        try:
-            yield
-        finally:
-            self._readers[file_id].remove(by)
-            if not self._readers[file_id]:
-                del self._readers[file_id]
+
+    def release(self, file_id: str, by: str) -> None:
+        """Takes a hold back."""
+        self._readers[file_id].remove(by)
+        if not self._readers[file_id]:
+            del self._readers[file_id]
 
     @contextlib.contextmanager
     def _coming(self, file: StoredFile) -> Iterator[None]:

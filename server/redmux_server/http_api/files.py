@@ -1,11 +1,14 @@
 """/v1/files: files to be learned from or answered, and what came out."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from redmux.errors import PermissionDeniedError
 from redmux_server.files.store import StoredFile
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.errors import Refusal
@@ -37,6 +40,7 @@ def router(offer: Offer) -> APIRouter:
     )  # fmt: skip
     async def create_file(request: Request) -> Response:
         """Takes a file of JSON objects, one a line."""
+        _check_origin(request, offer.config.http_cors_origin)
         form = await read_form(request)
         file, purpose = form.pop("file", None), form.pop("purpose", None)
         for name in form:
@@ -100,6 +104,17 @@ def router(offer: Offer) -> APIRouter:
         return json_response({"id": file.id, "object": "file", "deleted": True})
 
     return router
+
+
+def _check_origin(request: Request, allowed: Sequence[str]) -> None:
+    """Raises for a page of another origin: browsers send its forms without asking."""
+    origin = request.headers.get("origin")
+    if origin is None or origin in allowed or "*" in allowed:
+        return
+    if urlsplit(origin).netloc != request.headers.get("host"):
+        raise PermissionDeniedError(
+            f"pages of {origin[:80]!r} may not send files; see --http-cors-origin"
+        )
 
 
 def _told(file: StoredFile) -> dict[str, Any]:
