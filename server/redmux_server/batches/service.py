@@ -116,7 +116,7 @@ class BatchService:
         file = self._files.get(input_file_id, tenant)
         if file.purpose != "batch":
             raise InvalidArgumentError(
-                f"input_file_id: {file.id} was sent for {file.purpose}, must be for batch"
+                f"input_file_id is {file.id!r}, which was sent for {file.purpose}, not for batch"
             )
         own = [batch for batch in self._batches.values() if batch.tenant == tenant]
         if sum(not batch.has_ended for batch in own) >= _MOST_OPEN:

@@ -5,7 +5,9 @@ from typing import Any
 
 from redmux.errors import InvalidArgumentError
 from redmux.training_data import Faults, Record, read_lines
+from redmux_server.training.check import MAX_RECORDS
 
+_MOST_MESSAGES = 128  # of a line, which may be learned as half as many examples
 _PLAIN = frozenset(("prompt", "prompt_pair", "completion", "text", "text_pair", "label", "score"))
 _MESSAGE = frozenset(("role", "content", "name", "weight"))
 
@@ -23,6 +25,11 @@ def read_dataset(name: str, data: bytes) -> list[Record]:
             records += _records(record)
         except InvalidArgumentError as err:
             faults.add(record.where, err.message)
+        if len(records) > MAX_RECORDS:
+            raise InvalidArgumentError(
+                f"{record.where}: the lines up to here have {len(records)} answers to learn; the "
+                f"limit is {MAX_RECORDS}"
+            )
     faults.raise_any()
     if not records:
         raise InvalidArgumentError(f"{name} has no lines")
@@ -37,6 +44,10 @@ def _records(record: Record) -> Sequence[Record]:
     messages = record.fields["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return [record]  # which training refuses in its own words
+    if len(messages) > _MOST_MESSAGES:
+        raise InvalidArgumentError(
+            f"the chat has {len(messages)} messages, the limit is {_MOST_MESSAGES}"
+        )
     weights = [_weight(index, message) for index, message in enumerate(messages)]
     plain = [_plain(index, message) for index, message in enumerate(messages)]
     ends = [

@@ -94,7 +94,7 @@ class TuningService:
             file = self._files.get(file_id, job.tenant)
             if file.purpose != "fine-tune":
                 raise InvalidArgumentError(
-                    f"{name}: {file_id} was sent for {file.purpose}, must be for fine-tune"
+                    f"{name} is {file_id!r}, which was sent for {file.purpose}, not for fine-tune"
                 )
         _name_of(job)
         self._training.check_room(job.tenant)
