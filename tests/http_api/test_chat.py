@@ -250,14 +250,14 @@ def calling(monkeypatch):
 
 
 async def test_calls_of_tools_are_told_as_such(api, model, calling):
-    answer = await api.chat.completions.create(model=model, messages=ASKED, tools=TOOLS)
+    answer = await api.chat.completions.create(model=model, messages=ASKED)
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.content == "Let me see."
     (call,) = choice.message.tool_calls
     assert (call.type, call.function.name) == ("function", "clock")
     assert json.loads(call.function.arguments) == {"zone": "Ulm"}
-    async with api.chat.completions.stream(model=model, messages=ASKED, tools=TOOLS) as stream:
+    async with api.chat.completions.stream(model=model, messages=ASKED) as stream:
         gathered = (await stream.get_final_completion()).choices[0]
     assert gathered.finish_reason == "tool_calls"
     assert gathered.message.content == "Let me see."

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -60,6 +61,8 @@ class Gate:
         """`receive_s` is how long the body of a request may take."""
         self._keys = keys
         self._in_flight = in_flight
+        # Probes have to come through whatever others hold; they bring no body.
+        self._probes = InFlight(sys.maxsize, sys.maxsize)
         self._health = health
         self._cors = cors
         self._receive_s = receive_s
@@ -115,7 +118,8 @@ class Gate:
             status, content_type, body = told_health
             await answer.send_whole(status, [(b"content-type", content_type.encode())], body)
             return
-        held = self._in_flight.begin(tenant or connection_of(scope).peer)
+        holds = self._probes if is_public else self._in_flight
+        held = holds.begin(tenant or connection_of(scope).peer)
         try:
             limit = 0 if is_public else self._limit(path)
             body = await self._body(receive, held, headers, limit)
