@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import openai
 import pytest
@@ -169,28 +171,14 @@ async def test_what_cannot_be_trained_is_refused_by_its_field(http, send, base, 
 
 @pytest.mark.model
 @pytest.mark.slow
-async def test_the_default_model_learns_from_a_file_and_answers(start_server):
-    server = await start_server(model="smollm2")
-    lines = [
-        {"messages": [
-            {"role": "user", "content": f"What is {i} plus {i}?"},
-            {"role": "assistant", "content": f"Arrr, {2 * i}, matey!"},
-        ]}
-        for i in range(2, 62)
-    ]  # fmt: skip
-    url = f"http://127.0.0.1:{server.http_port}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as api:
-        file = await api.files.create(file=("pirate.jsonl", jsonl(lines)), purpose="fine-tune")
-        job = await api.fine_tuning.jobs.create(
-            model="smollm2", training_file=file.id, suffix="pirate-sums",
-            hyperparameters={"n_epochs": 2, "batch_size": 4},
-        )  # fmt: skip
-        while job.status not in ("succeeded", "failed", "cancelled"):
-            await asyncio.sleep(0.5)
-            job = await api.fine_tuning.jobs.retrieve(job.id)
-        assert job.status == "succeeded", job.error
-        answer = await api.chat.completions.create(
-            model=job.fine_tuned_model, max_tokens=24,
-            messages=[{"role": "user", "content": "What is 70 plus 70?"}],
-        )  # fmt: skip
-    assert answer.choices[0].message.content.startswith("Arrr, ")
+async def test_the_documents_code_trains_the_default_model_and_runs_a_batch(start_server, capsys):
+    server = await start_server(model="smollm2", adapters=("zoo",))
+    text = (Path(__file__).parents[2] / "docs/fine_tuning.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.S | re.M))
+    code = code.replace("localhost:8000", f"127.0.0.1:{server.http_port}")
+    names = {}
+    await asyncio.to_thread(exec, code, names)
+    names["client"].close()
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("Arrr, ")
+    assert {line[: len("question 0")] for line in others} >= {f"question {i}" for i in range(4)}

@@ -26,8 +26,15 @@ class HyperparametersBody(Body):
     n_epochs: Annotated[int | None, Field(ge=1, le=50), _auto(int)] = None
     batch_size: Annotated[int | None, Field(ge=1, le=256), _auto(int)] = None
     learning_rate_multiplier: Annotated[
-        float | None, Field(gt=0, le=100, allow_inf_nan=False), _auto(float)
-    ] = Field(None, description="Of the rate that this base model is trained at by default.")
+        float | None,
+        Field(
+            gt=0,
+            le=100,
+            allow_inf_nan=False,
+            description="Of the rate that this base model is trained at by default.",
+        ),
+        _auto(float),
+    ] = None
 
 
 class Supervised(Body):
