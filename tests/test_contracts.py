@@ -28,12 +28,12 @@ PACKAGES = {
 FLOORS = {
     "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
     "server/redmux_server": [
-        "config descriptors device engine fair_thread in_flight internal_errors keys leaving "
-        "load metrics metrics_port",
+        "config descriptors device durable engine fair_thread in_flight internal_errors keys "
+        "leaving load metrics metrics_port",
         "models",
-        "registry",
+        "registry files",
         "training",
-        "services",
+        "services batches tuning",
         "wiring",
         "grpc_api http_api",
         "doors",

@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,27 +90,35 @@ def _in_order_of_lines(where: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", where)]
 
 
+def read_lines(name: str, lines: Iterable[bytes], faults: Faults) -> Iterator[Record]:
+    """Yields the records of a file of JSON objects, one a line; `name` is the file's, for places.
+
+    Lines that cannot be read go to `faults`. Raises InvalidArgumentError for one JSON array.
+    """
+    for number, line in enumerate(lines, 1):
+        where = f"{name}:{number}"
+        if not line.strip():
+            continue
+        if number == 1 and line.strip() == b"[":
+            raise InvalidArgumentError(
+                f"{name} is one JSON array; write each of its objects on a line of its own"
+            )
+        try:
+            value = json.loads(line)
+        except UnicodeDecodeError as err:
+            faults.add(where, f"not UTF-8 at byte {err.start}; convert the file")
+        except (ValueError, RecursionError) as err:
+            faults.add(where, f"not valid JSON: {err}")
+        else:
+            if isinstance(value, dict):
+                yield Record(where, value)
+            else:
+                faults.add(where, "not a JSON object; each line has to be one")
+
+
 def _from_jsonl(path: Path, faults: Faults) -> Iterator[Record]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path.name}:{number}"
-            if not line.strip():
-                continue
-            if number == 1 and line.strip() == b"[":
-                raise InvalidArgumentError(
-                    f"{path.name} is one JSON array; write each of its objects on a line of its own"
-                )
-            try:
-                value = json.loads(line)
-            except UnicodeDecodeError as err:
-                faults.add(where, f"not UTF-8 at byte {err.start}; convert the file")
-            except (ValueError, RecursionError) as err:
-                faults.add(where, f"not valid JSON: {err}")
-            else:
-                if isinstance(value, dict):
-                    yield Record(where, value)
-                else:
-                    faults.add(where, "not a JSON object; each line has to be one")
+        yield from read_lines(path.name, file, faults)
 
 
 def _from_csv(path: Path, faults: Faults) -> Iterator[Record]:

@@ -7,7 +7,7 @@ import gc
 import importlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
+from redmux_server.http_api.batch_lines import line_answerer
 from redmux_server.http_api.gauges import GatewayGauges
 from redmux_server.http_api.names import ModelNames
 from redmux_server.http_api.offer import Offer
@@ -33,7 +34,14 @@ from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.registry.tenants import sees_all
 from redmux_server.services.validation import Validator
-from redmux_server.wiring import make_engine, make_services, make_training, open_registry, readable
+from redmux_server.wiring import (
+    make_desk,
+    make_engine,
+    make_services,
+    make_training,
+    open_registry,
+    readable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +55,10 @@ class Server:
 
     def __init__(
         self, config: ServerConfig, doors: Doors, model: BaseModel | EncoderModel,
-        registry: AdapterRegistry, lock: FolderLock | None = None,
+        registry: AdapterRegistry, locks: Sequence[FolderLock] = (),
     ) -> None:  # fmt: skip
-        """`lock` is that of the registry's folder, released when the server has stopped."""
-        self._lock = lock
+        """`locks` are those of its folders, released when the server has stopped."""
+        self._locks = locks
         self.config = config
         self.doors = doors
         self.model = model
@@ -67,6 +75,7 @@ class Server:
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
+        self.desk = make_desk(config, self.training)
         self.names = ModelNames(config.model, config.served_model_name, registry)
         gauges = GatewayGauges(self.names.base, config.max_running, self.engine, registry)
         gauges.register(self.metrics.registry)
@@ -86,7 +95,7 @@ class Server:
         """
         doors = doors or await Doors.open(config)
         logger.info("loading %s", config.model)
-        lock = None
+        locks: list[FolderLock] = []
         try:
             choices = choose(config)
             # What can be wrong with adapters is told before the model takes its time.
@@ -96,16 +105,19 @@ class Server:
             with ThreadPoolExecutor(1, "loader") as loader:
                 in_loader = functools.partial(asyncio.get_running_loop().run_in_executor, loader)
                 given = await in_loader(read_given, config.adapters)
-                lock = FolderLock(Path(config.adapter_dir)) if config.adapter_dir else None
+                if config.adapter_dir:
+                    locks.append(FolderLock(Path(config.adapter_dir)))
+                if config.data_dir:
+                    locks.append(FolderLock(Path(config.data_dir), "data_dir", "files"))
                 # FastAPI takes a while to be imported, which is the loading's time otherwise.
                 importing = asyncio.to_thread(importlib.import_module, "redmux_server.http_api.app")
                 model, _ = await asyncio.gather(in_loader(load, config, choices), importing)
                 registry = await in_loader(open_registry, config, model, given)
-            server = cls(config, doors, model, registry, lock)
+            server = cls(config, doors, model, registry, locks)
             await server._serve()
         except BaseException:
             await doors.close()
-            if lock is not None:
+            for lock in locks:
                 lock.close()
             raise
         return server
@@ -130,15 +142,17 @@ class Server:
         self._is_draining = True
         await self.doors.grpc.health.enter_graceful_shutdown()
         self._watch.cancel()
+        await self.desk.batches.stop()
         await self.training.stop()
         self._compiling.close()
+        await self.desk.tuning.stop()
         self._tokenizing.close()  # what is not in the engine yet would be refused there
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop(_STEP_S)
         await self.doors.close()
         await self.registry.close()
-        if self._lock is not None:
-            self._lock.close()
+        for lock in self._locks:
+            lock.close()
 
     async def _serve(self) -> None:
         doors = self.doors
@@ -153,7 +167,10 @@ class Server:
             from redmux_server.http_api.app import body_limits, make_app
 
             offer = self._offer()
-            doors.http.serve(make_app(offer), body_limits(offer))
+            app = make_app(offer)
+            await self.desk.tuning.start()
+            self.desk.batches.start(line_answerer(app))
+            doors.http.serve(app, body_limits(offer))
         doors.state = lambda: self.state
         self._watch = asyncio.create_task(self._watch_engine())
         logger.info(
@@ -166,8 +183,8 @@ class Server:
         """Returns what HTTP serves from."""
         config, model = self.config, self.model
         return Offer(
-            config, self.services, self.registry, self.names, model.codec, self.doors.health,
-            model.fingerprint,
+            config, self.services, self.desk, self.registry, self.names, model.codec,
+            self.doors.health, model.fingerprint,
             Validator(model.vocab_size, model.max_context), int(time.time()),
             self._count_adapters,
         )  # fmt: skip

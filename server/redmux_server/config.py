@@ -79,6 +79,9 @@ class ServerConfig:
         (), "adapters to load at start: files or folders, NAME=PATH to name them, or zoo"
     )
     adapter_dir: str = _option("", "folder that keeps adapters put at run time; empty keeps none")
+    data_dir: str = _option(
+        "", "folder that keeps files, batches and fine-tuning jobs; empty keeps them in memory"
+    )
     allow_other_base: bool = _option(
         False,
         "true or false: whether adapters are taken that were made for other weights or another "

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from redmux_server.batches.service import BatchService
 from redmux_server.config import ServerConfig
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.engine import Engine
@@ -12,6 +13,7 @@ from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import Pooling
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.fair_thread import FairThread
+from redmux_server.files.store import FileStore
 from redmux_server.metrics import Metrics
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
@@ -24,6 +26,7 @@ from redmux_server.services.scoring import ScoringService
 from redmux_server.services.validation import Validator
 from redmux_server.training.check import TrainingSetup
 from redmux_server.training.service import TrainingService
+from redmux_server.tuning.service import TuningService
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,15 @@ class Services:
     generation: GenerationService | None
     scoring: ScoringService | None
     reading: ReadingService
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """Files of callers, and the work on them whose results are fetched later."""
+
+    files: FileStore
+    batches: BatchService
+    tuning: TuningService
 
 
 def make_services(
@@ -59,6 +71,20 @@ def make_training(
         _training_setup(config, model), registry, metrics,
         max_queued=config.training_queue, share=config.training_share,
         is_busy=lambda: engine.num_open > 0, on_publish=on_publish,
+    )  # fmt: skip
+
+
+def make_desk(config: ServerConfig, training: TrainingService) -> Desk:
+    """Returns what takes work that is fetched later; batches get half of the rows of a step."""
+    folder = Path(config.data_dir) if config.data_dir else None
+
+    def inside(name: str) -> Path | None:
+        return None if folder is None else folder / name
+
+    files = FileStore(inside("files"))
+    return Desk(
+        files, BatchService(files, inside("batches"), max(1, config.max_running // 2)),
+        TuningService(training, files, inside("fine_tuning")),
     )  # fmt: skip
 
 

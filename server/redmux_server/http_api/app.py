@@ -10,11 +10,15 @@ from starlette.exceptions import HTTPException
 
 import redmux
 from redmux.errors import NotFoundError, RedmuxError
+from redmux_server.files.store import MAX_FILE_BYTES
 from redmux_server.http_api import (
     adapters,
+    batches,
     chat,
     completions,
     embeddings,
+    files,
+    fine_tuning,
     models,
     probes,
     reading,
@@ -24,6 +28,7 @@ from redmux_server.http_api import (
 from redmux_server.http_api.answers import error_response
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.gate import App
+from redmux_server.http_api.multipart import FORM_BYTES
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.validated import refusal_of
 from redmux_server.internal_errors import told
@@ -49,6 +54,9 @@ def make_app(offer: Offer) -> App:
         models.router(offer),
         adapters.router(offer),
         adapters.loading_router(offer),
+        files.router(offer),
+        fine_tuning.router(offer),
+        batches.router(offer),
         probes.router(offer),
     ):
         app.include_router(router)
@@ -78,4 +86,7 @@ def make_app(offer: Offer) -> App:
 
 def body_limits(offer: Offer) -> Mapping[str, int]:
     """Returns the most bytes of bodies by beginning of path, of those with a limit of their own."""
-    return {"/v1/adapters/": offer.registry.max_file_bytes + _CONFIG_BYTES}
+    return {
+        "/v1/adapters/": offer.registry.max_file_bytes + _CONFIG_BYTES,
+        "/v1/files": MAX_FILE_BYTES + FORM_BYTES,
+    }

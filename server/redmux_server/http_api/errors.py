@@ -43,7 +43,10 @@ _CALLS = {
 }
 _CALL = re.compile(rf"\b({'|'.join(_CALLS)})\b")
 # Their messages begin with the field that is wrong.
-_FIELDS = {field.name for spec in (GenerationSpec, ScoreSpec) for field in dataclasses.fields(spec)}
+_FIELDS = {
+    "endpoint", "input_file_id", "suffix", "training_file", "validation_file",
+    *(field.name for spec in (GenerationSpec, ScoreSpec) for field in dataclasses.fields(spec)),
+}  # fmt: skip
 _FIELD = re.compile(r"([a-z_]+)(\[\d+\])? (?:is|has|=|holds|must)(?: |$)")
 
 

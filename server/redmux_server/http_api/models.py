@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from redmux.errors import PermissionDeniedError
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer
@@ -60,5 +61,16 @@ def router(offer: Offer) -> APIRouter:
         """Returns what is known of the base model or of an adapter."""
         published = offer.names.resolve(model, caller_of(request).tenant)
         return json_response(base() if published is None else adapter(published))
+
+    @router.delete("/v1/models/{model:path}")
+    async def delete_model(request: Request, model: str) -> Response:
+        """Removes an adapter, such as one that was fine-tuned."""
+        tenant = caller_of(request).tenant
+        published = offer.names.resolve(model, tenant)
+        if published is None:
+            raise PermissionDeniedError(f"{model[:128]!r} is the base model, which stays")
+        await offer.registry.delete(published.name, tenant)
+        offer.on_change()
+        return json_response({"id": model, "object": "model", "deleted": True})
 
     return router

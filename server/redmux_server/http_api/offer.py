@@ -11,7 +11,7 @@ from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.validation import Validator
-from redmux_server.wiring import Services
+from redmux_server.wiring import Desk, Services
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Offer:
 
     config: ServerConfig
     services: Services
+    desk: Desk
     registry: AdapterRegistry
     names: ModelNames
     codec: TextCodec

@@ -16,6 +16,7 @@ from redmux.errors import (
 from redmux_adapters import Adapter, Limits, summarize
 from redmux_adapters.format.files import read_file, summary_of, to_sealed_bytes
 from redmux_adapters.format.seal import owner_in
+from redmux_server.durable import sweep
 from redmux_server.registry import disk
 from redmux_server.registry.folder_index import Entry, Stamp, read_index, write_index
 from redmux_server.registry.names import SUFFIX, check_name
@@ -62,7 +63,7 @@ class AdapterFolder:
         are dropped again. What cannot be used is in the log with its reason.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        disk.sweep(self.path)
+        sweep(self.path)
         index = read_index(self.path, self._rules.base_fingerprint)
         self._indexed = {(name, entry.stamp) for name, entry in index.items()}
         # Threads would take longer: most of the work needs the interpreter's lock.

@@ -1,4 +1,4 @@
-"""FolderLock: one server for one adapter folder."""
+"""FolderLock: one server for one folder."""
 
 import contextlib
 import errno
@@ -19,23 +19,30 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 
 
 class FolderLock:
-    """Holds an adapter folder, which it makes if need be, until `close` or the process's end.
+    """Holds a folder, which it makes if need be, until `close` or the process's end.
 
     Two servers on one folder would publish, replace and delete behind each other's backs.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises FailedPreconditionError where another server has it, or it can be none."""
+    def __init__(
+        self, folder: Path, option: str = "adapter_dir", contents: str = "adapters"
+    ) -> None:
+        """Raises FailedPreconditionError where another server has it, or it can be none.
+
+        `option` is what names the folder, `contents` what is kept in it.
+        """
+        self._option = option
+        self._contents = contents
         self._descriptor: int | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = _open(folder / _NAME)
+            self._descriptor = _open(folder / _NAME, contents)
             if self._descriptor is not None:
                 self._take(folder)
         except OSError as err:
             self.close()
             raise FailedPreconditionError(
-                f"adapter_dir: {folder} cannot be used as a folder: {err.strerror}"
+                f"{option}: {folder} cannot be used as a folder: {err.strerror}"
             ) from None
 
     def close(self) -> None:
@@ -52,8 +59,9 @@ class FolderLock:
             holder = os.pread(self._descriptor, 300, 0).decode(errors="replace").strip()
             self.close()
             raise FailedPreconditionError(
-                f"adapter_dir: {folder} belongs to another server that runs ({holder}); two would "
-                "delete each other's adapters, so stop that one or give each a folder of its own"
+                f"{self._option}: {folder} belongs to another server that runs ({holder}); two "
+                f"would delete each other's {self._contents}, so stop that one or give each a "
+                "folder of its own"
             ) from None
         except OSError as err:
             if err.errno not in _UNSUPPORTED:
@@ -66,7 +74,7 @@ class FolderLock:
             os.pwrite(self._descriptor, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def _open(path: Path) -> int | None:
+def _open(path: Path, contents: str) -> int | None:
     """Returns a descriptor of the lock's file, None where there is none and none can be made."""
     options = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
@@ -76,6 +84,6 @@ def _open(path: Path) -> int | None:
             raise
         with contextlib.suppress(OSError):
             return os.open(path, os.O_RDONLY | options)
-        logger.warning("%s cannot be written to (%s): adapters there are served, but none can be "
-                       "put or deleted", path.parent, err.strerror)  # fmt: skip
+        logger.warning("%s cannot be written to (%s): %s there are served, but none can be "
+                       "put or deleted", path.parent, err.strerror, contents)  # fmt: skip
         return None

@@ -1,6 +1,7 @@
 """What may be the name of an adapter: one that is a path inside a folder, too."""
 
 import re
+import secrets
 
 from redmux.errors import InvalidArgumentError
 
@@ -18,3 +19,9 @@ def check_name(name: str) -> str:
             f"the first of two not ending in {SUFFIX}"
         )
     return name
+
+
+def spare_name(name: str) -> str:
+    """Returns a valid name like this one that is nobody's."""
+    team, separator, last = name.rpartition("/")
+    return f"{team}{separator}{last[:55]}-{secrets.token_hex(4)}"

@@ -11,6 +11,7 @@ from redmux_adapters.train.base import load_without_weights
 from redmux_adapters.train.classifier import TrainedHead
 from redmux_adapters.train.fit import check_task
 from redmux_adapters.train.inline import InlineTask, make_inline_tasks
+from redmux_adapters.train.options import default_learning_rate
 from redmux_adapters.train.preparation import training_kind
 from redmux_server.training.job import JobTask
 
@@ -59,6 +60,10 @@ class JobChecker:
         self._check_cost(tasks)
         plans = [JobTask(t.name, t.num_steps, len(t.train), len(t.valid)) for t in tasks]
         return plans, json.dumps([asdict(item) for item in inline]).encode()
+
+    def default_learning_rate(self) -> float:
+        """Returns the rate that tasks without one of their own are trained at."""
+        return default_learning_rate(self._base.num_parameters, self._base.kind == "classifier")
 
     @cached_property
     def _base(self) -> TrainingBase:

@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import logging
-import secrets
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -22,7 +21,7 @@ from redmux_adapters.train import Evaluated, Stepped
 from redmux_adapters.train.inline import InlineTask
 from redmux_server.fair_thread import FairThread
 from redmux_server.metrics import Metrics
-from redmux_server.registry.names import check_name
+from redmux_server.registry.names import check_name, spare_name
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.training.check import JobChecker, TrainingSetup, check_num_tasks
 from redmux_server.training.job import Job, JobState, JobTask, TaskState, in_order_of_turns
@@ -99,10 +98,7 @@ class TrainingService:
         that is taken; ResourceExhaustedError for a full queue or a job that is too large;
         FailedPreconditionError where training is off. Nothing is queued then.
         """
-        if self._checker is None:
-            raise FailedPreconditionError(
-                "this server does not train; start it with --training true"
-            )
+        checker = self._open_checker()
         if len(request_id) > _MAX_REQUEST_ID_CHARS:
             raise InvalidArgumentError(
                 f"request_id has {len(request_id)} characters, the limit is {_MAX_REQUEST_ID_CHARS}"
@@ -112,11 +108,11 @@ class TrainingService:
         if known is not None:
             return known
         self._check_names(names, replace, tenant)
-        self._check_room(tenant)
+        self.check_room(tenant)
         self._num_checked[tenant] = self._num_checked.get(tenant, 0) + 1
         try:
             tasks, payload = await self._checking.run(
-                tenant, 1, functools.partial(_check, self._checker, read)
+                tenant, 1, functools.partial(_check, checker, read)
             )
         finally:
             self._num_checked[tenant] -= 1
@@ -135,6 +131,19 @@ class TrainingService:
         if self._trainer is None:
             self._trainer = asyncio.create_task(self._train_all())
         return job
+
+    async def default_learning_rate(self, tenant: str) -> float:
+        """Returns the rate that tasks without one of their own are trained at."""
+        return await self._checking.run(tenant, 1, self._open_checker().default_learning_rate)
+
+    def check_room(self, tenant: str) -> None:
+        """Raises unless the tenant may create a job now, for the reasons that `create` has."""
+        self._open_checker()
+        num_waiting = sum(job.tenant == tenant for job in self._queue)
+        if num_waiting + self._num_checked.get(tenant, 0) >= self._max_queued:
+            raise ResourceExhaustedError(
+                f"{self._max_queued} jobs wait already, which is the limit; cancel one or wait"
+            )
 
     def get(self, job_id: str, tenant: str) -> Job:
         """Returns a job of the tenant; raises NotFoundError if there is none of that id."""
@@ -192,6 +201,13 @@ class TrainingService:
             with suppress(asyncio.CancelledError):
                 await self._trainer
         self._checking.close()
+
+    def _open_checker(self) -> JobChecker:
+        if self._checker is None:
+            raise FailedPreconditionError(
+                "this server does not train; start it with --training true"
+            )
+        return self._checker
 
     async def _cancel_all(self, job: Job) -> None:
         if job.ended.is_set():
@@ -297,7 +313,7 @@ class TrainingService:
                 put = self._registry.put(task.name, data, "", job.replace, job.tenant)
                 published, _ = await put
             except _NAME_IS_NOT_FREE as err:
-                name = _spare_name(task.name)
+                name = spare_name(task.name)
                 published, _ = await self._registry.put(name, data, "", False, job.tenant)
                 state = TaskState.FAILED
                 detail = f"{err.message}; what was trained is published as {name!r} instead"
@@ -355,13 +371,6 @@ class TrainingService:
                 )
             seen.add(name)
 
-    def _check_room(self, tenant: str) -> None:
-        num_waiting = sum(job.tenant == tenant for job in self._queue)
-        if num_waiting + self._num_checked.get(tenant, 0) >= self._max_queued:
-            raise ResourceExhaustedError(
-                f"{self._max_queued} jobs wait already, which is the limit; cancel one or wait"
-            )
-
     def _forget_oldest(self, tenant: str) -> None:
         jobs = self._jobs.values()
         ended = [job.id for job in jobs if job.tenant == tenant and job.ended.is_set()]
@@ -384,12 +393,6 @@ def _task(job: Job, name: str) -> JobTask:
         known = ", ".join(task.name for task in job.tasks)
         raise InvalidArgumentError(f"{job.id} trains no adapter {name[:80]!r}; it has {known}")
     return task
-
-
-def _spare_name(name: str) -> str:
-    """Returns a valid name like this one that is nobody's."""
-    team, separator, last = name.rpartition("/")
-    return f"{team}{separator}{last[:55]}-{secrets.token_hex(4)}"
 
 
 def _name_of(code: int) -> str:

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,9 @@ def refusing(number):
 async def test_a_put_that_the_disk_refuses_says_why_and_leaves_all_as_it_was(
     place, number, tmp_path, open_registry, adapters, files, monkeypatch
 ):
-    from redmux_server.registry import disk
-
     registry = open_registry(tmp_path)
     await registry.put("x", files[0], "", replace=False)
-    owner = {"mkstemp": disk.tempfile, "fsync": os, "rename": Path}[place]
+    owner = {"mkstemp": tempfile, "fsync": os, "rename": Path}[place]
     monkeypatch.setattr(owner, place, refusing(number))
     error = ResourceExhaustedError if number in SHORTAGES else FailedPreconditionError
     for name in ("x", "y"):

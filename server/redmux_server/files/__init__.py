@@ -1,0 +1,1 @@
+"""Files of callers, and records of what they have asked for, in a folder or in memory."""
