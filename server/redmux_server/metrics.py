@@ -93,6 +93,12 @@ class Metrics:
             "redmux_training_jobs_waiting", "Jobs in the queue.", registry=r
         )
 
+    def num_tokens(self) -> tuple[int, int]:
+        """Returns the tokens computed since the start: of prompts, and drawn in decode steps."""
+        (family,) = self._tokens.collect()
+        found = {s.labels["kind"]: int(s.value) for s in family.samples if s.name.endswith("total")}
+        return found["prefill"], found["decode"]
+
     def refused(self, code: str) -> None:
         """Counts a request that was not accepted, by its status code."""
         self._refused.labels(code).inc()

@@ -16,9 +16,12 @@ from redmux_server.http_api import (
     completions,
     embeddings,
     models,
+    playground,
     probes,
     reading,
     responses,
+    side_by_side,
+    status,
     tokens,
 )
 from redmux_server.http_api.answers import error_response
@@ -49,7 +52,10 @@ def make_app(offer: Offer) -> App:
         models.router(offer),
         adapters.router(offer),
         adapters.loading_router(offer),
+        side_by_side.router(),
+        status.router(offer),
         probes.router(offer),
+        playground.router(),
     ):
         app.include_router(router)
 
