@@ -83,10 +83,14 @@ export class Answer {
     this.#count();
   }
 
+  #told() {
+    return this.numTokens === 1 ? "1 token" : `${this.numTokens} tokens`;
+  }
+
   #count() {
     const seconds = (performance.now() - this.firstAt) / 1000;
     const rate = seconds > 0.2 ? ` · ${((this.numTokens - 1) / seconds).toFixed(0)} tok/s` : "";
-    this.figures.textContent = `${this.numTokens} tokens${rate}`;
+    this.figures.textContent = `${this.#told()}${rate}`;
   }
 
   #end(choice, told) {
@@ -98,7 +102,7 @@ export class Answer {
     const rate = this.numTokens > 1 && seconds > 0
       ? ` · ${((this.numTokens - 1) / seconds).toFixed(0)} tok/s` : "";
     this.figures.textContent =
-      `${this.numTokens} tokens${rate} · first after ${(1000 * told.first_token_s).toFixed(0)} ms`;
+      `${this.#told()}${rate} · first after ${(1000 * told.first_token_s).toFixed(0)} ms`;
   }
 
   #close(state, word) {

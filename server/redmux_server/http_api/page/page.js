@@ -4,7 +4,7 @@ import { key, sideBySide, stopOne } from "./api.js";
 import { Answer } from "./answer.js";
 import { Meter } from "./meter.js";
 import { Models } from "./models.js";
-import { hideTip } from "./tokens.js";
+import { hideTip, make } from "./tokens.js";
 import * as upload from "./upload.js";
 
 const find = (id) => document.getElementById(id);
@@ -56,16 +56,18 @@ class FieldError extends Error {
   }
 }
 
-// Marks the field that an error is about, if the page has it.
-function markField(param) {
+// Tells an error at the field that it is about, if the page has it.
+function markField(param, message) {
   const input = param && form.elements[param];
-  if (!(input instanceof HTMLElement)) return;
+  if (!(input instanceof HTMLElement) || input.hasAttribute("aria-invalid")) return;
   find("sampling").open = true;
   input.setAttribute("aria-invalid", "true");
+  input.after(make("span", "wrong", message));
 }
 
 function clearErrors() {
   for (const input of form.querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
+  for (const told of form.querySelectorAll(".wrong")) told.remove();
   for (const id of ["ask-error", "models-error"]) showError(id, "");
 }
 
@@ -84,14 +86,15 @@ async function send() {
   try {
     asked = fields();
   } catch (err) {
-    markField(err.input.name);
-    showError("ask-error", err.message);
+    markField(err.input.name, err.message);
     return err.input.focus();
   }
   const answers = chosen.map((m) => new Answer(m.id, m.id, m.hue, stopAnswer));
   run = { id: `page-${crypto.getRandomValues(new Uint32Array(4)).join("-")}`, answers, abort: new AbortController() };
   find("answers").replaceChildren(...answers.map((a) => a.node));
   find("empty").hidden = true;
+  const isFar = find("answers").getBoundingClientRect().top > 0.7 * innerHeight;
+  if (isFar) find("answers").scrollIntoView();
   show(`Asking ${answers.length}.`);
   meter.ask(true);
   try {
@@ -103,7 +106,7 @@ async function send() {
       else if (answer.isOpen) answer.fail(err.message ?? "the connection broke");
     }
     if (err.status === 401) askForKey(err.message);
-    markField(err.param);
+    markField(err.param, err.message);
   }
   run = null;
   show(summary(answers));
@@ -117,7 +120,7 @@ function take(index, data) {
     if (run.answers[index].isOpen) run.answers[index].fail("the stream ended early");
   } else {
     run.answers[index].take(data);
-    if (data.error) markField(data.error.param);
+    if (data.error) markField(data.error.param, data.error.message);
   }
 }
 

@@ -83,7 +83,7 @@ export function showTip(span, tokens) {
 function describe(token) {
   const head = make("p", "chosen");
   head.append(make("code", "", visible(token.text)), make("span", "", percent(token.logprob)),
-    make("small", "", token.logprob === null ? "" : `log p ${token.logprob.toFixed(3)}`));
+    make("small", "", token.logprob === null ? "" : `log p ${log(token.logprob)}`));
   if (!token.top.length) return [head];
   const list = make("ol", "");
   for (const other of token.top) {
@@ -94,6 +94,11 @@ function describe(token) {
     list.append(row);
   }
   return [head, list];
+}
+
+function log(logprob) {
+  const told = Math.abs(logprob).toFixed(3);
+  return Number(told) ? `\u2212${told}` : told;
 }
 
 function percent(logprob) {
