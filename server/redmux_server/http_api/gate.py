@@ -25,7 +25,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Without a key: probes, scrapers and pages for people, which bring no body.
 PUBLIC = frozenset(
-    ("/", "/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect")
+    (
+        "/",
+        "/health",
+        "/ready",
+        "/version",
+        "/metrics",
+        "/openapi.json",
+        "/docs",
+        "/docs/oauth2-redirect",
+    )
 )
 _PAGE = "/page/"  # below it lie the files of the page at /
 _BODY_BYTES = 4 << 20  # of a request, where its path has no limit of its own

@@ -1,6 +1,6 @@
 // Answer: one adapter's answer, as it streams.
 
-import { hideTip, make, Parts, showTip, tokensOf } from "./tokens.js";
+import { hideTip, make, Parts, placeTip, showTip, tokensOf } from "./tokens.js";
 
 const template = document.getElementById("answer");
 const WORDS = { stop: "complete", length: "cut at max_tokens", tool_calls: "calls a tool" };
@@ -122,7 +122,9 @@ export class Answer {
       span.classList.add("is-current");
       showTip(span, this.tokens.get(span));
     };
+    let isPinned = false; // by a click or a finger, until the text loses the focus
     const hide = () => {
+      isPinned = false;
       this.current?.classList.remove("is-current");
       this.current = undefined;
       hideTip();
@@ -131,9 +133,14 @@ export class Answer {
       if (this.tokens.has(event.target)) show(event.target);
     };
     this.text.addEventListener("mouseover", over);
-    this.text.addEventListener("click", over);
-    this.text.addEventListener("mouseleave", hide);
-    this.text.addEventListener("scroll", hide);
+    this.text.addEventListener("click", (event) => {
+      isPinned = true;
+      over(event);
+    });
+    this.text.addEventListener("mouseleave", () => {
+      if (!isPinned) hide();
+    });
+    this.text.addEventListener("scroll", placeTip, { passive: true });
     this.text.addEventListener("blur", hide);
     this.text.addEventListener("keydown", (event) => {
       const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];

@@ -4,7 +4,7 @@ import { key, sideBySide, stopOne } from "./api.js";
 import { Answer } from "./answer.js";
 import { Meter } from "./meter.js";
 import { Models } from "./models.js";
-import { hideTip, make } from "./tokens.js";
+import { hideTip, make, placeTip } from "./tokens.js";
 import * as upload from "./upload.js";
 
 const find = (id) => document.getElementById(id);
@@ -151,7 +151,7 @@ function summary(answers) {
 function show(message) {
   find("said").textContent = message;
   find("send").disabled = run !== null;
-  find("stop").disabled = run === null;
+  find("stop-all").disabled = run === null;
 }
 
 // -- the rest of the page ----------------------------------------------------------------------
@@ -207,7 +207,7 @@ function setUp() {
   });
   for (const radio of form.elements.mode) radio.addEventListener("change", showMode);
   find("tint").addEventListener("change", () => find("answers").classList.toggle("is-tinted", find("tint").checked));
-  find("stop").addEventListener("click", stopAll);
+  find("stop-all").addEventListener("click", stopAll);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
@@ -217,7 +217,7 @@ function setUp() {
       stopAll();
     }
   });
-  window.addEventListener("scroll", hideTip, { passive: true });
+  window.addEventListener("scroll", placeTip, { passive: true });
   if (matchMedia("(max-width: 820px)").matches) find("sampling").open = false;
   upload.setUp(async (name) => {
     await loadModels();

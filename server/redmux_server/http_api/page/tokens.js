@@ -63,6 +63,8 @@ export class Parts {
 
 const tip = document.getElementById("tip");
 
+let shownAt = null;
+
 export function hideTip() {
   tip.hidden = true;
 }
@@ -71,7 +73,14 @@ export function hideTip() {
 export function showTip(span, tokens) {
   tip.replaceChildren(...tokens.flatMap(describe));
   tip.hidden = false;
-  const at = span.getClientRects()[0] ?? span.getBoundingClientRect();
+  shownAt = span;
+  placeTip();
+}
+
+// Puts it beside its part, wherever that has been scrolled to.
+export function placeTip() {
+  if (tip.hidden) return;
+  const at = shownAt.getClientRects()[0] ?? shownAt.getBoundingClientRect();
   const { width, height } = tip.getBoundingClientRect();
   const left = Math.min(Math.max(8, at.left), document.documentElement.clientWidth - width - 8);
   const below = at.bottom + 6;
