@@ -30,7 +30,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     REDMUX_ADAPTERS=zoo
 # Converts the default model here, so that a container does not have to at its start.
 RUN python -c "from redmux_adapters import load_base; load_base('smollm2')"
-EXPOSE 50051 9095
+EXPOSE 50051 8000 9095
 # By the socket, so that it holds with TLS and for every port; /dev/shm is writable everywhere.
 HEALTHCHECK --interval=10s --start-period=60s CMD ["redmux", "health", "--target", "unix:/dev/shm/redmux.sock"]
 ENTRYPOINT ["redmux", "serve"]

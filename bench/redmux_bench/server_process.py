@@ -24,7 +24,8 @@ _KEPT_LINES = 20
 class ServerProcess:
     """`redmux serve` on free ports of the loopback address, ended when the block is left.
 
-    `startup_s` is the time from its start until it serves.
+    `address` is that of gRPC, `http_port` the other door's on the same host. `startup_s` is the
+    time from its start until it serves.
     """
 
     def __init__(self, *flags: str) -> None:
@@ -33,6 +34,7 @@ class ServerProcess:
             "--port", "0", "--http-port", "0", "--metrics-port", "0", "--log-level", "info", *flags,
         ]  # fmt: skip
         self.address = ""
+        self.http_port = -1
         self.startup_s = 0.0
         self._log: deque[str] = deque(maxlen=_KEPT_LINES)
         self._is_known = threading.Event()  # whether it serves or has ended
@@ -78,7 +80,7 @@ class ServerProcess:
             found = _SERVING.search(line)
             if found and not self.address:
                 self.startup_s = time.perf_counter() - self._started_s
-                self.address = found[1]
+                self.address, self.http_port = found[1], int(found[2])
                 self._is_known.set()
         self._is_known.set()
 

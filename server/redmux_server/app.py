@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import time
@@ -14,12 +15,10 @@ from typing import Any
 import redmux
 from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
-from redmux_server.descriptors import raise_limit
 from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.grpc_api.methods import add_methods, message_limits
-from redmux_server.http_api.app import body_limits, make_app
 from redmux_server.http_api.gauges import GatewayGauges
 from redmux_server.http_api.names import ModelNames
 from redmux_server.http_api.offer import Offer
@@ -92,7 +91,9 @@ class Server:
             # product.
             with ThreadPoolExecutor(1, "loader") as loader:
                 loading = asyncio.get_running_loop().run_in_executor(loader, load, config, choices)
-                model = await loading
+                # FastAPI takes a while to be imported, which is the loading's time otherwise.
+                importing = asyncio.to_thread(importlib.import_module, "redmux_server.http_api.app")
+                model, _ = await asyncio.gather(loading, importing)
             server = cls(config, doors, model, open_registry(config, model, given), lock)
             await server._serve()
         except BaseException:
@@ -141,6 +142,8 @@ class Server:
         self.engine.start()
         await doors.grpc.serve(message_limits(self.registry, self.training))
         if doors.http_port >= 0:
+            from redmux_server.http_api.app import body_limits, make_app
+
             offer = self._offer()
             doors.http.serve(make_app(offer), body_limits(offer))
         doors.state = lambda: self.state
@@ -227,7 +230,6 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     Returns whether it ended well: false if the engine died or hung and somebody should start it
     again.
     """
-    raise_limit()
     loop = asyncio.get_running_loop()
     signalled: asyncio.Queue[None] = asyncio.Queue()
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import redmux
 from redmux.errors import RedmuxError
 from redmux_server.config import ServerConfig, load_config
+from redmux_server.descriptors import raise_limit
 from redmux_server.doors import Doors
 from redmux_server.leaving import EXIT_SOFTWARE
 
@@ -34,6 +35,7 @@ def serve(argv: Sequence[str]) -> int:
 
 async def _serve(config: ServerConfig) -> bool:
     logger.info("redmux %s starts with model %s", redmux.__version__, config.model)
+    raise_limit()  # before the doors take their part of it
     doors = await Doors.open(config)
     if config.api_keys_file:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, doors.read_keys_again)

@@ -15,6 +15,6 @@ def raise_limit() -> None:
 
 
 def max_connections() -> int:
-    """Returns how many connections leave half of the descriptors for everything else."""
+    """Returns how many connections of each of two doors leave half of the descriptors."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, soft // 2)
+    return _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, soft // 4)

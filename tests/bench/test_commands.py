@@ -124,13 +124,15 @@ def test_load_measures_puts_memory_and_starts(bench):
 
 
 @pytest.mark.slow
-def test_engine_gets_the_same_tokens_both_ways(bench):
+def test_engine_gets_the_same_tokens_all_ways(bench):
     code, got = bench("engine", *LOAD, "--concurrency", "3", "--rounds", "2")
     assert code == 0
     (row,) = got["rows"]
     assert row["streams"] == 3
-    assert len(row["engine_rounds"]) == len(row["wire_rounds"]) == 2
-    assert min(*row["engine_rounds"], *row["wire_rounds"], row["client_cpu_ms_per_token"]) > 0
+    rounds = [row[f"{way}_rounds"] for way in ("engine", "wire", "http")]
+    assert [len(rates) for rates in rounds] == [2, 2, 2]
+    assert min(*rounds[0], *rounds[1], *rounds[2], row["client_cpu_ms_per_token"]) > 0
+    assert row["http_first_token_ms"] > 0
 
 
 def test_train_compares_adapters_together_with_one_after_the_other(bench, capsys):

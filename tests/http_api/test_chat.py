@@ -222,3 +222,81 @@ async def test_what_fails_in_mid_stream_is_its_last_event(http, api, model, serv
                     "code": "aborted"}  # fmt: skip
     with pytest.raises(openai.APIError, match="the engine died"):
         await streamed(await api.chat.completions.create(**body))
+
+
+CALL = '{"name": "clock", "arguments": {"zone": "Ulm"}}'
+SAID = ["Let me see. <tool", f"_call>\n{CALL[:30]}", f"{CALL[30:]}\n</tool_call>"]
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture
+def calling(monkeypatch):
+    """The model writes a call of a tool, in its template's format."""
+    from redmux_adapters.text.tool_format import ToolFormat
+    from redmux_server.engine.request import FinishReason
+    from redmux_server.services.choice import Delta, Finish
+    from redmux_server.services.generation import Generation
+    from redmux_server.services.tools import ToolCallParser
+
+    async def deltas(self):
+        for text in SAID:
+            yield Delta(0, text, [1])
+        yield Delta(0, finish=Finish(FinishReason.STOP, "", 3, 0, 0, 3))
+        self.cancel()
+
+    form = ToolFormat("<tool_call>", "<tool_call>\n", "\n</tool_call>")
+    monkeypatch.setattr(Generation, "deltas", deltas)
+    monkeypatch.setattr(Generation, "tool_parser", lambda self: ToolCallParser(form, ["clock"]))
+
+
+async def test_calls_of_tools_are_told_as_such(api, model, calling):
+    answer = await api.chat.completions.create(model=model, messages=ASKED)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me see."
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "clock")
+    assert json.loads(call.function.arguments) == {"zone": "Ulm"}
+    async with api.chat.completions.stream(model=model, messages=ASKED) as stream:
+        gathered = (await stream.get_final_completion()).choices[0]
+    assert gathered.finish_reason == "tool_calls"
+    assert gathered.message.content == "Let me see."
+    (streamed_call,) = gathered.message.tool_calls
+    assert streamed_call.function.name == "clock"
+    assert json.loads(streamed_call.function.arguments) == {"zone": "Ulm"}
+    assert streamed_call.id
+
+
+async def test_the_turns_of_a_tool_are_taken_as_clients_send_them(http, model):
+    turns = [
+        *ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "clock", "arguments": "{}"}},
+        ]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "ok"},
+    ]  # fmt: skip
+    body = {"model": model, "messages": turns, "max_tokens": 1}
+    response = await http.post("/v1/chat/completions", json=body)
+    assert response.status_code in (200, 400)  # this template may know no tools
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    joined = await http.post("/v1/chat/completions", json={**body, "messages": parts})
+    assert joined.status_code == 200
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    refused = await http.post("/v1/chat/completions", json={**body, "messages": image})
+    assert refused.status_code == 400
+    assert "image_url" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "web_search"}]}, {"tools": "x"}, {"tools": [1]},
+        {"tool_choice": "required"}, {"tools": TOOLS, "tool_choice": "other"},
+        {"tools": TOOLS, "tool_choice": {"type": "function"}},
+        {"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}},
+    ],
+)  # fmt: skip
+async def test_tools_that_cannot_be_called_are_refused(http, model, fields):
+    body = {"model": model, "messages": ASKED, "max_tokens": 1, **fields}
+    response = await http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400, response.text

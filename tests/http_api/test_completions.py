@@ -6,6 +6,8 @@ import json
 import openai
 import pytest
 
+from redmux_server.http_api.logprobs import CompletionLogprobs, TokenNames
+
 
 async def test_a_completion_is_that_of_grpc(api, client, server, model):
     there = await client.generate("abc", max_tokens=8)
@@ -263,3 +265,34 @@ async def test_a_deadline_is_that_of_the_client(http, model):
             headers={"x-stainless-read-timeout": header},
         )  # fmt: skip
         assert response.status_code == 200
+
+
+async def test_a_prompt_that_cannot_be_served_ends_those_before_it(server, http, model):
+    def num_cancelled():
+        labels = {"outcome": "cancelled"}
+        return server.metrics.registry.get_sample_value("redmux_requests_total", labels) or 0
+
+    before = num_cancelled()
+    body = {"model": model, "prompt": ["abc", "x" * 300], "max_tokens": 200, "ignore_eos": True}
+    response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    while server.engine.num_open:
+        await asyncio.sleep(0.001)
+    assert num_cancelled() == before + 1
+
+
+def test_of_tokens_that_are_called_the_same_the_likeliest_is_told():
+    """Of most bytes alone the name is the replacement character."""
+
+    class Same:
+        def of(self, token_id):
+            return "\ufffd", b"\xff"
+
+    told = CompletionLogprobs(TokenNames(Same(), as_ids=False), 2).take(
+        [7], [-3.0], [[(5, -1.0), (6, -2.0)]]
+    )
+    assert told["top_logprobs"] == [{"\ufffd": -1.0}]
+    by_id = CompletionLogprobs(TokenNames(Same(), as_ids=True), 2).take(
+        [7], [float("-inf")], [[(5, -1.0), (6, -2.0)]]
+    )
+    assert by_id["top_logprobs"] == [{"token_id:5": -1, "token_id:6": -2, "token_id:7": -9999}]

@@ -313,11 +313,30 @@ async def test_what_a_caller_holds_is_bounded_over_all_its_connections():
         assert status == 429
         assert headers["retry-after-ms"] == "1000"
         assert json.loads(body)["error"]["type"] == "rate_limit_error"
+        in_flight.total_bytes = 0
+        assert (await ask(door, "/health", method="GET"))[0] == 200
+        in_flight.total_bytes = 100 * CALL_BYTES
         other = KEY.replace("first", "other")
         assert (await ask(door, "/", other))[0] == 200
         assert (await ask(door, "/health", method="GET"))[0] == 200
         for writer in open_ones:
             writer.close()
+        await until(lambda: in_flight.num_bytes == 0)
+
+
+async def test_a_body_is_counted_before_it_comes_and_while_it_does():
+    in_flight = InFlight()
+    async with opened(in_flight=in_flight) as door:
+        in_flight.share_bytes = MIB
+        reader, writer = await connect(door)
+        writer.write(f"POST / HTTP/1.1\r\nContent-Length: {2 * MIB}\r\n\r\n".encode())
+        assert (await read_answer(reader))[0] == 429
+        writer.close()
+        reader, writer = await connect(door)
+        writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write((b"10000\r\n" + b"x" * 65536 + b"\r\n") * 20)
+        assert (await read_answer(reader))[0] == 429
+        writer.close()
         await until(lambda: in_flight.num_bytes == 0)
 
 

@@ -22,6 +22,6 @@ def test_the_limit_is_raised_as_far_as_the_system_allows(set_soft):
     assert soft == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
 
 
-def test_connections_leave_half_of_the_descriptors(set_soft):
+def test_connections_of_both_doors_leave_half_of_the_descriptors(set_soft):
     set_soft(256)
-    assert descriptors.max_connections() == 128
+    assert descriptors.max_connections() == 64

@@ -84,7 +84,7 @@ class _Answer:
             assert whole.finish is not None
             used.add(0, whole.finish)
         assert wholes[0].finish is not None
-        answer = {
+        answer: dict[str, Any] = {
             **self._head,
             "choices": [self._choice(index, whole) for index, whole in enumerate(wholes)],
             "usage": used.told(),

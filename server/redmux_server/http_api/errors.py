@@ -22,6 +22,7 @@ from redmux.errors import (
 )
 from redmux_server.services.spec import GenerationSpec, ScoreSpec
 
+DONE = b"data: [DONE]\n\n"  # the last event of a stream
 _RETRY_AFTER_S = 1.0  # where the server is loading or draining
 _TYPES = (
     (UnauthenticatedError, "authentication_error"),
@@ -105,6 +106,11 @@ def headers_of(err: RedmuxError) -> list[tuple[bytes, bytes]]:
     if isinstance(err, UnauthenticatedError):
         headers.append((b"www-authenticate", b"Bearer"))
     return headers
+
+
+def error_event(err: RedmuxError) -> bytes:
+    """Returns the events that end a stream which has failed."""
+    return b"data: " + msgspec.json.encode(body_of(err)) + b"\n\n" + DONE
 
 
 def response_bytes(err: RedmuxError, headers: Sequence[tuple[bytes, bytes]] = ()) -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -11,9 +12,14 @@ import msgspec
 from redmux.errors import RedmuxError, UnavailableError
 from redmux_server.http_api.connection import Connection
 from redmux_server.http_api.cors import Cors
-from redmux_server.http_api.errors import Refusal, body_of, headers_of, status_of
+from redmux_server.http_api.errors import (
+    Refusal,
+    body_of,
+    error_event,
+    headers_of,
+    status_of,
+)
 from redmux_server.http_api.health import Health
-from redmux_server.http_api.sse import error_event
 from redmux_server.in_flight import CallBytes, InFlight
 from redmux_server.internal_errors import told
 from redmux_server.keys import ApiKeys
@@ -65,6 +71,8 @@ class Gate:
         """`receive_s` is how long the body of a request may take."""
         self._keys = keys
         self._in_flight = in_flight
+        # Probes have to come through whatever others hold; they bring no body.
+        self._probes = InFlight(sys.maxsize, sys.maxsize)
         self._health = health
         self._cors = cors
         self._receive_s = receive_s
@@ -120,7 +128,8 @@ class Gate:
             status, content_type, body = told_health
             await answer.send_whole(status, [(b"content-type", content_type.encode())], body)
             return
-        held = self._in_flight.begin(tenant or connection_of(scope).peer)
+        holds = self._probes if is_public else self._in_flight
+        held = holds.begin(tenant or connection_of(scope).peer)
         try:
             limit = 0 if is_public else self._limit(path)
             body = await self._body(receive, held, headers, limit)
@@ -164,7 +173,8 @@ class Gate:
 
         if length == 0 and b"transfer-encoding" not in headers:
             return b""
-        return await held.receive(read, self._receive_s)
+        body: bytes = await held.receive(read, self._receive_s)
+        return body
 
 
 def connection_of(scope: Scope) -> Connection:

@@ -48,7 +48,8 @@ class CompletionLogprobs:
         self, token_ids: Sequence[int], logprobs: Sequence[float | None], tops: Sequence[Top]
     ) -> dict[str, Any]:
         """Returns the next tokens; a token without log-probability follows nothing."""
-        offsets, best = [], []
+        offsets: list[int] = []
+        best: list[dict[str, float] | None] = []
         for index, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
             offsets.append(self._offset)
             self._offset += len(self._names.text(token_id))

@@ -7,28 +7,16 @@ from typing import Any, Protocol
 import msgspec
 from starlette.responses import Response
 
-from redmux.errors import RedmuxError
 from redmux_server.http_api.deadline import within
-from redmux_server.http_api.errors import body_of
+from redmux_server.http_api.errors import DONE, error_event
 from redmux_server.internal_errors import told
 
-DONE = b"data: [DONE]\n\n"
 _HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # proxies hold streams back otherwise
 }
 _encode = msgspec.json.Encoder().encode
-
-
-def event(data: Any) -> bytes:
-    """Returns one event with this as JSON."""
-    return b"data: " + _encode(data) + b"\n\n"
-
-
-def error_event(err: RedmuxError) -> bytes:
-    """Returns the events that end a stream which has failed."""
-    return event(body_of(err)) + DONE
 
 
 class EventStream(Response):

@@ -12,6 +12,7 @@ from redmux_server.http_api.schemas.sampling import SamplingBody
 MAX_TOP_LOGPROBS = 20
 _OTHERS: Unserved = {
     "suffix": (("",), "the model writes on from a prompt, it fills no gaps"),
+    "add_special_tokens": ((True,), "send token ids to say what a prompt begins with"),
     "prompt_embeds": ((), "send the prompt as text or token ids"),
 }
 
@@ -25,7 +26,6 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(None, description="The same as n; others are refused.")
-    add_special_tokens: bool = Field(True, description="false is refused.")
 
     @model_validator(mode="after")
     def _checked(self) -> "CompletionBody":
@@ -34,11 +34,6 @@ class CompletionBody(SamplingBody):
                 f"best_of is {self.best_of} and n is {self.n or 1}; choices that are thrown away "
                 "are not computed: ask for n and take the best by logprobs",
                 param="best_of", code="unsupported_parameter",
-            )  # fmt: skip
-        if not self.add_special_tokens:
-            raise Refusal(
-                "add_special_tokens is false; send token ids to say what a prompt begins with",
-                param="add_special_tokens", code="unsupported_parameter",
             )  # fmt: skip
         if self.prompt_logprobs is not None and self.stream:
             raise Refusal(

@@ -37,7 +37,7 @@ class TextOptions(Body):
     """How the text of the answer is."""
 
     no_effect = frozenset(("verbosity",))
-    format: TextFormat = Field(default_factory=TextFormat)
+    format: TextFormat = Field(default_factory=lambda: TextFormat.model_validate({}))
 
 
 class ResponseBody(Body):

@@ -157,7 +157,7 @@ class SamplingBody(Body):
         return [schema_grammar(given.json_schema.schema_)]
 
     def _guides(self) -> list[Grammar | None]:
-        inner = self.structured_outputs or StructuredOutputs()
+        inner = self.structured_outputs or StructuredOutputs(json=None)
         return [
             schema_grammar(self.guided_json), _regex(self.guided_regex),
             _choice(self.guided_choice), _lark(self.guided_grammar),
