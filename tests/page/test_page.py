@@ -90,8 +90,10 @@ async def test_answers_stream_side_by_side_from_one_batch(page, server, names, s
 
 async def test_a_system_prompt_and_sampling_reach_the_server(page, server, names):
     await page.fill("#system", "Be brief")
-    fields = {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "min_p": 0.01, "seed": 7,
-              "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.2}  # fmt: skip
+    fields = {
+        "temperature": 0.9, "top_p": 0.95, "top_k": 40, "min_p": 0.01, "seed": 7,
+        "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.2,
+    }  # fmt: skip
     await ask(page, names[0], **fields)
     await all_ended(page)
     messages = [
@@ -337,13 +339,16 @@ async def test_everything_is_reached_by_the_keyboard_in_its_order(page, names):
     for _ in range(40):
         await page.keyboard.press("Tab")
         reached.append(await page.evaluate(
-            "() => { const e = document.activeElement; return e.id || e.name || e.dataset.model || e.tagName }"
+            "(({id, name, dataset, tagName}) => id || name || dataset.model || tagName)"
+            "(document.activeElement)"
         ))  # fmt: skip
         if reached[-1] == "put":
             break
-    order = ["A", "key", "theme", "all", "none", "tiny", *(f"tiny:{name}" for name in names), "mode", "system", "prompt", "send",
-             "SUMMARY", "temperature", "max_tokens", "stop", "logprobs", "file", "name", "replace",
-             "put"]  # fmt: skip
+    order = [
+        "A", "key", "theme", "all", "none", "tiny", *(f"tiny:{name}" for name in names), "mode",
+        "system", "prompt", "send", "SUMMARY", "temperature", "max_tokens", "stop", "logprobs",
+        "file", "name", "replace", "put",
+    ]  # fmt: skip
     places = [reached.index(name) for name in order]
     assert places == sorted(places)
     outline = await page.locator("#put").evaluate("node => getComputedStyle(node).outlineStyle")
