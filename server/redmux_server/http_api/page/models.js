@@ -60,9 +60,15 @@ export class Models {
     const focused = document.activeElement?.dataset?.model;
     find("models").replaceChildren(...fitting.slice(0, MAX_SHOWN).map((m) => this.#pill(m)));
     if (focused !== undefined) find("models").querySelector(`[data-model="${CSS.escape(focused)}"]`)?.focus();
-    const num = fitting.length - MAX_SHOWN;
-    find("more").hidden = num <= 0;
-    find("more").textContent = `${num} more; filter to see them. ${this.chosen.size} are chosen.`;
+    this.#tell();
+  }
+
+  // Tells what cannot be seen.
+  #tell() {
+    const num = this.#fitting().length - MAX_SHOWN;
+    find("more").hidden = this.known.length <= 12;
+    const more = num > 0 ? `${num} more, filter to see them; ` : "";
+    find("more").textContent = `${more}${this.chosen.size} of ${this.known.length} chosen`;
   }
 
   #pill(model) {
@@ -77,6 +83,7 @@ export class Models {
     box.addEventListener("change", () => {
       if (box.checked) this.chosen.add(model.model);
       else this.chosen.delete(model.model);
+      this.#tell();
     });
     return pill;
   }

@@ -15,6 +15,7 @@ const meter = new Meter((status) => {
 });
 let run = null; // {id, answers, abort}
 const TOP = 5; // alternatives of a token
+const MAX_MODELS = 256; // of a request, as the server has it
 
 export function showError(id, message) {
   find(id).textContent = message;
@@ -78,6 +79,9 @@ async function send() {
   clearErrors();
   const chosen = models.selected();
   if (!chosen.length) return showError("models-error", "Choose at least one adapter, or the base model.");
+  if (chosen.length > MAX_MODELS) {
+    return showError("models-error", `${chosen.length} are chosen, at most ${MAX_MODELS} answer at a time.`);
+  }
   if (!find("prompt").value) {
     showError("ask-error", "Write a prompt first.");
     return find("prompt").focus();
