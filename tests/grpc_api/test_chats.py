@@ -13,10 +13,10 @@ from redmux_adapters.text.messages import normal
 from redmux_adapters.text.tool_format import ToolFormat
 from redmux_server.engine.request import FinishReason
 from redmux_server.grpc_api.chats import chat_of, plain_messages
-from redmux_server.grpc_api.interceptor import ApiKeys
 from redmux_server.grpc_api.servicers import InferenceServicer
+from redmux_server.keys import ApiKeys
 from redmux_server.services.chat import options_of
-from redmux_server.services.generation import Delta, Finish
+from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.spec import Chat
 from redmux_server.services.tools import ToolCallParser
 

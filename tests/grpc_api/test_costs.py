@@ -18,7 +18,6 @@ from redmux_adapters import Adapter, Edit, to_bytes
 from redmux_adapters.text.encoder import Encoded
 from redmux_server.engine.request import Pooling
 from redmux_server.fair_thread import FairThread
-from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.servicers import AdapterServicer, InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
 from redmux_server.keys import ApiKeys
@@ -87,7 +86,7 @@ def servicers():
         parts = engine, registry, Codec(), validator, metrics, tokenizing
         generation = GenerationService(*parts)
         reading = ReadingService(ReadableModel("encoder", "X", 4, Pooling.MEAN), *parts)
-        keys = CallKeys(ApiKeys(()))
+        keys = ApiKeys(())  # which need no context
         training = TrainingService(
             object(), registry, metrics, max_queued=8, share=0.5,
             is_busy=lambda: False, on_publish=lambda: None,
