@@ -73,7 +73,7 @@ async def test_the_page_needs_no_key_and_what_it_asks_for_does(start_server):
         assert (await http.get("/")).status_code == 200
         assert (await http.get("/page/page.js")).status_code == 200
         for method, path in (("GET", "/v1/status"), ("POST", "/v1/side_by_side"),
-                             ("DELETE", "/v1/side_by_side/x/0")):  # fmt: skip
+                             ("DELETE", "/v1/side_by_side/x/0"), ("POST", "/"), ("PUT", "/page/page.js")):  # fmt: skip
             assert (await http.request(method, path)).status_code == 401
 
 
@@ -159,12 +159,14 @@ async def test_one_of_several_streams_is_stopped_by_the_id_of_the_request(http, 
 
 
 async def test_a_reader_who_leaves_stops_all_streams(http, server):
+    _, before = server.metrics.num_tokens()
     asked = asking(*["tiny"] * 5, max_tokens=200, ignore_eos=True)
     with contextlib.suppress(asyncio.CancelledError):
         async with http.stream("POST", "/v1/side_by_side", json=asked) as response:
             await anext(response.aiter_text())
             assert server.engine.num_open == 5
     await until(lambda: server.engine.num_open == 0)
+    assert server.metrics.num_tokens()[1] - before < 5 * 199
 
 
 @pytest.mark.parametrize(

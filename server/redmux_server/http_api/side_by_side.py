@@ -16,10 +16,10 @@ from starlette.responses import Response
 
 from redmux.errors import NotFoundError
 from redmux_server.http_api.answers import json_response
-from redmux_server.http_api.errors import Refusal
+from redmux_server.http_api.errors import DONE, Refusal, error_event
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.schemas.body import Body
-from redmux_server.http_api.sse import DONE, EventStream, error_event
+from redmux_server.http_api.sse import EventStream
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.internal_errors import told
 
