@@ -72,8 +72,10 @@ async def test_the_page_needs_no_key_and_what_it_asks_for_does(start_server):
     async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{server.http_port}") as http:
         assert (await http.get("/")).status_code == 200
         assert (await http.get("/page/page.js")).status_code == 200
-        for method, path in (("GET", "/v1/status"), ("POST", "/v1/side_by_side"),
-                             ("DELETE", "/v1/side_by_side/x/0"), ("POST", "/"), ("PUT", "/page/page.js")):  # fmt: skip
+        for method, path in (
+            ("GET", "/v1/status"), ("POST", "/v1/side_by_side"),
+            ("DELETE", "/v1/side_by_side/x/0"), ("POST", "/"), ("PUT", "/page/page.js"),
+        ):  # fmt: skip
             assert (await http.request(method, path)).status_code == 401
 
 

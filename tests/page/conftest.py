@@ -44,8 +44,10 @@ def start(tiny_folder):
             max_batch_tokens=48, max_queue=64, served_model_name=("tiny",), **options,
         )  # fmt: skip
         server = await Server.start(config)
-        yield server
-        await server.stop(drain_s=0)
+        try:
+            yield server
+        finally:
+            await server.stop(drain_s=0)
 
     return start
 
