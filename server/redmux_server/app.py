@@ -183,8 +183,8 @@ class Server:
         """Returns what HTTP serves from."""
         config, model = self.config, self.model
         return Offer(
-            config, self.services, self.desk, self.registry, self.names, model.codec,
-            self.doors.health, model.fingerprint,
+            config, self.services, self.desk, self.engine, self.metrics, self.registry, self.names,
+            model.codec, self.doors.health, model.fingerprint,
             Validator(model.vocab_size, model.max_context), int(time.time()),
             self._count_adapters,
         )  # fmt: skip

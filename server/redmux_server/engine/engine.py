@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,11 @@ class Engine:
     def kv_used_ratio(self) -> float:
         """The share of cache blocks in use."""
         return self._scheduler.kv_used_ratio
+
+    def running_adapters(self) -> Counter[str]:
+        """Returns the number of rows of the current steps by digest, "" for the base model."""
+        running = tuple(self._scheduler.running)
+        return Counter(r.adapter.digest if r.adapter is not None else "" for r in running)
 
     def open_digests(self) -> tuple[set[str], set[str]]:
         """Returns the digests of the adapters of running requests, and of those that wait."""

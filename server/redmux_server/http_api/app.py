@@ -20,9 +20,12 @@ from redmux_server.http_api import (
     files,
     fine_tuning,
     models,
+    playground,
     probes,
     reading,
     responses,
+    side_by_side,
+    status,
     tokens,
 )
 from redmux_server.http_api.answers import error_response
@@ -57,7 +60,10 @@ def make_app(offer: Offer) -> App:
         files.router(offer),
         fine_tuning.router(offer),
         batches.router(offer),
+        side_by_side.router(),
+        status.router(offer),
         probes.router(offer),
+        playground.router(),
     ):
         app.include_router(router)
 

@@ -33,6 +33,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PUBLIC = frozenset(
     ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect")
 )
+_PAGE = re.compile("/|/page/.*")  # the page for people, and its files
 _BODY_BYTES = 4 << 20  # of a request, where its path has no limit of its own
 _RECEIVE_S = 30.0
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -109,7 +110,7 @@ class Gate:
         request_id: str,
     ) -> None:  # fmt: skip
         path = scope["path"]
-        is_public = path in PUBLIC
+        is_public = path in PUBLIC or _is_page(scope["method"], path)
         authorization = headers.get(b"authorization", b"").decode("latin-1")
         tenant = "" if is_public else self._keys.tenant(authorization)
         if self._app is None:
@@ -165,6 +166,10 @@ class Gate:
             return b""
         body: bytes = await held.receive(read, self._receive_s)
         return body
+
+
+def _is_page(method: str, path: str) -> bool:
+    return method in ("GET", "HEAD") and _PAGE.fullmatch(path) is not None
 
 
 def connection_of(scope: Scope) -> Connection:

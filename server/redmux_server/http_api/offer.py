@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from redmux_server.config import ServerConfig
+from redmux_server.engine.engine import Engine
 from redmux_server.http_api.health import Health
 from redmux_server.http_api.names import ModelNames
+from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
@@ -21,6 +23,8 @@ class Offer:
     config: ServerConfig
     services: Services
     desk: Desk
+    engine: Engine
+    metrics: Metrics
     registry: AdapterRegistry
     names: ModelNames
     codec: TextCodec
