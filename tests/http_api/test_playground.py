@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from redmux_server.load import load_message
+
 BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "logprobs": True}
 
 
