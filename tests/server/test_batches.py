@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections import Counter
 
 import msgspec
@@ -304,6 +305,58 @@ async def test_restarts_at_any_moment_lose_and_repeat_nothing(tmp_path):
         assert again.status == "completed"
         outputs = [f for f in rig.files.all_of("t") if f.purpose == "batch_output"]
         assert [f.id for f in outputs] == [again.output_file_id]
+
+
+async def test_a_kill_between_the_files_of_a_batch_makes_none_of_them_twice(tmp_path, monkeypatch):
+    rig = Rig(tmp_path)
+    rig.replies["b"] = [Reply(404, b"{}")]
+    has_kept = asyncio.Event()
+    keep = FileStore.keep
+
+    async def keep_one(self, *args):
+        if has_kept.is_set():
+            await asyncio.Event().wait()
+        await keep(self, *args)
+        has_kept.set()
+
+    monkeypatch.setattr(FileStore, "keep", keep_one)
+    data = jsonl(line("a"), line("b"))
+    file = await keep(rig.files, "file-in", "in.jsonl", "batch", data, "t")
+    batch = await rig.service.create(CHATS, file.id, DAY_S, "24h", {}, "t")
+    await has_kept.wait()
+    assert batch.status == "finalizing"
+    monkeypatch.undo()
+    await rig.restart()
+    again = rig.service.get(batch.id, "t")
+    assert await rig.outcome(again) == [["a"], ["b"]]
+    made = {file.id for file in rig.files.all_of("t") if file.purpose == "batch_output"}
+    assert made == {again.output_file_id, again.error_file_id}
+
+
+async def test_an_answer_that_is_being_written_when_its_line_is_given_up_is_there(
+    tmp_path, monkeypatch
+):
+    begun, goes_on = threading.Event(), threading.Event()
+    append = Journal._append
+
+    def slow(self, written):
+        begun.set()
+        goes_on.wait(20)
+        append(self, written)
+
+    monkeypatch.setattr(Journal, "_append", slow)
+    journal = Journal(tmp_path / "a.answers")
+    entry = Entry.of(b'{"custom_id":"a","response":null}', is_output=True)
+    adding = asyncio.create_task(journal.add(entry))
+    await asyncio.to_thread(begun.wait, 20)
+    adding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await adding
+    loading = asyncio.create_task(journal.load())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    goes_on.set()
+    assert await loading == [entry]
 
 
 async def test_a_batch_whose_time_ran_out_meanwhile_keeps_what_it_has(tmp_path):
