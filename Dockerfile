@@ -1,4 +1,5 @@
-# CPU by default. For CUDA: docker build --build-arg TORCH_INDEX=<index of the CUDA wheels> .
+# torch comes from the index that pip uses. For its smaller wheels without CUDA, or for those of
+# another CUDA: docker build --build-arg TORCH_INDEX=<index of such wheels> .
 # A container serves nobody without keys: docker run -e REDMUX_API_KEYS=... or, for everybody who
 # reaches it, docker run IMAGE --insecure. See docs/operating.md.
 FROM python:3.11-slim
@@ -32,5 +33,6 @@ ENV PATH=/opt/venv/bin:$PATH \
 RUN python -c "from redmux_adapters import load_base; load_base('smollm2')"
 EXPOSE 50051 8000 9095
 # By the socket, so that it holds with TLS and for every port; /dev/shm is writable everywhere.
-HEALTHCHECK --interval=10s --start-period=60s CMD ["redmux", "health", "--target", "unix:/dev/shm/redmux.sock"]
+# A container's first start compiles kernels for its CPU, a minute or more on two cores.
+HEALTHCHECK --interval=10s --start-period=300s CMD ["redmux", "health", "--target", "unix:/dev/shm/redmux.sock"]
 ENTRYPOINT ["redmux", "serve"]

@@ -8,11 +8,12 @@ precisions and quantisations (those that the gguf package can write), and relati
 into some matrices, noise on all, other norms, added tokens; those in fp32, bf16 and Q8_0 as well.
 """
 
+import argparse
 import collections
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gguf
@@ -34,8 +35,13 @@ REFUSED = ("other", "foreign")
 Change = Callable[[Tensor], Tensor]
 
 
-def main(specs: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints what became of every pair."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="as of redmux serve --model")
+    specs = parser.parse_args(argv).models
     same: collections.Counter[tuple[str, str]] = collections.Counter()
     relatives: collections.Counter[tuple[str, str, str]] = collections.Counter()
     for spec in specs:
@@ -134,4 +140,4 @@ def quantize(kind: str) -> Change:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -30,9 +30,9 @@ QWEN = r"""
         {%- endfor %}
         {{- '<|im_end|>\n' }}
     {%- elif m.role == 'tool' %}
-        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+        {%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
         {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
-        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -121,7 +121,7 @@ TEMPLATES = {"qwen": QWEN, "llama": LLAMA, "hermes": HERMES, "smollm": SMOLLM}
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<|python_tag|>")
 
 
-def with_tools(template, **options):
+def tokenizer_of(template, **options):
     """A tokenizer with this template, whose tags of tools are tokens that are not special."""
     tokenizer = make(template=template, **options)
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])

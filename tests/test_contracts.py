@@ -29,7 +29,7 @@ FLOORS = {
     "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
     "server/redmux_server": [
         "config descriptors device durable engine fair_thread in_flight internal_errors keys "
-        "leaving metrics metrics_port",
+        "leaving load metrics metrics_port",
         "models",
         "registry files",
         "training",

@@ -28,7 +28,7 @@ from .show import describe, plot, table
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; errors are one line on standard error."""
-    arguments = _parser().parse_args(argv)
+    arguments = command_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except RedmuxError as err:
@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(prog="redmux adapters", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check an adapter, alone or against its base")
     verify.add_argument("path", help="adapter folder or safetensors file")
     verify.add_argument("--base", metavar="MODEL", help="the base model it has to fit")
+    verify.add_argument("--json", action="store_true", help="print JSON")
     _add_allow_other_base(verify)
     verify.set_defaults(run=_verify)
 
@@ -166,11 +168,14 @@ def _create(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     adapter = read_adapter(arguments.path)
     model = None if arguments.base is None else load_any(arguments.base)
-    match = ""
+    match = None
     if model is not None:
-        match = f"; base: {check_base(adapter, fingerprint(model), arguments.allow_other_base)}"
+        match = check_base(adapter, fingerprint(model), arguments.allow_other_base)
         check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
-    print(f"ok {_summary(adapter)}{match}")
+    if arguments.json:
+        print(json.dumps({**_facts(adapter), "base_match": match}))
+    else:
+        print(f"ok {_summary(adapter)}{'' if match is None else f'; base: {match}'}")
     if model is not None:
         _warn_of_blocks(adapter, model)
 
@@ -229,11 +234,18 @@ def _add_allow_other_base(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _facts(adapter: Adapter) -> dict[str, object]:
+    return {
+        "digest": adapter.digest,
+        "base_fingerprint": without_sketch(adapter.base_fingerprint),
+        "num_sites": len(adapter.edits),
+        "num_parameters": adapter.num_parameters,
+    }
+
+
 def _summary(adapter: Adapter) -> str:
-    base = without_sketch(adapter.base_fingerprint)
-    return (
-        f"{adapter.digest} for {base}: {len(adapter.edits)} sites, "
-        f"{adapter.num_parameters} parameters"
+    return "{digest} for {base_fingerprint}: {num_sites} sites, {num_parameters} parameters".format(
+        **_facts(adapter)
     )
 
 

@@ -24,14 +24,15 @@ _Parser: TypeAlias = argparse.ArgumentParser
 
 def main(argv: Sequence[str]) -> int:
     """Runs one benchmark; returns 0, or 1 if it got no result."""
-    options = _parser().parse_args(argv)
+    options = command_parser().parse_args(argv)
     options.command_line = shlex.join(["redmux", "bench", *argv])
     # torch and transformers take seconds to import: mistakes and --help answer first.
     code: int = importlib.import_module(f"redmux_bench.{options.module}").run(options)
     return code
 
 
-def _parser() -> _Parser:
+def command_parser() -> _Parser:
+    """Returns the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="redmux bench",
         description="Measure a redmux server. What each command measures, and what it does not: "

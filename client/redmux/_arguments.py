@@ -21,7 +21,11 @@ _KINDS = {
     FieldDescriptor.CPPTYPE_STRING: ("a text", "texts"),
 }
 # Names that other libraries have for the same.
-_ELSEWHERE = {"model": "adapter", "messages": "prompt", "max_new_tokens": "max_tokens"}
+_ELSEWHERE = {
+    "model": "adapter", "messages": "prompt", "max_new_tokens": "max_tokens",
+    "no_repeat_ngram_size": "no_repeat_ngram", "num_return_sequences": "n",
+    "best_of": "n", "include_stop_str_in_output": "include_stop_str",
+}  # fmt: skip
 
 
 def fill(message: Message, *, place: str = "", **values: Any) -> None:

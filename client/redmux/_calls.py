@@ -1,15 +1,15 @@
-"""Arguments to messages, messages to values, statuses to errors: no I/O, shared by both clients."""
+"""Arguments to messages and messages to values: no I/O, shared by both clients."""
 
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC
-from typing import SupportsIndex, Unpack, cast
+from typing import Any, SupportsIndex, Unpack, cast
 
-import grpc
-
-from redmux import _chats, errors
+from redmux import _chats
 from redmux._arguments import check_names, fill, put
-from redmux.errors import InvalidArgumentError, RedmuxError, ResourceExhaustedError
+from redmux._grammar import grammar
+from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import (
     Adapter,
     Chunk,
@@ -20,18 +20,18 @@ from redmux.types import (
     Embeddings,
     FinishReason,
     GenerationOptions,
-    Health,
     Pooling,
     ProblemType,
     Prompt,
+    PromptScores,
     Scores,
-    ServerInfo,
     TextInput,
     TokenScores,
     ToolCallDelta,
+    TopLogprobs,
     Usage,
 )
-from redmux.v1 import adapter_service_pb2, admin_service_pb2
+from redmux.v1 import adapter_service_pb2
 from redmux.v1 import inference_service_pb2 as inference_pb2
 
 _FINISH_REASONS: dict[int, FinishReason] = {
@@ -50,14 +50,6 @@ _POOLINGS = {
     "last": inference_pb2.POOLING_LAST,
 }
 
-_ERROR_OF_STATUS: dict[grpc.StatusCode, type[RedmuxError]] = {
-    kind.status: kind for kind in RedmuxError.__subclasses__()
-}
-# Classes that share the status of their parent; the server names them in its trailing metadata.
-_ERROR_OF_NAME: dict[str, type[RedmuxError]] = {
-    kind.__name__: kind for kind in (errors.InvalidAdapterError, errors.WrongBaseError)
-}
-
 
 def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inference_pb2.Generation:
     """Returns the message for a request; ranges are the server's to check.
@@ -67,14 +59,17 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
     """
     check_names(options, GenerationOptions.__annotations__, "generate() or stream()")
     _check_adapter(options.get("adapter"))
-    stop = options.get("stop")
-    if isinstance(stop, str):
-        raise InvalidArgumentError(f"stop is a sequence of texts; write stop=[{stop!r}]")
+    for name in ("stop", "bad_words"):
+        texts = options.get(name)
+        if isinstance(texts, str):
+            raise InvalidArgumentError(f"{name} is a sequence of texts; write {name}=[{texts!r}]")
     parse_special_tokens = options.pop("parse_special_tokens", False)
     of_chat = {key: options.pop(key) for key in _chats.OPTIONS if key in options}  # type: ignore[misc]
+    wanted = grammar(cast(dict[str, Any], options))
     message = inference_pb2.Generation(
-        sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
+        grammar=wanted, sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
     )
+    _put_biases(message.sampling, options.pop("logit_bias", {}))
     parts = (message.sampling, message.stopping, message)
     for name, value in options.items():
         part = next(part for part in parts if name in part.DESCRIPTOR.fields_by_name)
@@ -82,6 +77,16 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
             put(part, name, value, name)
     _set_prompt(message, prompt, parse_special_tokens, of_chat)
     return message
+
+
+def _put_biases(message: inference_pb2.Sampling, biases: Mapping[int, float]) -> None:
+    try:
+        for token_id, bias in biases.items():
+            message.logit_bias[operator.index(token_id)] = bias
+    except (AttributeError, TypeError, ValueError):
+        raise InvalidArgumentError(
+            f"logit_bias is {reprlib.repr(biases)}, must be a mapping from token ids to numbers"
+        ) from None
 
 
 def score_request(
@@ -252,18 +257,50 @@ def check_name(name: str) -> str:
 
 
 def completion(message: inference_pb2.CompleteResponse, with_logprobs: bool) -> Completion:
-    """Returns the value of a whole completion."""
-    return Completion(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        logprobs=tuple(message.logprobs) if with_logprobs else None,
-        finish_reason=_finish_reason(message.finish),
-        stop=message.finish.stop or None,
-        usage=_usage(message.finish.usage),
-        adapter=message.adapter.name or None,
-        digest=message.adapter.digest or None,
-        tool_calls=tuple(map(_chats.tool_call, message.tool_calls)),
-    )
+    """Returns the value of a whole completion, with its other choices."""
+
+    def choice(
+        message: inference_pb2.CompleteResponse | inference_pb2.Choice,
+        prompt: PromptScores | None = None,
+        others: tuple[Completion, ...] = (),
+    ) -> Completion:
+        return Completion(
+            text=message.text,
+            token_ids=tuple(message.token_ids),
+            logprobs=tuple(message.logprobs) if with_logprobs else None,
+            finish_reason=_finish_reason(message.finish),
+            stop=message.finish.stop or None,
+            usage=_usage(message.finish.usage),
+            adapter=adapter,
+            digest=digest,
+            top_logprobs=_top(message.top_logprobs) or None,
+            stop_token_id=_optional(message.finish, "stop_token_id"),
+            prompt=prompt,
+            first_token_s=_optional(message.finish, "first_token_s"),
+            total_s=message.finish.total_s,
+            other_choices=others,
+            tool_calls=tuple(map(_chats.tool_call, message.tool_calls)),
+        )
+
+    adapter, digest = message.adapter.name or None, message.adapter.digest or None
+    return choice(message, _prompt_scores(message), tuple(map(choice, message.other_choices)))
+
+
+def _prompt_scores(
+    message: inference_pb2.CompleteResponse | inference_pb2.GenerateResponse,
+) -> PromptScores | None:
+    if not message.HasField("prompt"):
+        return None
+    prompt = message.prompt
+    return PromptScores(tuple(prompt.token_ids), tuple(prompt.logprobs), _top(prompt.top_logprobs))
+
+
+def _top(messages: Iterable[inference_pb2.TopLogprobs]) -> tuple[TopLogprobs, ...]:
+    return tuple(tuple(zip(m.token_ids, m.logprobs, strict=True)) for m in messages)
+
+
+def _optional(message: inference_pb2.Finish, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
 
 
 def scores(message: inference_pb2.ScoreResponse) -> Scores:
@@ -297,6 +334,12 @@ def chunk(message: inference_pb2.GenerateResponse, with_logprobs: bool) -> Chunk
             ToolCallDelta(call.index, call.id, call.name, call.arguments)
             for call in message.tool_calls
         ),
+        index=message.index,
+        top_logprobs=_top(message.top_logprobs) or None,
+        stop_token_id=_optional(message.finish, "stop_token_id"),
+        prompt=_prompt_scores(message),
+        first_token_s=_optional(message.finish, "first_token_s"),
+        total_s=message.finish.total_s if is_last else None,
     )
 
 
@@ -367,46 +410,3 @@ def adapter(message: adapter_service_pb2.Adapter) -> Adapter:
         created_at=message.created_at.ToDatetime(tzinfo=UTC),
         base_match=message.base_match,
     )
-
-
-def server_info(message: admin_service_pb2.ServerInfo) -> ServerInfo:
-    """Returns the value of a server's description."""
-    fields = {name: getattr(message, name) for name in ServerInfo.__slots__}
-    return ServerInfo(**{**fields, "choices": tuple(message.choices)})
-
-
-# grpc.health.v1 in bytes. Its package would tie this SDK to one major version of protobuf, for a
-# request of one string and a response of one enum.
-HEALTH_METHOD = "/grpc.health.v1.Health/Check"
-_SERVICE = b"redmux.v1.InferenceService"
-HEALTH_REQUEST = b"\x0a" + bytes([len(_SERVICE)]) + _SERVICE  # string service = 1
-_HEALTHS: dict[bytes, Health] = {b"\x08\x01": "serving", b"\x08\x02": "not_serving"}
-
-
-def health(response: bytes) -> Health:
-    """Returns the health that an encoded HealthCheckResponse tells."""
-    return _HEALTHS.get(response, "unknown")
-
-
-def error_of(rpc_error: grpc.RpcError) -> RedmuxError:
-    """Returns the redmux error that a failed call stands for."""
-    status = rpc_error.code()
-    pairs = cast("Iterable[tuple[str, str | bytes]]", rpc_error.trailing_metadata() or ())
-    # iter, since dict would take grpc.aio's Metadata for a mapping, whose keys are pairs.
-    metadata = dict(iter(pairs))
-    kind = _ERROR_OF_STATUS.get(status, RedmuxError)
-    named = _ERROR_OF_NAME.get(str(metadata.get("redmux-error")))
-    if named is not None and named.status is status:
-        kind = named
-    message = rpc_error.details() or f"the call ended with {status.name} and no explanation"
-    if kind is ResourceExhaustedError:
-        return ResourceExhaustedError(message, _retry_after_s(metadata))
-    return kind(message)
-
-
-def _retry_after_s(metadata: Mapping[str, str | bytes]) -> float | None:
-    try:
-        pushback_ms = int(metadata["grpc-retry-pushback-ms"])
-    except (KeyError, ValueError):
-        return None
-    return pushback_ms / 1000 if pushback_ms >= 0 else None

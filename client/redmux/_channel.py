@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 import grpc.aio
 
-from redmux import _calls
+from redmux import _server_calls, _statuses
 from redmux._options import channel_options
+from redmux._started_call import StartedCall
 from redmux._target import check_target, explained, is_shared
 from redmux.errors import (
     FailedPreconditionError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Value = TypeVar("Value")
 
 STREAM_TIMEOUT_S = 600.0
 WATCH_TIMEOUT_S = 7 * 86_400.0  # training takes hours, and a stream without a limit could leak
@@ -98,7 +100,7 @@ class Settings:
 
         gRPC's own texts become sentences with a remedy.
         """
-        raised = _calls.error_of(error)
+        raised = _statuses.error_of(error)
         if raised.message == "CANCELLED" and not is_closed:
             raised = UnavailableError(f"the server at {self.target} stopped during the call")
         return explained(
@@ -148,7 +150,7 @@ class Connection:
         self.admin = AdminServiceStub(self._channel)
         self.training = TrainingServiceStub(self._channel)
         self.health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
-            _calls.HEALTH_METHOD
+            _server_calls.HEALTH_METHOD
         )
 
     def unary(
@@ -166,6 +168,25 @@ class Connection:
         except ValueError:
             self._check_open()
             raise
+
+    def start(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        timeout_s: float | None,
+        value: Callable[[Response], Value],
+    ) -> StartedCall[Response, Value]:
+        """Sends one request and returns the call, whose result is `value` of the response."""
+        deadline_s = self.settings.deadline_s(timeout_s)
+        try:
+            call = method.future(request, timeout=deadline_s, metadata=self.settings.metadata)
+        except ValueError:
+            self._check_open()
+            raise
+        return StartedCall(
+            call, value,
+            lambda error: self.settings.error_of(error, deadline_s, is_closed=self._is_closed),
+        )  # fmt: skip
 
     def stream(
         self,
@@ -247,7 +268,7 @@ class AsyncConnection:
     @cached_property
     def health(self) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
         """The health check, on encoded messages."""
-        return self._open_channel().unary_unary(_calls.HEALTH_METHOD)
+        return self._open_channel().unary_unary(_server_calls.HEALTH_METHOD)
 
     async def unary(
         self,

@@ -135,7 +135,7 @@ def _choice(choice: object) -> object:
     function = choice.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InvalidArgumentError(
-            f"tool_choice is {reprlib.repr(choice)}; give none, auto, required or the name of a tool"
+            f"tool_choice is {reprlib.repr(choice)}; give auto, none, required or a tool's name"
         )
     return function["name"]
 

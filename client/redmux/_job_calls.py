@@ -12,8 +12,7 @@ from redmux import _calls
 from redmux._arguments import fill
 from redmux._nearest import nearest
 from redmux.errors import InvalidArgumentError, RedmuxError
-from redmux.training_data import Faults
-from redmux.types import (
+from redmux.job_types import (
     Job,
     JobEvent,
     JobState,
@@ -23,6 +22,7 @@ from redmux.types import (
     TrainingStep,
     TrainingTask,
 )
+from redmux.training_data import Faults
 from redmux.v1 import inference_service_pb2 as inference_pb2
 from redmux.v1 import training_service_pb2 as pb
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from redmux._job_calls import record_message
 from redmux.errors import InvalidArgumentError
+from redmux.job_types import TrainingTask
 from redmux.training_data import Faults, read_file, renamed
-from redmux.types import TrainingTask
 
 _TASK_KEYS = ("name", "data", "valid", "columns")
 _PLACE = re.compile(r"tasks\[\d+\]\.(?:records|valid)\[\d+\]")

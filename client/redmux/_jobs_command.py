@@ -4,44 +4,44 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
+from redmux._connecting import connect
+from redmux._exit_codes import FAILED, exit_code
 from redmux._job_calls import OPTION_FIELDS
 from redmux._job_files import JobFiles, read_tasks
-from redmux.client import Client
+from redmux._printing import print_table
 from redmux.errors import InvalidArgumentError
-from redmux.types import Job, JobEvent, JobTask, TrainingStep
+from redmux.job_types import Job, JobEvent, JobTask, TrainingStep
 
-_Connect = Callable[[argparse.Namespace], Client]
 _STEP_EVERY_S = 2.0  # least time between two lines that tell a step
 
 
 def add_jobs(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     server: argparse.ArgumentParser,
-    connect: _Connect,
 ) -> None:
-    """Adds the command; `server` has the options that `connect` reads."""
+    """Adds the command; `server` has the options of the connection."""
     parser = commands.add_parser("jobs", help="train adapters on the server, beside serving")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     verb = verbs.add_parser(
         "create", parents=[server], help="train one adapter, or several by --job, and publish them"
     )
-    verb.set_defaults(run=lambda options: _create(options, connect))
+    verb.set_defaults(run=_create)
     _add_create(verb)
     verb = verbs.add_parser("watch", parents=[server], help="tell how a job goes, to its end")
-    verb.set_defaults(run=lambda options: _watch(options, connect))
+    verb.set_defaults(run=_watch)
     verb.add_argument("id", metavar="ID")
     verb = verbs.add_parser("list", parents=[server], help="list your jobs, the newest first")
-    verb.set_defaults(run=lambda options: _list(options, connect))
+    verb.set_defaults(run=_list)
     verb = verbs.add_parser("get", parents=[server], help="tell about one job")
-    verb.set_defaults(run=lambda options: _get(options, connect))
+    verb.set_defaults(run=_get)
     verb.add_argument("id", metavar="ID")
     verb = verbs.add_parser("cancel", parents=[server], help="end a job, or some of its adapters")
-    verb.set_defaults(run=lambda options: _cancel(options, connect))
+    verb.set_defaults(run=_cancel)
     verb.add_argument("id", metavar="ID")
     verb.add_argument("adapters", metavar="NAME", nargs="*", help="default: all")
 
@@ -66,7 +66,7 @@ def _add_create(verb: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=int, metavar="N")
 
 
-def _create(options: argparse.Namespace, connect: _Connect) -> int:
+def _create(options: argparse.Namespace) -> int:
     with connect(options) as client:
         files = _files(options)
         try:
@@ -74,7 +74,7 @@ def _create(options: argparse.Namespace, connect: _Connect) -> int:
             job = client.jobs.create(files.tasks, replace=options.replace)
         except InvalidArgumentError as error:  # a line for each unusable record
             print(f"redmux: {files.with_lines(error.message)}", file=sys.stderr)
-            return 1
+            return exit_code(error)
         if not options.watch:
             return _print_job(job, options.json)
         print(job.id, file=sys.stderr)
@@ -96,7 +96,7 @@ def _files(options: argparse.Namespace) -> JobFiles:
     return files
 
 
-def _watch(options: argparse.Namespace, connect: _Connect) -> int:
+def _watch(options: argparse.Namespace) -> int:
     with connect(options) as client:
         return _follow(client.jobs.watch(options.id, timeout_s=options.timeout), options.json)
 
@@ -113,10 +113,10 @@ def _follow(events: Iterator[JobEvent], as_json: bool) -> int:
         else:
             teller.tell(event)
     if job is None or not job.has_ended:
-        return 1
+        return FAILED
     if not as_json:
         print(f"job {job.state}{_because(job.detail)}")
-    return 0 if job.state == "finished" and job.is_success else 1
+    return 0 if job.state == "finished" and job.is_success else FAILED
 
 
 class _Teller:
@@ -162,30 +162,27 @@ class _Teller:
             self._states[task.adapter] = task.state
 
 
-def _list(options: argparse.Namespace, connect: _Connect) -> int:
+def _list(options: argparse.Namespace) -> int:
     with connect(options) as client:
-        jobs = list(client.jobs.list())
-    if options.json:
-        for job in jobs:
-            print(_json(job))
-        return 0
+        if options.json:
+            for job in client.jobs:
+                print(_json(job))
+            return 0
+        jobs = list(client.jobs)
     rows = [("ID", "STATE", "CREATED", "ADAPTERS")]
     for job in jobs:
         adapters = ", ".join(_progress(task) for task in job.tasks)
         rows.append((job.id, job.state, f"{job.created_at:%Y-%m-%d %H:%M}", adapters))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for cells in rows:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        print("  ".join(padded).rstrip())
+    print_table(rows)
     return 0
 
 
-def _get(options: argparse.Namespace, connect: _Connect) -> int:
+def _get(options: argparse.Namespace) -> int:
     with connect(options) as client:
         return _print_job(client.jobs.get(options.id), options.json)
 
 
-def _cancel(options: argparse.Namespace, connect: _Connect) -> int:
+def _cancel(options: argparse.Namespace) -> int:
     with connect(options) as client:
         return _print_job(client.jobs.cancel(options.id, options.adapters), options.json)
 

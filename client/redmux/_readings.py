@@ -1,4 +1,4 @@
-"""The commands that classify and embed texts, with several adapters at once: all but the calls."""
+"""`redmux classify` and `redmux embed`: texts read with several adapters at once."""
 
 import argparse
 import asyncio
@@ -8,7 +8,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
+from redmux._connecting import run_with_client
+from redmux._exit_codes import exit_code
 from redmux._shell import shell_line
+from redmux.aio import AsyncClient
 from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import Classifications, Embeddings, TextInput
 
@@ -18,8 +21,8 @@ _Answer = TypeVar("_Answer", Classifications, Embeddings)
 def add_classify(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     server: argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
-    """Adds the command that classifies, without what runs it."""
+) -> None:
+    """Adds the command that classifies."""
     parser = commands.add_parser(
         "classify", parents=[server], help="classify texts by the heads of one or more adapters"
     )
@@ -28,14 +31,14 @@ def add_classify(
         "--adapter", action="append", required=True, metavar="NAME",
         help="name or digest; give it again to run several at once",
     )  # fmt: skip
-    return parser
+    parser.set_defaults(run=_classify)
 
 
 def add_embed(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     server: argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
-    """Adds the command that embeds, without what runs it."""
+) -> None:
+    """Adds the command that embeds."""
     parser = commands.add_parser(
         "embed", parents=[server], help="turn texts into vectors with one or more adapters"
     )
@@ -50,7 +53,7 @@ def add_embed(
         help="default: mean for an encoder, last for a decoder",
     )  # fmt: skip
     parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
-    return parser
+    parser.set_defaults(run=_embed)
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +61,39 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", action="store_true", help="take texts two by two, as one input")
 
 
-def inputs_of(texts: Sequence[str], as_pairs: bool) -> list[TextInput]:
+def _classify(options: argparse.Namespace) -> int:
+    inputs = _inputs_of(options.texts, options.pairs)
+    lines_of = _classification_json if options.json else _classification_lines
+
+    def run(client: AsyncClient) -> Awaitable[int]:
+        def ask(adapter: str | None) -> Awaitable[Classifications]:
+            return client.classify(inputs, adapter=adapter or "", timeout_s=options.timeout)
+
+        return _print_answers(options.adapter, ask, lines_of)
+
+    return run_with_client(options, run)
+
+
+def _embed(options: argparse.Namespace) -> int:
+    inputs = _inputs_of(options.texts, options.pairs)
+    adapters: list[str | None] = list(options.adapter)
+    if options.base or not adapters:
+        adapters.insert(0, None)
+    lines_of = _embedding_json if options.json else _embedding_lines
+
+    def run(client: AsyncClient) -> Awaitable[int]:
+        def ask(adapter: str | None) -> Awaitable[Embeddings]:
+            return client.embed(
+                inputs, adapter=adapter, pooling=options.pooling, normalize=options.normalize,
+                timeout_s=options.timeout,
+            )  # fmt: skip
+
+        return _print_answers(adapters, ask, lines_of)
+
+    return run_with_client(options, run)
+
+
+def _inputs_of(texts: Sequence[str], as_pairs: bool) -> list[TextInput]:
     """Returns the inputs of a command; a text "-" stands for the lines of stdin."""
     found: list[str] = []
     for text in texts:
@@ -70,7 +105,7 @@ def inputs_of(texts: Sequence[str], as_pairs: bool) -> list[TextInput]:
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-async def print_answers(
+async def _print_answers(
     adapters: Sequence[str | None],
     ask: Callable[[str | None], Awaitable[_Answer]],
     lines_of: Callable[[_Answer], list[str]],
@@ -80,23 +115,23 @@ async def print_answers(
     What fails is reported on stderr and does not disturb the rest.
     """
     answers = await asyncio.gather(*map(ask, adapters), return_exceptions=True)
-    num_failed = 0
+    code = 0  # of the first that failed
     for adapter, answer in zip(adapters, answers, strict=True):
         title = "(base model)" if adapter is None else adapter
         if isinstance(answer, RedmuxError):
             where = f"{title}: " if len(adapters) > 1 else ""
             print(f"redmux: {where}{shell_line(answer.message)}", file=sys.stderr)
-            num_failed += 1
+            code = code or exit_code(answer)
         elif isinstance(answer, BaseException):
             raise answer
         else:
             if len(adapters) > 1:
                 print(f"== {title} ==")
             print(*lines_of(answer), sep="\n")
-    return min(num_failed, 1)
+    return code
 
 
-def classification_lines(answer: Classifications) -> list[str]:
+def _classification_lines(answer: Classifications) -> list[str]:
     """Returns a line per input: label and score of the best, of all if several can hold."""
     lines = []
     for result in answer.results:
@@ -107,7 +142,7 @@ def classification_lines(answer: Classifications) -> list[str]:
     return lines
 
 
-def classification_json(answer: Classifications) -> list[str]:
+def _classification_json(answer: Classifications) -> list[str]:
     """Returns a JSON object per input."""
     common = {"problem_type": answer.problem_type, "adapter": answer.adapter}
     return [
@@ -116,12 +151,12 @@ def classification_json(answer: Classifications) -> list[str]:
     ]
 
 
-def embedding_lines(answer: Embeddings) -> list[str]:
+def _embedding_lines(answer: Embeddings) -> list[str]:
     """Returns a line per input: its numbers."""
     return [" ".join(f"{value:.6g}" for value in vector) for vector in answer.vectors]
 
 
-def embedding_json(answer: Embeddings) -> list[str]:
+def _embedding_json(answer: Embeddings) -> list[str]:
     """Returns a JSON object per input."""
     return [
         json.dumps({"vector": vector, "adapter": answer.adapter, "digest": answer.digest})

@@ -2,23 +2,21 @@
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import asdict
 
-from redmux.client import Client
+from redmux._connecting import connect
+from redmux._printing import json_line
 from redmux.types import Prompt, TokenScores
 
 
 def add_score(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
     server: argparse.ArgumentParser,
-    connect: Callable[[argparse.Namespace], Client],
 ) -> None:
-    """Adds the command; `server` has the options that `connect` reads."""
+    """Adds the command; `server` has the options of the connection."""
     parser = commands.add_parser(
         "score", parents=[server], help="tell how likely continuations of a prompt are"
     )
-    parser.set_defaults(run=lambda options: _score(options, connect))
+    parser.set_defaults(run=_score)
     parser.add_argument("prompt", metavar="PROMPT", help="the text before the continuations")
     parser.add_argument("continuations", metavar="CONTINUATION", nargs="*")
     parser.add_argument("--adapter", metavar="NAME", help="default: the base model")
@@ -30,7 +28,7 @@ def add_score(
     parser.add_argument("--prompt-logprobs", action="store_true", help="score the prompt, too")
 
 
-def _score(options: argparse.Namespace, connect: Callable[[argparse.Namespace], Client]) -> int:
+def _score(options: argparse.Namespace) -> int:
     prompt: Prompt = options.prompt
     if options.chat:
         prompt = [{"role": "user", "content": options.prompt}]
@@ -41,7 +39,7 @@ def _score(options: argparse.Namespace, connect: Callable[[argparse.Namespace], 
             parse_special_tokens=options.parse_special_tokens,
         )  # fmt: skip
     if options.json:
-        print(json.dumps(asdict(scores)))
+        print(json_line(scores))
         return 0
     if scores.prompt is not None:
         _print_line(scores.prompt, "(prompt)")

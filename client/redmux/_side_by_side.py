@@ -1,12 +1,13 @@
 """Runs one prompt with several adapters at once and prints the completions one below the other."""
 
 import asyncio
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+from redmux._exit_codes import exit_code
+from redmux._printing import json_line
 from redmux._shell import shell_line
 from redmux.aio import AsyncClient
 from redmux.errors import RedmuxError
@@ -37,20 +38,24 @@ class SideBySide:
             asyncio.create_task(self._fill(queue, adapter))
             for queue, adapter in zip(queues, self.adapters, strict=True)
         ]
-        num_failed = 0
+        code = 0  # of the first that failed
         try:
             for queue, adapter in zip(queues, self.adapters, strict=True):
                 self._print_heading(adapter)
+                num_chunks = 0
                 while isinstance(item := await queue.get(), Chunk):
                     print(item.text, end="", flush=True)
-                print()
+                    num_chunks += 1
+                if num_chunks or item is None:
+                    print()
                 if item is not None:
-                    num_failed += self._report(adapter, item)
+                    self._report(adapter, item)
+                    code = code or exit_code(item)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return min(num_failed, 1)
+        return code
 
     async def _fill(
         self, queue: asyncio.Queue[Chunk | RedmuxError | None], adapter: str | None
@@ -75,18 +80,19 @@ class SideBySide:
             for adapter in self.adapters
         )
         results = await asyncio.gather(*calls, return_exceptions=True)
-        num_failed = 0
+        code = 0  # of the first that failed
         for adapter, result in zip(self.adapters, results, strict=True):
             if isinstance(result, RedmuxError):
-                num_failed += self._report(adapter, result)
+                self._report(adapter, result)
+                code = code or exit_code(result)
             elif isinstance(result, BaseException):
                 raise result
             elif as_json:
-                print(json.dumps(asdict(result)))
+                print(json_line(result))
             else:
                 self._print_heading(adapter)
                 print(result.text)
-        return min(num_failed, 1)
+        return code
 
     def _options(self, adapter: str | None) -> GenerationOptions:
         options = self.options.copy()
@@ -97,10 +103,9 @@ class SideBySide:
         if len(self.adapters) > 1:
             print(f"== {_title(adapter)} ==")
 
-    def _report(self, adapter: str | None, error: RedmuxError) -> int:
+    def _report(self, adapter: str | None, error: RedmuxError) -> None:
         where = f"{_title(adapter)}: " if len(self.adapters) > 1 else ""
         print(f"redmux: {where}{shell_line(error.message)}", file=sys.stderr)
-        return 1
 
 
 def _title(adapter: str | None) -> str:

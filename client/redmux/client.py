@@ -1,17 +1,20 @@
 """The synchronous client."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Literal, Self, Unpack, overload
 
 import grpc
 
-from redmux import _calls
+from redmux import _calls, _server_calls
 from redmux._channel import READY_POLL_S, STREAM_TIMEOUT_S, Connection, Settings
+from redmux._mapping import CONCURRENCY, Pending, check_mapping, map_in_order
+from redmux._progress import Progress, total_of
 from redmux._source import AdapterConfig, AdapterSource, read_source
-from redmux.errors import DeadlineExceededError, NotFoundError, UnavailableError
+from redmux.errors import DeadlineExceededError, NotFoundError, RedmuxError, UnavailableError
+from redmux.server_types import Health, ServerInfo
 from redmux.training import Jobs
 from redmux.types import (
     Adapter,
@@ -21,11 +24,9 @@ from redmux.types import (
     Continuation,
     Embeddings,
     GenerationOptions,
-    Health,
     Pooling,
     Prompt,
     Scores,
-    ServerInfo,
     TextInput,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
@@ -83,7 +84,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Generator[Chunk, None, None]:
-        """Yields the completion as it is decoded; the last chunk has a `finish_reason`.
+        """Yields the completion as it is decoded; its last chunk has a `finish_reason`.
 
         Takes what `generate` takes. The request is sent when the first chunk is asked for, has 600
         seconds unless `timeout_s` says otherwise, and is cancelled when the iterator is closed. An
@@ -98,14 +99,75 @@ class Client:
     ) -> Generator[Chunk, None, None]:
         request = inference_pb2.GenerateRequest(generation=generation)
         method = self._connection.inference.Generate
-        is_finished = False
+        num_left = generation.sampling.n or 1
         with closing(self._connection.stream(method, request, deadline_s)) as messages:
             for message in messages:
                 chunk = _calls.chunk(message, generation.logprobs)
-                is_finished = chunk.finish_reason is not None
+                num_left -= chunk.finish_reason is not None
                 yield chunk
-        if not is_finished:
+        if num_left > 0:
             raise _calls.unfinished()
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = ...,
+        progress: bool = ...,
+        return_exceptions: Literal[False] = ...,
+        timeout_s: float | None = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[Completion, None, None]: ...
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = ...,
+        progress: bool = ...,
+        return_exceptions: bool,
+        timeout_s: float | None = ...,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[Completion | RedmuxError, None, None]: ...
+
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        concurrency: int = CONCURRENCY,
+        progress: bool = False,
+        return_exceptions: bool = False,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Generator[Any, None, None]:
+        """Yields the completions of many prompts, in their order.
+
+        Takes what `generate` takes. At most `concurrency` requests are under way, and prompts are
+        asked for as there is room, so there may be any number of them; `timeout_s` limits each
+        request. The first error, in the order of the prompts, ends it; with `return_exceptions` it
+        is yielded in the completion's place instead. `progress` counts on stderr, by tqdm where
+        that is installed. Closing the iterator cancels what is under way.
+        """
+        check_mapping(prompts, concurrency)
+        self._connection.settings.deadline_s(timeout_s)
+        return map_in_order(
+            lambda prompt: self._start(prompt, timeout_s, options), prompts,
+            concurrency=concurrency, return_exceptions=return_exceptions,
+            progress=Progress(is_wanted=progress, total=total_of(prompts)),
+        )  # fmt: skip
+
+    def _start(
+        self, prompt: Prompt, timeout_s: float | None, options: GenerationOptions
+    ) -> Pending[Completion]:
+        generation = _calls.generation(prompt, **options)
+        return self._connection.start(
+            self._connection.inference.Complete,
+            inference_pb2.CompleteRequest(generation=generation),
+            timeout_s,
+            lambda response: _calls.completion(response, generation.logprobs),
+        )
 
     def classify(
         self, inputs: Sequence[TextInput], *, adapter: str, timeout_s: float | None = None
@@ -165,10 +227,10 @@ class Client:
     def health(self) -> Health:
         """Returns whether the server is ready to generate."""
         try:
-            response = self._connection.unary(self._connection.health, _calls.HEALTH_REQUEST)
+            response = self._connection.unary(self._connection.health, _server_calls.HEALTH_REQUEST)
         except NotFoundError:
             return "unknown"
-        return _calls.health(response)
+        return _server_calls.health(response)
 
     def wait_ready(self, timeout_s: float = 60.0) -> None:
         """Returns once the server is ready, for as long as it may still be starting.
@@ -188,7 +250,7 @@ class Client:
         """Returns what the server is, how it was set up and how busy it is."""
         request = admin_service_pb2.GetServerInfoRequest()
         response = self._connection.unary(self._connection.admin.GetServerInfo, request)
-        return _calls.server_info(response.info)
+        return _server_calls.server_info(response.info)
 
     def close(self) -> None:
         """Ends all running calls, which raise RequestCancelledError, and the connection."""
@@ -238,6 +300,9 @@ class Adapters:
         return _calls.adapter(
             self._connection.unary(self._connection.adapters.GetAdapter, request).adapter
         )
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return self.list()
 
     def list(self) -> Iterator[Adapter]:
         """Yields all adapters in the order of their names, fetched page by page."""

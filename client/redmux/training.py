@@ -5,7 +5,7 @@ from contextlib import aclosing, closing
 
 from redmux import _job_calls
 from redmux._channel import WATCH_TIMEOUT_S, AsyncConnection, Connection
-from redmux.types import Job, JobEvent, TrainingTask
+from redmux.job_types import Job, JobEvent, TrainingTask
 from redmux.v1 import training_service_pb2 as pb
 
 
@@ -38,6 +38,9 @@ class Jobs:
         request = pb.GetJobRequest(id=_job_calls.check_id(job_id))
         response = self._connection.unary(self._connection.training.GetJob, request)
         return _job_calls.job(response.job)
+
+    def __iter__(self) -> Iterator[Job]:
+        return self.list()
 
     def list(self) -> Iterator[Job]:
         """Yields the jobs of this client's API key, the newest first, fetched page by page."""
@@ -114,6 +117,9 @@ class AsyncJobs:
         request = pb.GetJobRequest(id=_job_calls.check_id(job_id))
         response = await self._connection.unary(self._connection.training.GetJob, request)
         return _job_calls.job(response.job)
+
+    def __aiter__(self) -> AsyncIterator[Job]:
+        return self.list()
 
     async def list(self) -> AsyncIterator[Job]:
         """Yields the jobs of this client's API key, the newest first, fetched page by page."""

@@ -4,12 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 FinishReason: TypeAlias = Literal["stop", "length"]
-Health: TypeAlias = Literal["serving", "not_serving", "unknown"]
-
-ModelKind: TypeAlias = Literal["decoder", "encoder", "encoder_decoder"]
 Pooling: TypeAlias = Literal["mean", "cls", "last"]
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
 
@@ -28,31 +25,87 @@ Continuation: TypeAlias = str | Sequence[int]
 """A text or token ids."""
 
 
+class HasJsonSchema(Protocol):
+    """What tells its JSON schema, such as the classes of pydantic's models."""
+
+    def model_json_schema(self) -> dict[str, Any]:
+        """Returns the JSON schema."""
+        ...
+
+
 class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of `generate` and `stream`; what is left out, the server decides."""
 
     adapter: str | None
     """Name or digest of a loaded adapter; None is the bare base model."""
     max_tokens: int | None
-    """Most tokens to generate; by default 256, or what the context leaves."""
+    """Most tokens to generate; by default what the context leaves."""
+    min_tokens: int | None
+    """Fewest tokens to generate; until then nothing ends the completion."""
+    n: int | None
+    """Choices to generate, 1 to 64; the others than the first are `Completion.other_choices`."""
     temperature: float | None
     """0 or None is greedy."""
     top_p: float | None
+    """Draws from the smallest set of tokens whose probability reaches this."""
     top_k: int | None
+    """Draws from so many of the likeliest tokens; 0 does not restrict."""
+    min_p: float | None
+    """Draws from tokens at least this share as likely as the likeliest."""
+    typical_p: float | None
+    """Draws from the most typical tokens whose probability reaches this."""
+    presence_penalty: float | None
+    """Taken from the logit of what is in the completion already, -2 to 2."""
+    frequency_penalty: float | None
+    """The same, for each time that it is there."""
+    repetition_penalty: float | None
+    """Makes what is in prompt or completion less likely above 1, more likely below."""
+    no_repeat_ngram: int | None
+    """No sequence of so many tokens comes twice in prompt and completion."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits of token ids, -100 to 100."""
+    allowed_token_ids: Sequence[int]
+    """All other tokens are banned; none allows all."""
+    bad_words: Sequence[str]
+    """Words that must not be in the completion."""
+    bad_token_ids: Sequence[int]
+    """Token ids that are never generated."""
     seed: int | None
     """Makes the draws repeatable, alone or in any batch."""
     stop: Sequence[str]
-    """Texts that end the completion; they are not part of it."""
+    """Texts that end the completion; they are not part of it, unless `include_stop_str`."""
+    stop_regex: str | None
+    """A regular expression of RE2 that ends the completion where it first matches."""
+    include_stop_str: bool
+    """Keeps what ended the completion in its text."""
     stop_token_ids: Sequence[int]
     """Token ids that end the completion, beside the model's own end-of-text tokens."""
     ignore_eos: bool
     """Generates past the model's end-of-text tokens."""
     logprobs: bool
     """Returns the log-probability of each generated token."""
+    schema: Mapping[str, Any] | str | HasJsonSchema | None
+    """JSON schema of the completion: a mapping, its JSON text, or a pydantic model."""
+    json_object: bool
+    """Makes the completion a JSON object, any one."""
+    regex: str | None
+    """Regular expression that the whole completion matches."""
+    choices: Sequence[str] | None
+    """Texts of which the completion is one."""
+    grammar: str | None
+    """Lark grammar of the completion."""
+    top_logprobs: int | None
+    """With `logprobs`: how many of the likeliest tokens to return at each place, 0 to 20."""
+    prompt_logprobs: int | None
+    """Returns those of the prompt too, each with so many of the likeliest tokens, 0 to 20."""
+    skip_special_tokens: bool
+    """False gives special tokens that are generated their text."""
+    priority: int | None
+    """Which of your waiting requests goes first: the lowest, -100 to 100; by default 0."""
     parse_special_tokens: bool
     """Takes what is written like a special token in a chat message for that token."""
     template: str | None
-    """Jinja template of the chat instead of the adapter's or the model's, if the server takes any."""
+    """Jinja template instead of the adapter's or the model's, where the server takes any."""
     template_args: Mapping[str, Any] | None
     """Further variables of the template, such as {"enable_thinking": False}."""
     add_generation_prompt: bool | None
@@ -82,6 +135,22 @@ class Usage:
     added_special_tokens: int = 0
 
 
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
+"""The likeliest tokens at one place, likeliest first: (token id, log-probability)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Of each token of a prompt but the first, which follows nothing, how likely it is there.
+
+    `top_logprobs` is empty where none were asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A call of a tool, which may go into the "tool_calls" of the next prompt as it is.
@@ -108,10 +177,15 @@ class ToolCallDelta:
 class Completion:
     """A whole completion.
 
-    `logprobs` has one natural logarithm per token id, of the distribution before temperature, or
-    is None where they were not asked for. `stop` is the stop text that ended it. `adapter` and
+    `logprobs` has one natural logarithm per token id, of the model's own distribution before
+    biases, penalties, bans and temperature, or is None where they were not asked for, as
+    `top_logprobs` is. `stop` is the text that ended it, `stop_token_id` the token. `adapter` and
     `digest` name what it was computed with; both are None for the base model. `tool_calls` are not
     in `text`.
+
+    `first_token_s` and `total_s` are the server's: seconds since the request came. They do not
+    count when two completions are compared. `other_choices` are those behind the first of `n`;
+    the prompt is counted in the usage of each.
     """
 
     text: str
@@ -123,15 +197,27 @@ class Completion:
     adapter: str | None
     digest: str | None
     tool_calls: tuple[ToolCall, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    stop_token_id: int | None = None
+    prompt: PromptScores | None = None
+    first_token_s: float | None = field(default=None, compare=False)
+    total_s: float | None = field(default=None, compare=False)
+    other_choices: "tuple[Completion, ...]" = ()
+
+    @property
+    def choices(self) -> "tuple[Completion, ...]":
+        """This completion and the others of the same prompt."""
+        return (self, *self.other_choices)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A part of a completion: what was decoded since the chunk before.
 
-    The texts and tokens of all chunks, joined, are the completion. `text` may be empty while a
-    character is incomplete. Only the last chunk has `finish_reason` and `usage`. `tool_calls` are
-    parts of calls, which are not in `text`.
+    The texts and tokens of all chunks of one `index`, joined, are that choice. `text` may be empty
+    while a character is incomplete. Only the last chunk of a choice has `finish_reason` and
+    `usage`, only the first of all has `prompt`. `tool_calls` are parts of calls, which
+    are not in `text`.
     """
 
     text: str
@@ -143,6 +229,12 @@ class Chunk:
     stop: str | None
     usage: Usage | None
     tool_calls: tuple[ToolCallDelta, ...] = ()
+    index: int = 0
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
+    stop_token_id: int | None = None
+    prompt: PromptScores | None = None
+    first_token_s: float | None = field(default=None, compare=False)
+    total_s: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,13 +271,21 @@ class Classifications:
 class Embeddings:
     """A vector per input, and what they were computed with.
 
-    `adapter` and `digest` are None for the base model.
+    `adapter` and `digest` are None for the base model. `numpy.asarray` makes a matrix of them,
+    [inputs, width] in float32, as they are on the wire.
     """
 
     vectors: tuple[tuple[float, ...], ...]
     usage: Usage
     adapter: str | None
     digest: str | None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy  # whoever asks for an array has it
+
+        if copy is False:
+            raise ValueError("the vectors are no array yet, so a copy is made")
+        return numpy.array(self.vectors, dtype=numpy.float32 if dtype is None else dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,168 +344,3 @@ class Adapter:
     description: str
     created_at: datetime
     base_match: str
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """What a server is, how it was set up and how busy it is.
-
-    `choices` says why device, dtype, threads and kernels are what they are. `bit_identical` tells
-    whether the start-up check found logits bit-identical alone and in mixed batches. `max_context`
-    counts prompt and completion together; `max_running` and `max_batch_tokens` bound one forward
-    pass. A decoder generates, scores and embeds, an encoder classifies and embeds, an
-    encoder-decoder generates. `trains` tells whether training jobs are taken.
-    """
-
-    version: str
-    model: str
-    base_fingerprint: str
-    architecture: str
-    device: str
-    dtype: str
-    choices: tuple[str, ...]
-    bit_identical: bool
-    vocab_size: int
-    max_context: int
-    max_running: int
-    max_batch_tokens: int
-    max_queue: int
-    kv_cache_tokens: int
-    num_adapters: int
-    num_running: int
-    num_waiting: int
-    uptime_s: float
-    kind: ModelKind
-    trains: bool
-
-
-JobState: TypeAlias = Literal["queued", "running", "finished", "cancelled", "failed"]
-TaskState: TypeAlias = Literal[
-    "queued", "running", "completed", "stopped_early", "diverged", "cancelled", "failed"
-]
-
-
-class TrainingOptions(TypedDict, total=False):
-    """How an adapter is trained; what is left out has the default of `redmux train`.
-
-    docs/training.md explains each of them.
-    """
-
-    learning_rate: float
-    head_learning_rate: float
-    steps: int
-    epochs: float
-    batch_size: int
-    schedule: Literal["linear", "cosine", "constant"]
-    warmup: float
-    warmup_steps: int
-    weight_decay: float
-    clip_norm: float
-    label_smoothing: float
-    sites: str
-    layers: str
-    train: Literal["both", "scale", "bias", "ln", "head"]
-    eval_every: int
-    patience: int
-    metric: Literal["loss", "accuracy", "matthews", "pearson"]
-    head: str
-    seed: int
-    valid_share: float
-    """Share of the records that is held out where a task has no `valid`."""
-    prompt_format: str | Mapping[str, Sequence[str]]
-    """auto, template, chatml, raw, or turns such as {"user": [prefix, suffix], ...}."""
-    max_length: int
-    labels: Sequence[str]
-    description: str
-    license: str
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingTask:
-    """One adapter to train, and what from.
-
-    A record is a mapping with the fields of a line of training data: prompt and completion, or
-    messages for decoders; text and label, or text and score, for encoders. Without `valid`, a share
-    of the records is held out.
-    """
-
-    adapter: str
-    records: Sequence[Mapping[str, Any]]
-    valid: Sequence[Mapping[str, Any]] = ()
-    options: TrainingOptions = field(default_factory=TrainingOptions)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingStep:
-    """One optimizer step of one adapter; `loss` is the mean over its batch, before the step."""
-
-    adapter: str
-    step: int
-    num_steps: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingEvaluation:
-    """One evaluation on held-out records; step 0 is the base model, `accuracy` None for scores.
-
-    `correlation` is the task's metric where that is "matthews" or "pearson".
-    """
-
-    adapter: str
-    step: int
-    loss: float
-    accuracy: float | None
-    is_best: bool
-    correlation: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class JobTask:
-    """How far one adapter of a job is.
-
-    `loss` is that of the last step, `best` the best evaluation so far, `digest` that of the
-    published adapter; each is None before there is one. `detail` says why it is no success.
-    """
-
-    adapter: str
-    state: TaskState
-    detail: str
-    step: int
-    num_steps: int
-    loss: float | None
-    best: TrainingEvaluation | None
-    num_tokens: int
-    num_examples: int
-    num_held_out: int
-    digest: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A training job as it stood. `num_ahead` jobs are probably trained before it."""
-
-    id: str
-    state: JobState
-    detail: str
-    tasks: tuple[JobTask, ...]
-    created_at: datetime
-    started_at: datetime | None
-    ended_at: datetime | None
-    num_ahead: int
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether nothing about it will change any more."""
-        return self.state not in ("queued", "running")
-
-    @property
-    def is_success(self) -> bool:
-        """Whether every task has ended with a published adapter."""
-        return all(task.state in ("completed", "stopped_early") for task in self.tasks)
-
-
-JobEvent: TypeAlias = Job | TrainingStep | TrainingEvaluation

@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import importlib
 import logging
-import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
+from redmux_server.files.store import FileStore
 from redmux_server.grpc_api.methods import add_methods, message_limits
 from redmux_server.http_api.batch_lines import line_answerer
 from redmux_server.http_api.gauges import GatewayGauges
 from redmux_server.http_api.names import ModelNames
 from redmux_server.http_api.offer import Offer
-from redmux_server.leaving import EXIT_SOFTWARE, Leaving
+from redmux_server.leaving import EXIT_SOFTWARE, Leaving, stop_loading
+from redmux_server.load import load_message
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
@@ -31,12 +33,14 @@ from redmux_server.models.load import load
 from redmux_server.registry.folder_lock import FolderLock
 from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.registry.tenants import sees_all
 from redmux_server.services.validation import Validator
 from redmux_server.wiring import (
     make_desk,
     make_engine,
     make_services,
     make_training,
+    open_files,
     open_registry,
     readable,
 )
@@ -53,7 +57,7 @@ class Server:
 
     def __init__(
         self, config: ServerConfig, doors: Doors, model: BaseModel | EncoderModel,
-        registry: AdapterRegistry, locks: Sequence[FolderLock] = (),
+        registry: AdapterRegistry, files: FileStore, locks: Sequence[FolderLock] = (),
     ) -> None:  # fmt: skip
         """`locks` are those of its folders, released when the server has stopped."""
         self._locks = locks
@@ -65,17 +69,21 @@ class Server:
         self.engine = make_engine(config, model, self.metrics)
         # One thread: tokenizing a long prompt must not hold up the event loop.
         self._tokenizing = FairThread("tokenizer")
+        self._compiling = FairThread("grammars")
         self.services = make_services(
-            model, self.engine, registry, self.metrics, self._tokenizing,
+            model, self.engine, registry, self.metrics, self._tokenizing, self._compiling,
             allow_request_template=config.allow_request_template,
         )  # fmt: skip
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
-        self.desk = make_desk(config, self.training)
+        self.desk = make_desk(config, files, self.training)
         self.names = ModelNames(config.model, config.served_model_name, registry)
         gauges = GatewayGauges(self.names.base, config.max_running, self.engine, registry)
         gauges.register(self.metrics.registry)
+        # Where the model lies is the operator's to know.
+        is_file = Path(config.model).expanduser().exists()
+        self._model_name = Path(config.model).name if is_file else config.model
         self._is_draining = False
         self._is_stuck = False
         self._started_s = time.monotonic()
@@ -93,20 +101,22 @@ class Server:
         try:
             choices = choose(config)
             # What can be wrong with adapters is told before the model takes its time.
-            given = read_given(config.adapters)
-            if config.adapter_dir:
-                locks.append(FolderLock(Path(config.adapter_dir)))
-            if config.data_dir:
-                locks.append(FolderLock(Path(config.data_dir), "data_dir", "files"))
             # The thread ends with the loading: compute threads that wait for its next call would
             # count as competitors of the engine's, which OpenMP then puts to sleep after every
-            # product.
+            # product. Adapters are read in it, too, so that the doors answer meanwhile.
             with ThreadPoolExecutor(1, "loader") as loader:
-                loading = asyncio.get_running_loop().run_in_executor(loader, load, config, choices)
+                in_loader = functools.partial(asyncio.get_running_loop().run_in_executor, loader)
+                given = await in_loader(read_given, config.adapters)
+                if config.adapter_dir:
+                    locks.append(FolderLock(Path(config.adapter_dir)))
+                if config.data_dir:
+                    locks.append(FolderLock(Path(config.data_dir), "data_dir", "files"))
                 # FastAPI takes a while to be imported, which is the loading's time otherwise.
                 importing = asyncio.to_thread(importlib.import_module, "redmux_server.http_api.app")
-                model, _ = await asyncio.gather(loading, importing)
-            server = cls(config, doors, model, open_registry(config, model, given), locks)
+                model, _ = await asyncio.gather(in_loader(load, config, choices), importing)
+                registry = await in_loader(open_registry, config, model, given)
+                files = await in_loader(open_files, config)
+            server = cls(config, doors, model, registry, files, locks)
             await server._serve()
         except BaseException:
             await doors.close()
@@ -138,11 +148,12 @@ class Server:
         await self.desk.batches.stop()
         await self.training.stop()
         await self.desk.tuning.stop()
+        self._compiling.close()
         self._tokenizing.close()  # what is not in the engine yet would be refused there
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop(_STEP_S)
         await self.doors.close()
-        await asyncio.to_thread(self.registry.save_index)
+        await self.registry.close()
         for lock in self._locks:
             lock.close()
 
@@ -161,7 +172,7 @@ class Server:
             offer = self._offer()
             app = make_app(offer)
             await self.desk.tuning.start()
-            self.desk.batches.start(line_answerer(app))
+            await self.desk.batches.start(line_answerer(app))
             doors.http.serve(app, body_limits(offer))
         doors.state = lambda: self.state
         self._watch = asyncio.create_task(self._watch_engine())
@@ -211,12 +222,12 @@ class Server:
                 if is_stuck and self.engine.is_alive:
                     self.engine.give_up_step()
 
-    def info(self) -> admin_service_pb2.ServerInfo:
-        """Returns what GetServerInfo tells."""
+    def info(self, tenant: str = "") -> admin_service_pb2.ServerInfo:
+        """Returns what GetServerInfo tells a tenant."""
         config, model = self.config, self.model
         return admin_service_pb2.ServerInfo(
             version=redmux.__version__,
-            model=config.model,
+            model=config.model if sees_all(tenant) else self._model_name,
             base_fingerprint=model.fingerprint,
             architecture=model.architecture,
             device=str(model.device),
@@ -231,12 +242,13 @@ class Server:
             kv_cache_tokens=(
                 model.num_blocks * model.block_size if isinstance(model, BaseModel) else 0
             ),
-            num_adapters=len(self.registry),
+            num_adapters=self.registry.count(tenant),
             num_running=self.engine.num_running,
             num_waiting=max(0, self.engine.num_open - self.engine.num_running),
             uptime_s=time.monotonic() - self._started_s,
             kind=readable(model).kind,
             trains=self.training.trains,
+            load=load_message(self.metrics),
         )
 
 
@@ -248,35 +260,40 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
     again.
     """
     loop = asyncio.get_running_loop()
-    signalled: asyncio.Queue[None] = asyncio.Queue()
+    # Events, not a queue: whoever waits for two things at once could take a signal and lose it.
+    leave, leave_now = asyncio.Event(), asyncio.Event()
 
-    def tell() -> None:
+    def hear() -> None:
+        (leave_now if leave.is_set() else leave).set()
+
+    def in_loop(callback: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended already
-            loop.call_soon_threadsafe(signalled.put_nowait, None)
+            loop.call_soon_threadsafe(callback)
 
-    def read_keys() -> None:
-        loop.call_soon_threadsafe(doors.read_keys_again)
-
-    leaving = Leaving(config.drain_s, tell, read_keys if config.api_keys_file else None)
+    leaving = Leaving(
+        config.drain_s, lambda: in_loop(hear),
+        (lambda: in_loop(doors.read_keys_again)) if config.api_keys_file else None,
+    )  # fmt: skip
     starting = asyncio.create_task(Server.start(config, doors))
-    await _first(asyncio.shield(starting), signalled.get())
+    await _first(asyncio.shield(starting), leave.wait())
     if not starting.done():
-        logger.info("stopped while loading")
-        os._exit(0)  # nobody is served yet, and the thread that loads cannot be interrupted
+        stop_loading()
     server = starting.result()
     # What is there now stays: a search through it for garbage would stop all streams for 0.2 s.
     gc.freeze()
     gc.enable()
-    await _first(signalled.get(), server.engine.died.wait())
+    await _first(leave.wait(), server.engine.died.wait())
     if server.engine.died.is_set():
         leaving.begin()
+        leave.set()  # as if somebody had said so
     else:
         logger.info("draining, at most %g s", config.drain_s)
     stopping = asyncio.create_task(server.stop())
-    await _first(asyncio.shield(stopping), signalled.get())
+    await _first(asyncio.shield(stopping), leave_now.wait())
     server.engine.cut_draining()
     await stopping
     logger.info("stopped")
+    gc.unfreeze()  # else libraries find their objects left at the end, and say so
     is_well = not server.engine.died.is_set() and not server.engine.is_alive
     leaving.stopped(0 if is_well else EXIT_SOFTWARE)
     return is_well

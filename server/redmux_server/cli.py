@@ -1,6 +1,7 @@
 """The command `redmux serve`."""
 
 import asyncio
+import functools
 import gc
 import importlib
 import logging
@@ -13,7 +14,7 @@ from redmux.errors import RedmuxError
 from redmux_server.config import ServerConfig, load_config
 from redmux_server.descriptors import raise_limit
 from redmux_server.doors import Doors
-from redmux_server.leaving import EXIT_SOFTWARE
+from redmux_server.leaving import EXIT_SOFTWARE, heed_signals
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ def serve(argv: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    heed_signals()
     try:
         config = load_config(argv)
         logging.getLogger().setLevel(config.log_level.upper())
@@ -35,10 +37,12 @@ def serve(argv: Sequence[str]) -> int:
 
 async def _serve(config: ServerConfig) -> bool:
     logger.info("redmux %s starts with model %s", redmux.__version__, config.model)
+    loop = asyncio.get_running_loop()
     raise_limit()  # before the doors take their part of it
     doors = await Doors.open(config)
-    if config.api_keys_file:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, doors.read_keys_again)
+    if config.api_keys_file:  # not by the loop: closing, it would let those that still come kill
+        read_keys = functools.partial(loop.call_soon_threadsafe, doors.read_keys_again)
+        signal.signal(signal.SIGHUP, lambda *_: read_keys())
     logger.info(
         "listening on %s:%d, HTTP on port %d, metrics on port %d; health is NOT_SERVING until the "
         "model is loaded",

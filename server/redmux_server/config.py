@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import ipaddress
 import logging
-import math
 import os
 import re
 import tomllib
@@ -122,21 +121,14 @@ class ServerConfig:
     log_level: str = _option("info", "debug, info, warning or error")
 
     def __post_init__(self) -> None:
-        for name, low in _LOWEST.items():
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not low <= value < math.inf:  # true for NaN, too
-                raise InvalidArgumentError(f"{name} is {value}, must be at least {low}")
+            if not low <= value <= high:  # true for NaN, too
+                raise InvalidArgumentError(f"{name} is {value}, must be from {low} to {high}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise InvalidArgumentError(f"{name} is {value!r}, must be one of {allowed}")
-        for name in ("port", "http_port", "metrics_port"):
-            if getattr(self, name) > 65535:
-                raise InvalidArgumentError(f"{name} is {getattr(self, name)}, must be below 65536")
-        if self.training_share > 1:
-            raise InvalidArgumentError(
-                f"training_share is {self.training_share}, must be at most 1"
-            )
         if self.max_batch_tokens < self.max_running:
             raise InvalidArgumentError(
                 f"max_batch_tokens is {self.max_batch_tokens}, must be at least max_running "
@@ -166,11 +158,18 @@ class ServerConfig:
             return self.host == "localhost"
 
 
-_LOWEST = {
-    "port": 0, "http_port": -1, "metrics_port": 0, "threads": 0, "max_running": 1,
-    "max_batch_tokens": 1, "max_queue": 0, "max_context": 0, "kv_cache_tokens": 0,
-    "prefix_cache_bytes": 0, "bank_bytes": 0, "host_cache_bytes": 0, "training_share": 0.001,
-    "training_queue": 1, "training_max_tokens": 1, "drain_s": 0,
+_TOKENS = 1 << 24  # more than any model reads, or a step computes
+_CALLS = 1 << 20
+_BYTES = 1 << 50
+# What is more than these would be a slip, which shows itself as a start that hangs or dies.
+_RANGES = {
+    "port": (0, 65535), "http_port": (-1, 65535), "metrics_port": (0, 65535),
+    "threads": (0, 1024),
+    "max_running": (1, 1 << 16), "max_batch_tokens": (1, _TOKENS), "max_queue": (0, _CALLS),
+    "max_context": (0, _TOKENS), "kv_cache_tokens": (0, 1 << 40), "prefix_cache_bytes": (0, _BYTES),
+    "bank_bytes": (0, _BYTES), "host_cache_bytes": (0, _BYTES), "training_share": (0.001, 1),
+    "training_queue": (1, _CALLS), "training_max_tokens": (1, _BYTES),
+    "drain_s": (0, 7 * 86_400),
 }  # fmt: skip
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
@@ -190,22 +189,7 @@ def load_config(
     unknown flags. An unknown variable is a warning: another version may know it.
     """
     fields = {f.name: f for f in dataclasses.fields(ServerConfig)}
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Serve RED adapters over gRPC and HTTP.", allow_abbrev=False
-    )
-    parser.add_argument("--config", help="TOML file with any of these options")
-    for name, field in fields.items():
-        kind = " (repeatable)" if _is_list(name) else ""
-        default = _default_text(field.default)
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            action="append" if _is_list(name) else "store",
-            metavar=name.upper(),
-            help=f"{field.metadata['help']}{kind}; default: {default}",
-            nargs="?" if field.type is bool else None,
-            const="true" if field.type is bool else None,
-        )
-    flags = vars(parser.parse_args(argv))
+    flags = vars(option_parser(prog).parse_args(argv))
     file = flags.pop("config") or environ.get("REDMUX_CONFIG")
     values = _from_file(Path(file), fields) if file else {}
     values |= _from_environment(environ, fields)
@@ -221,6 +205,27 @@ def load_config(
             "everybody would be served; set REDMUX_API_KEYS, or insecure to mean it"
         )
     return config
+
+
+def option_parser(prog: str = "redmux serve") -> argparse.ArgumentParser:
+    """Returns the parser of the flags; what is not given is None."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Serve RED adapters over gRPC and HTTP.", allow_abbrev=False
+    )
+    parser.add_argument("--config", help="TOML file with any of these options")
+    for field in dataclasses.fields(ServerConfig):
+        name = field.name
+        kind = " (repeatable)" if _is_list(name) else ""
+        default = _default_text(field.default)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            action="append" if _is_list(name) else "store",
+            metavar=name.upper(),
+            help=f"{field.metadata['help']}{kind}; default: {default}",
+            nargs="?" if field.type is bool else None,
+            const="true" if field.type is bool else None,
+        )
+    return parser
 
 
 _SECRETS = {"admin_key", "api_keys"}
@@ -299,7 +304,7 @@ def _from_environment(environ: Mapping[str, str], fields: Mapping[str, Any]) -> 
 def _from_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+    except (OSError, ValueError, RecursionError) as err:  # ValueError: no TOML, no text, a number
         raise InvalidArgumentError(f"cannot read config file {path}: {err}") from err
     values: dict[str, Any] = {}
     for name, value in table.items():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_server.config import ServerConfig
 from redmux_server.grpc_api.door import GrpcDoor
+from redmux_server.grpc_api.refusals import Refusals
 from redmux_server.http_api.door import HttpDoor
 from redmux_server.http_api.health import Health
 from redmux_server.in_flight import InFlight
@@ -29,7 +30,7 @@ class Doors:
         exposition = Exposition(self.metrics.registry)
         self._metrics = MetricsPort(exposition, lambda: self.state())
         in_flight = InFlight()
-        self.grpc = GrpcDoor(config, keys, in_flight)
+        self.grpc = GrpcDoor(config, keys, in_flight, Refusals(self.metrics.refused))
         self.health = Health(lambda: self.state(), exposition)
         self.http = HttpDoor(config, keys, in_flight, self.health)
         self.port = 0

@@ -19,6 +19,21 @@ _AT_ONCE_S = 3.0
 _EXIT_S = 2.0  # for the interpreter itself, once everything has stopped
 
 
+def stop_loading(*_: object) -> None:
+    """Ends the process at once; for as long as nobody is served yet."""
+    logger.info("stopped while loading")
+    os._exit(0)  # a thread that loads cannot be interrupted
+
+
+def heed_signals() -> None:
+    """Lets SIGTERM and SIGINT end the process at once, until there is a `Leaving`.
+
+    The first process of a container is ended by no signal that it does not handle.
+    """
+    for number in _ENDING:
+        signal.signal(number, stop_loading)
+
+
 class Leaving:
     """Hears of SIGTERM and SIGINT in a thread of its own, which ends the process if need be.
 
@@ -42,7 +57,7 @@ class Leaving:
         self._code: int | None = None  # to end with, once everything has stopped
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        for number in _ENDING:
+        for number in _ENDING if on_hangup is None else (*_ENDING, signal.SIGHUP):
             signal.signal(number, lambda *_: None)  # what counts is the byte that it leaves
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="leaving", daemon=True).start()

@@ -1,11 +1,11 @@
 """All Prometheus collectors of the server."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from redmux_server.engine.request import Event, Failed, Finished, Read, Work
+from redmux_server.engine.request import Event, Failed, Finished, Read, Request, Work
 
 if TYPE_CHECKING:
     from redmux_server.engine.bank import AdapterBank
@@ -24,13 +24,13 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self._requests = Counter("redmux_requests", "Requests that ended.", ["outcome"], registry=r)
-        self._refused = Counter(
+        self.requests = Counter("redmux_requests", "Requests that ended.", ["outcome"], registry=r)
+        self.requests_refused = Counter(
             "redmux_requests_refused", "Requests refused before queueing.", ["code"], registry=r
         )
-        self._tokens = Counter("redmux_tokens", "Tokens computed.", ["kind"], registry=r)
-        self._prefill_tokens = self._tokens.labels("prefill")
-        self._decode_tokens = self._tokens.labels("decode")
+        self.tokens = Counter("redmux_tokens", "Tokens computed.", ["kind"], registry=r)
+        self._prefill_tokens = self.tokens.labels("prefill")
+        self._decode_tokens = self.tokens.labels("decode")
         self.cached_tokens = Counter(
             "redmux_prompt_tokens_cached", "Prompt tokens found in the cache, so not computed.",
             registry=r,
@@ -47,7 +47,7 @@ class Metrics:
             "redmux_inter_token_latency_seconds", "Between two tokens of one request.",
             buckets=_LATENCY_S, registry=r,
         )  # fmt: skip
-        self._request_s = Histogram(
+        self.request_s = Histogram(
             "redmux_request_duration_seconds", "From acceptance to the end.",
             buckets=(*_LATENCY_S, 120, 300, 600), registry=r,
         )  # fmt: skip
@@ -67,8 +67,12 @@ class Metrics:
             buckets=(0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 1), registry=r,
         )  # fmt: skip
         self._running = Gauge("redmux_requests_running", "Requests in the batch.", registry=r)
+        self.running_adapters = Gauge(
+            "redmux_requests_running_distinct_adapters",
+            "Distinct adapters of the requests in the batch, base not counted.", registry=r,
+        )  # fmt: skip
         self._waiting = Gauge("redmux_requests_waiting", "Requests in the queue.", registry=r)
-        self._kv_used = Gauge(
+        self.kv_used = Gauge(
             "redmux_kv_cache_used_ratio", "Share of cache blocks in use.", registry=r
         )
         self._bank_slots = Gauge("redmux_bank_slots", "Rows of the adapter bank.", registry=r)
@@ -94,8 +98,8 @@ class Metrics:
         )
 
     def refused(self, code: str) -> None:
-        """Counts a request that was not accepted, by its status code."""
-        self._refused.labels(code).inc()
+        """Counts a request that was not accepted, at the door or later, by its status code."""
+        self.requests_refused.labels(code).inc()
 
     def ended(self, event: Event, duration_s: float) -> None:
         """Counts the end of an accepted request."""
@@ -106,8 +110,8 @@ class Metrics:
         else:
             assert isinstance(event, Failed)
             outcome = event.error.status.name.lower()
-        self._requests.labels(outcome).inc()
-        self._request_s.observe(duration_s)
+        self.requests.labels(outcome).inc()
+        self.request_s.observe(duration_s)
 
     def training_job(self, state: str) -> None:
         """Counts the end of a job."""
@@ -128,17 +132,20 @@ class Metrics:
         """Observes one step after it was committed; `num_encoded` tokens were of sources."""
         self._step_s.observe(duration_s)
         self._batch_rows.observe(len(work))
-        self._batch_adapters.observe(
-            len({w.request.adapter.digest for w in work if w.request.adapter is not None})
-        )
+        self._batch_adapters.observe(_num_adapters(item.request for item in work))
         self._decode_tokens.inc(num_decodes)
         self._prefill_tokens.inc(sum(w.count for w in work) - num_decodes + num_encoded)
 
     def state(self, scheduler: "Scheduler", bank: "AdapterBank") -> None:
         """Sets the gauges that describe the engine after a step."""
         self._running.set(len(scheduler.running))
+        self.running_adapters.set(_num_adapters(scheduler.running))
         self._waiting.set(scheduler.num_waiting)
-        self._kv_used.set(scheduler.kv_used_ratio)
+        self.kv_used.set(scheduler.kv_used_ratio)
         self._bank_slots.set(bank.num_slots)
         self._bank_resident.set(bank.num_resident)
         self._bank_bytes.set(bank.nbytes)
+
+
+def _num_adapters(requests: Iterable[Request]) -> int:
+    return len({r.adapter.digest for r in requests if r.adapter is not None})

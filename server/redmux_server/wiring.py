@@ -20,6 +20,7 @@ from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
+from redmux_server.services.grammar import Grammars
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.validation import Validator
@@ -48,15 +49,16 @@ class Desk:
 
 def make_services(
     model: BaseModel | EncoderModel, engine: Engine, registry: AdapterRegistry, metrics: Metrics,
-    tokenizing: FairThread, *, allow_request_template: bool = False,
+    tokenizing: FairThread, compiling: FairThread, *, allow_request_template: bool = False,
 ) -> Services:  # fmt: skip
-    """Returns the services of this model; they tokenize in the thread `tokenizing`."""
+    """Returns the services of this model; they tokenize and compile grammars in these threads."""
     validator = Validator(model.vocab_size, model.max_context, allow_request_template)
     parts = engine, registry, model.codec, validator, metrics, tokenizing
     reading = ReadingService(readable(model), *parts)
     if not isinstance(model, BaseModel):
         return Services(None, None, reading)
-    generation = GenerationService(*parts, model.decoder_start)
+    grammars = Grammars(model.codec, model.vocab_size, compiling)
+    generation = GenerationService(*parts, grammars, model.decoder_start)
     return Services(generation, ScoringService(engine, generation, validator, metrics), reading)
 
 
@@ -72,18 +74,22 @@ def make_training(
     )  # fmt: skip
 
 
-def make_desk(config: ServerConfig, training: TrainingService) -> Desk:
+def open_files(config: ServerConfig) -> FileStore:
+    """Returns the files that earlier runs kept, and where further ones go; blocks on the disk."""
+    return FileStore(_data_folder(config, "files"))
+
+
+def make_desk(config: ServerConfig, files: FileStore, training: TrainingService) -> Desk:
     """Returns what takes work that is fetched later; batches get half of the rows of a step."""
-    folder = Path(config.data_dir) if config.data_dir else None
-
-    def inside(name: str) -> Path | None:
-        return None if folder is None else folder / name
-
-    files = FileStore(inside("files"))
+    num_at_once = max(1, config.max_running // 2)
     return Desk(
-        files, BatchService(files, inside("batches"), max(1, config.max_running // 2)),
-        TuningService(training, files, inside("fine_tuning")),
+        files, BatchService(files, _data_folder(config, "batches"), num_at_once),
+        TuningService(training, files, _data_folder(config, "fine_tuning")),
     )  # fmt: skip
+
+
+def _data_folder(config: ServerConfig, name: str) -> Path | None:
+    return Path(config.data_dir) / name if config.data_dir else None
 
 
 def open_registry(

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from chat_templates import CALLED, RESULT, TEMPLATES, TOOLS, with_tools
+from chat_templates import CALLED, RESULT, TEMPLATES, TOOLS, tokenizer_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_at_hand import CHATML, END, SPECIAL, START, make
@@ -14,7 +14,7 @@ from redmux_adapters.text.encoder import TextEncoder
 from redmux_adapters.text.template import ChatOptions
 
 quick = settings(deadline=None, database=None, max_examples=25)
-TOKENIZERS = {family: with_tools(template) for family, template in TEMPLATES.items()}
+TOKENIZERS = {family: tokenizer_of(template) for family, template in TEMPLATES.items()}
 ENCODERS = {family: TextEncoder(tokenizer) for family, tokenizer in TOKENIZERS.items()}
 USER = {"role": "user", "content": "Weather?"}
 TURNS = PromptFormat(user=Turn("Q: ", "\n"), assistant=Turn("A: ", "\n"), system=Turn("", "\n"))
@@ -104,7 +104,7 @@ WRONG = {
         "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}],
     },
     "message 1 has a content part 0 of type None": {"role": "user", "content": ["a"]},
-    "message 1 has a content part 0 with text None": {"role": "user", "content": [{"type": "text"}]},
+    "message 1 has a content part 0 with text None": {**USER, "content": [{"type": "text"}]},
     "message 1 has name 3": {**USER, "name": 3},
     "message 1 has tool_calls; only an assistant's may": {**CALLED, "role": "user", "content": ""},
     "message 1 has tool_calls 'x'": {"role": "assistant", "tool_calls": "x"},

@@ -2,11 +2,13 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import sys
 
 import pytest
 import torch
 
+from redmux.cli import main as redmux_command
 from redmux_adapters import (
     Adapter,
     AdapterMetadata,
@@ -147,6 +149,14 @@ def test_verify_says_what_it_checked(folder, capsys):
     assert main(["verify", str(folder)]) == 0
     out = capsys.readouterr().out
     assert out == f"ok {read_adapter(folder).digest} for {BASE}: 11 sites, 66 parameters\n"
+
+
+def test_verify_prints_json(folder, base, capsys):
+    assert main(["verify", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "digest": read_adapter(folder).digest, "base_fingerprint": BASE, "num_sites": 11,
+        "num_parameters": 66, "base_match": None,
+    }  # fmt: skip
 
 
 def test_create_writes_an_identity_that_fits_its_base(base, tmp_path, capsys):
@@ -336,3 +346,16 @@ def test_a_file_that_takes_too_long_is_an_error_with_advice(tmp_path, capsys):
     assert "within 0.001 s; on a busy machine, try again with a larger --timeout" in (
         capsys.readouterr().err
     )
+
+
+def test_the_command_redmux_knows_every_command_for_adapter_files(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    verbs = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert "stamp" in verbs
+    for verb in verbs:
+        assert redmux_command(["adapters", verb, "--help"]) == 0, verb
+    capsys.readouterr()
+    redmux_command(["adapters", "--help"])
+    listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert set(verbs) < set(listed)

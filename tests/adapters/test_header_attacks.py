@@ -44,7 +44,7 @@ def entry(**changes):
         (container({"a.scale": entry(shape=[1] * 200)}), r"shape \[1, 1.*\.\.\.;"),
         (container({"a.scale": entry(dtype="F64")}), "dtype 'F64'; allowed are F32, F16, BF16"),
         (container({"a.scale": entry(extra=1)}), "exactly the keys dtype, shape and data_offsets"),
-        (container({"a.weight": entry()}), "unexpected tensor 'a.weight'; names end in .scale"),
+        (container({"a.weight": entry()}), "end in .scale or .bias, and `redmux adapters convert`"),
         (container({"head.a.weight": entry()}), "the file has a head and no edits"),
         (container({"head.weight": entry()}), "unexpected tensor 'head.weight'; those of a head"),
         (container({"head.a.scale": entry()}), "unexpected tensor 'head.a.scale'; those of a hea"),

@@ -1,7 +1,7 @@
 """ToolFormat: found from what a template writes."""
 
 import pytest
-from chat_templates import HERMES, LLAMA, QWEN, TEMPLATES, with_tools
+from chat_templates import HERMES, LLAMA, QWEN, TEMPLATES, tokenizer_of
 from tokenizers_at_hand import CHATML, make
 
 from redmux.errors import InvalidArgumentError
@@ -20,28 +20,28 @@ FORMATS = {
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_the_format_of_a_family_is_found(family):
-    encoder = TextEncoder(with_tools(TEMPLATES[family]))
+    encoder = TextEncoder(tokenizer_of(TEMPLATES[family]))
     assert encoder.tool_format(None) == FORMATS[family]
 
 
 def test_a_template_of_the_request_has_its_own_format():
-    encoder = TextEncoder(with_tools(QWEN))
+    encoder = TextEncoder(tokenizer_of(QWEN))
     assert encoder.tool_format(LLAMA) == FORMATS["llama"]
     assert encoder.tool_format(None) == FORMATS["qwen"]
 
 
 def test_a_format_that_the_template_only_describes_is_found():
     described = LLAMA.replace("{%- if m.tool_calls %}", "{%- if false %}")
-    assert TextEncoder(with_tools(described)).tool_format(None) == FORMATS["llama"]
+    assert TextEncoder(tokenizer_of(described)).tool_format(None) == FORMATS["llama"]
     described = HERMES.replace("m.role == 'assistant' and m.tool_calls", "false")
-    assert TextEncoder(with_tools(described)).tool_format(None) == FORMATS["hermes"]
+    assert TextEncoder(tokenizer_of(described)).tool_format(None) == FORMATS["hermes"]
 
 
 def test_a_python_tag_is_a_tag():
     tagged = LLAMA.replace(
         """assistant\\n\\n{"name": "' +""", """assistant\\n\\n<|python_tag|>{"name": "' +"""
     )
-    form = TextEncoder(with_tools(tagged)).tool_format(None)
+    form = TextEncoder(tokenizer_of(tagged)).tool_format(None)
     assert form == ToolFormat(
         "<|python_tag|>", "<|python_tag|>", arguments_key="parameters",
         tokens=frozenset({"<|python_tag|>"}),
@@ -51,7 +51,7 @@ def test_a_python_tag_is_a_tag():
 def test_a_list_between_tags_is_found():
     listed = QWEN.replace("""<tool_call>\\n{"name": "' +""", """<tool_call>[{"name": "' +""")
     listed = listed.replace("""'}\\n</tool_call>'""", """'}]\\n</tool_call>'""")
-    assert TextEncoder(with_tools(listed)).tool_format(None) == ToolFormat(
+    assert TextEncoder(tokenizer_of(listed)).tool_format(None) == ToolFormat(
         "<tool_call>", "<tool_call>[", "]\n</tool_call>", is_list=True, tokens=TOKENS
     )
 
@@ -72,4 +72,4 @@ def test_a_template_that_writes_no_tools_is_refused():
 def test_a_format_that_is_not_known_is_refused(tag):
     other = QWEN.replace("<tool_call>", tag)
     with pytest.raises(InvalidArgumentError, match="a way that this server does not read"):
-        TextEncoder(with_tools(other)).tool_format(None)
+        TextEncoder(tokenizer_of(other)).tool_format(None)

@@ -51,12 +51,12 @@ def test_help_needs_no_torch():
 
 
 def test_startup_needs_a_number_of_adapters(capsys):
-    assert main(["bench", "load", "--startup"]) == 1
+    assert main(["bench", "load", "--startup"]) == 5
     assert "--startup needs --registered" in capsys.readouterr().err
 
 
 def test_a_server_that_does_not_start_is_one_line(capsys, tmp_path):
-    assert main(["bench", "serve", "--model", str(tmp_path / "no.gguf")]) == 1
+    assert main(["bench", "serve", "--model", str(tmp_path / "no.gguf")]) == 3
     err = capsys.readouterr().err
     assert re.fullmatch(r"redmux: the server did not start: no such model file: .*no.gguf\n", err)
 

@@ -11,10 +11,12 @@ from typing import Any
 import grpc
 import pytest
 import trustme
+from client.terminal import Terminal
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
 import redmux
+from redmux.cli import main
 from redmux.v1 import adapter_service_pb2 as adapters_pb
 from redmux.v1 import adapter_service_pb2_grpc as adapters_grpc
 from redmux.v1 import admin_service_pb2 as admin_pb
@@ -386,3 +388,29 @@ def tls_target(authority: trustme.CA, server: FakeServer, serve: Serve) -> str:
     chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
     credentials = grpc.ssl_server_credentials([(certificate.private_key_pem.bytes(), chain)])
     return serve(server, credentials)
+
+
+@pytest.fixture
+def run(target: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command against the server; returns its exit code, stdout and stderr."""
+
+    def run(*arguments: str, options: list[str] | None = None) -> tuple[int, str, str]:
+        code = main([*arguments, *(["--target", target] if options is None else options)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def terminal(target: str) -> Iterator[Callable[..., Terminal]]:
+    """Runs commands on terminals of their own."""
+    opened: list[Terminal] = []
+
+    def start(*arguments: str, **size: int) -> Terminal:
+        opened.append(Terminal(*arguments, "--target", target, **size))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()

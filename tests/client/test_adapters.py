@@ -141,6 +141,20 @@ def test_list_yields_the_adapters_of_all_pages(client, server, count, num_pages)
     assert len(server.calls) == num_pages
 
 
+def test_the_adapters_themselves_are_iterated_over(target, server):
+    server.page_size = 2
+    server.adapters = {name: server.adapter(name) for name in "abc"}
+    with redmux.Client(target) as client:
+        assert [adapter.name for adapter in client.adapters] == ["a", "b", "c"]
+
+
+async def test_the_adapters_themselves_are_iterated_over_asynchronously(target, server):
+    server.page_size = 2
+    server.adapters = {name: server.adapter(name) for name in "abc"}
+    async with redmux.AsyncClient(target) as client:
+        assert [adapter.name async for adapter in client.adapters] == ["a", "b", "c"]
+
+
 def test_list_asks_for_a_page_when_it_is_needed(client, server):
     server.page_size = 2
     server.adapters = {name: server.adapter(name) for name in "abcdef"}

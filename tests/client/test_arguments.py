@@ -42,7 +42,8 @@ def test_an_option_that_does_not_fit_is_named_with_what_would(client, server, ca
         ("messages", "did you mean 'prompt'?"),
         ("max_new_tokens", "did you mean 'max_tokens'?"),
         ("temprature", "did you mean 'temperature'?"),
-        ("n", "known are adapter, max_tokens"),
+        ("zzz", "known are adapter, max_tokens"),
+        ("best_of", "did you mean 'n'?"),
     ],
 )
 def test_a_name_that_is_no_argument_is_told_with_the_one_that_is_meant(client, name, advice):

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,21 +13,10 @@ import trustme
 from grpc_health.v1 import health_pb2
 
 import redmux
+from redmux import cli
 from redmux.cli import main
 
 DIGEST = "sha256:" + "ab" * 32
-
-
-@pytest.fixture
-def run(target, capsys):
-    """Runs a command against the server; returns its exit code, stdout and stderr."""
-
-    def run(*arguments, options=None):
-        code = main([*arguments, *(["--target", target] if options is None else options)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def fail_for(name, code=grpc.StatusCode.NOT_FOUND):
@@ -110,6 +100,7 @@ def test_generate_json_is_the_whole_completion(run):
         "logprobs": [-0.5, -0.25, -2.0],
         "finish_reason": "stop",
         "stop": "\n",
+        "tool_calls": [],
         "usage": {
             "prompt_tokens": 4,
             "completion_tokens": 3,
@@ -118,6 +109,12 @@ def test_generate_json_is_the_whole_completion(run):
         },
         "adapter": "acme/a",
         "digest": DIGEST,
+        "top_logprobs": None,
+        "stop_token_id": None,
+        "prompt": None,
+        "first_token_s": None,
+        "total_s": 0.0,
+        "other_choices": [],
     }
 
 
@@ -149,15 +146,23 @@ def test_generate_runs_several_adapters_at_once(run, server, form):
 def test_one_failing_adapter_does_not_disturb_the_others(run, server, form):
     server.fail = fail_for("acme/none")
     code, out, err = run("generate", "--adapter", "acme/none", "--adapter", "acme/a", *form, "Hi")
-    assert code == 1
+    assert code == 4
     assert out.endswith("== acme/a ==\nHello world\n")
     assert err == "redmux: acme/none: no adapter 'acme/none'; see `redmux adapters list`\n"
 
 
 def test_an_error_is_one_line_on_stderr(run, server):
     server.fail = fail_for("acme/none")
-    code, _, err = run("generate", "--adapter", "acme/none", "Hi")
-    assert (code, err) == (1, "redmux: no adapter 'acme/none'; see `redmux adapters list`\n")
+    code, out, err = run("generate", "--adapter", "acme/none", "Hi")
+    assert (code, err) == (4, "redmux: no adapter 'acme/none'; see `redmux adapters list`\n")
+    assert out == ""
+
+
+def test_a_file_that_cannot_be_read_is_named_without_its_error_number(run, tmp_path):
+    (tmp_path / "adapter_model.safetensors").touch()
+    code, _, err = run("adapters", "put", "acme/a", str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    assert (code, err) == (1, f"redmux: cannot open {path}: No such file or directory\n")
 
 
 @pytest.mark.parametrize(
@@ -175,22 +180,22 @@ def test_errors_name_commands_and_flags_instead_of_calls_and_arguments(run, serv
     server.fail = lambda call, context: context.abort(grpc.StatusCode.NOT_FOUND, message)
     for command in ("generate", "embed", "classify"):
         code, _, err = run(command, "Hi", *(["--adapter", "a"] if command == "classify" else []))
-        assert (code, err) == (1, f"redmux: {told}\n")
-    assert run("info")[::2] == (1, f"redmux: {told}\n")
+        assert (code, err) == (4, f"redmux: {told}\n")
+    assert run("info")[::2] == (4, f"redmux: {told}\n")
 
 
 def test_a_limit_that_passed_names_the_flag_that_sets_it(run, server, target):
     server.script = server.first_then_silence
     code, _, err = run("generate", "--no-stream", "Hi", "--timeout", "0.25")
     assert (code, err) == (
-        1, f"redmux: no whole answer from {target} within 0.25 s; --timeout sets the limit\n",
+        3, f"redmux: no whole answer from {target} within 0.25 s; --timeout sets the limit\n",
     )  # fmt: skip
 
 
 def test_a_failed_handshake_is_the_one_line_on_stderr(target):
     command = [sys.executable, "-m", "redmux", "info", "--tls", "--target", target]
     done = subprocess.run(command, capture_output=True, timeout=60, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert done.stderr == f"redmux: the server at {target} speaks no TLS; leave out --tls\n"
 
 
@@ -313,13 +318,27 @@ def test_version_is_that_of_the_package(arguments, capsys):
     assert capsys.readouterr().out == f"redmux {redmux.__version__}\n"
 
 
+def test_the_version_is_json_if_wanted(capsys):
+    assert main(["version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"version": redmux.__version__}
+
+
+def test_offline_verbs_are_those_of_their_own_command(capsys):
+    parser = pytest.importorskip("redmux_adapters.cli").command_parser()
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    verbs = set(re.findall(r"^    (\w+) ", capsys.readouterr().out, re.M))
+    assert verbs == set(cli._OFFLINE_VERBS)
+
+
 def test_help_lists_every_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     for command in (
         "serve", "bench", "train", "generate", "adapters", "info", "health", "version",
+        "chat", "top", "doctor", "completion",
     ):  # fmt: skip
-        assert f"    {command} " in out
+        assert re.search(rf"^    {command}\s", out, re.M)
     assert main(["adapters", "--help"]) == 0
     out = capsys.readouterr().out
     for command in ("list", "get", "put", "delete", "create", "convert", "show", "verify"):
@@ -339,6 +358,7 @@ def test_help_lists_every_command(capsys):
             "adapters",
             ["show", "--x", "f"],
         ),
+        (["adapters", "stamp", "f"], "redmux_adapters.cli", "main", "adapters", ["stamp", "f"]),
         (["adapters", "create", "-h"], "redmux_adapters.cli", "main", "adapters", ["create", "-h"]),
         (["adapters", "convert"], "redmux_adapters.cli", "main", "adapters", ["convert"]),
         (["adapters", "verify", "f"], "redmux_adapters.cli", "main", "adapters", ["verify", "f"]),
@@ -396,5 +416,5 @@ def test_a_reader_that_goes_away_is_no_traceback(server, target):
     command = [sys.executable, "-m", "redmux", "info", "--target", target]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
-        assert process.wait(20) == 1
+        assert process.wait(20) == 141
         assert process.stderr.read() == b""

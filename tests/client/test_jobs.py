@@ -179,7 +179,7 @@ def test_create_sends_the_tasks_of_a_job_file(run, server, tmp_path):
 def test_a_file_that_holds_no_records_is_refused(run, server, tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     code, _, err = run("create", "a", str(tmp_path / name))
-    assert code == 1
+    assert code == 5
     assert message in err
     assert not server.calls
 
@@ -193,7 +193,7 @@ def test_create_tells_all_unusable_lines_at_once(run, server, tmp_path):
     (tmp_path / "v.jsonl").write_text(json.dumps({**PAIR, "prompt": 3}))
     files = str(tmp_path / "d.jsonl"), "--valid", str(tmp_path / "v.jsonl")
     code, _, err = run("create", "a", *files)
-    assert code == 1
+    assert code == 5
     first, *told = err.splitlines()
     assert first == "redmux: 6 unusable record(s) in the training data:"
     expected = [
@@ -221,7 +221,7 @@ def test_what_the_server_refuses_is_told_by_file_and_line(run, tmp_path, monkeyp
         f'[[tasks]]\nname = "a"\n{task}[[tasks]]\nname = "b"\n{task}'
     )
     code, _, err = run("create", "--job", str(tmp_path / "job.toml"))
-    assert code == 1
+    assert code == 5
     assert err.splitlines()[1:] == ["d.jsonl:3: too long", "d.jsonl:1: too long"]
 
 
@@ -237,7 +237,7 @@ def test_what_the_server_refuses_is_told_by_file_and_line(run, tmp_path, monkeyp
 def test_mistakes_in_a_job_file_are_told(run, tmp_path, text, message):
     (tmp_path / "job.toml").write_text(text)
     code, _, err = run("create", "--job", str(tmp_path / "job.toml"))
-    assert code == 1
+    assert code == 5
     assert message in err
 
 
@@ -263,6 +263,15 @@ def test_json_has_a_line_per_event(run, events):
     kinds = [json.loads(line)["event"] for line in out.splitlines()]
     assert code == 0
     assert kinds == ["Job", "TrainingStep", "TrainingEvaluation", "Job"]
+
+
+async def test_the_jobs_themselves_are_iterated_over(target, server):
+    server.page_size = 2
+    server.jobs = {name: server.job(name, "a") for name in "xyz"}
+    with redmux.Client(target) as client:
+        assert [job.id for job in client.jobs] == ["x", "y", "z"]
+    async with redmux.AsyncClient(target) as client:
+        assert [job.id async for job in client.jobs] == ["x", "y", "z"]
 
 
 def test_list_is_a_table(run, server):

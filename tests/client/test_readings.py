@@ -120,7 +120,7 @@ def test_the_command_embed_runs_adapters_side_by_side(run, server):
     code, out, err = run(
         "embed", "--adapter", "a", "--adapter", "bad", "--base", "--pooling", "last", "x"
     )
-    assert code == 1
+    assert code == 4
     assert out == "== (base model) ==\n0.5 -1.5\n== a ==\n0.5 -1.5\n"
     assert err == "redmux: bad: no adapter 'bad'\n"
     assert server.calls[0].request.pooling == inference_pb.POOLING_LAST
@@ -131,4 +131,15 @@ def test_texts_come_from_stdin_line_by_line_and_as_pairs(run, server, monkeypatc
     assert run("embed", "--pairs", "zero", "-")[0] == 0
     assert forms(server.calls[0].request) == [("zero", "one"), ("two", "three")]
     code, _, err = run("embed", "--pairs", "alone")
-    assert (code, err) == (1, "redmux: --pairs takes texts two by two; 1 are given\n")
+    assert (code, err) == (5, "redmux: --pairs takes texts two by two; 1 are given\n")
+
+
+def test_embeddings_are_a_matrix_to_numpy(client):
+    numpy = pytest.importorskip("numpy")
+    answer = client.embed(["x", "y"])
+    matrix = numpy.asarray(answer)
+    assert (matrix.dtype, matrix.shape) == (numpy.float32, (2, 2))
+    assert matrix.tolist() == [[0.5, -1.5], [0.5, -1.5]]
+    assert numpy.asarray(answer, dtype=numpy.float64).dtype == numpy.float64
+    with pytest.raises(ValueError, match="a copy is made"):
+        numpy.array(answer, copy=False)

@@ -51,10 +51,33 @@ def test_info_has_every_field_of_the_message(client, server):
         uptime_s=12.5,
         kind="decoder",
         trains=True,
+        load=admin_service_pb2.Load(
+            num_prompt_tokens=70,
+            num_completion_tokens=30,
+            num_cached_tokens=20,
+            num_ended=5,
+            num_refused=4,
+            num_running_adapters=2,
+            kv_cache_used=0.25,
+            **{
+                name: admin_service_pb2.Latencies(limits_s=[0.5, 1], counts=[1, 0, n], sum_s=3)
+                for n, name in enumerate(("first_token", "between_tokens", "whole_request"))
+            },
+        ),
     )
+    assert len(server.info.ListFields()) == len(server.info.DESCRIPTOR.fields)
+    assert len(server.info.load.ListFields()) == len(server.info.load.DESCRIPTOR.fields)
     expected = {field.name: value for field, value in server.info.ListFields()}
     expected["choices"] = tuple(server.info.choices)
+    expected["load"] = {field.name: value for field, value in server.info.load.ListFields()} | {
+        name: {"limits_s": (0.5, 1.0), "counts": (1, 0, n), "sum_s": 3.0}
+        for n, name in enumerate(("first_token", "between_tokens", "whole_request"))
+    }
     assert asdict(client.info()) == expected
+
+
+def test_a_server_that_tells_no_load_has_none(client):
+    assert client.info().load is None
 
 
 def test_server_info_and_its_message_have_the_same_fields():

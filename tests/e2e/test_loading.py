@@ -5,11 +5,13 @@ import socket
 import threading
 
 import pytest
+import trustme
 
 import redmux_server.app
 from redmux import (
     AsyncClient,
     FailedPreconditionError,
+    InvalidArgumentError,
     UnauthenticatedError,
     UnavailableError,
 )
@@ -93,6 +95,36 @@ async def test_a_port_that_is_taken_is_found_before_anything_is_loaded(option, m
         ports = {"port": 0, "http_port": 0, "metrics_port": 0} | {option: taken.getsockname()[1]}
         with pytest.raises(FailedPreconditionError, match=str(ports[option])):
             await Server.start(ServerConfig(model="/nowhere", **ports))
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+async def test_an_address_of_ipv6_needs_no_brackets(host):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    doors = await Doors.open(ServerConfig(host=host, port=0, metrics_port=0))
+    async with AsyncClient(f"[::1]:{doors.port}") as client:
+        assert await client.health() == "not_serving"
+    await doors.close()
+
+
+@pytest.mark.parametrize("which", ["no PEM", "another's key", "missing", "swapped"])
+async def test_a_certificate_that_cannot_be_used_is_told_as_such(which, tmp_path):
+    for name in ("ours", "theirs"):
+        issued = trustme.CA().issue_cert("inference.example")
+        issued.private_key_pem.write_to_path(tmp_path / f"{name}.key")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / f"{name}.pem")
+    (tmp_path / "garbage").write_text("garbage")
+    cert, key = {
+        "no PEM": ("garbage", "ours.key"), "another's key": ("ours.pem", "theirs.key"),
+        "missing": ("nowhere", "ours.key"), "swapped": ("ours.key", "ours.pem"),
+    }[which]  # fmt: skip
+    config = ServerConfig(
+        port=0, metrics_port=0, tls_cert=str(tmp_path / cert), tls_key=str(tmp_path / key)
+    )
+    with pytest.raises(InvalidArgumentError, match=r"tls_cert .* and tls_key"):
+        await Doors.open(config)
 
 
 async def test_a_start_that_fails_frees_its_ports(tiny_folder, held_load):

@@ -102,6 +102,13 @@ async def test_the_operators_adapters_can_be_used_and_not_changed(clients, base)
             await two.jobs.create([redmux.TrainingTask(name, RECORDS)], replace=True)
 
 
+async def test_the_servers_information_tells_a_key_no_more_than_it_may_know(clients, tiny_folder):
+    seen = {key: await client.info() for key, client in clients.items()}
+    assert {key: info.num_adapters for key, info in seen.items()} == {"one": 3, "two": 2, "boss": 3}
+    assert seen["boss"].model == str(tiny_folder)
+    assert seen["one"].model == seen["two"].model == tiny_folder.name
+
+
 async def test_an_owner_and_the_admin_do_what_they_like(clients, base):
     for key, seed in {"one": 4, "boss": 5}.items():
         client = clients[key]

@@ -128,15 +128,25 @@ async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, 
     }  # fmt: skip
 
 
+# Its thread that loads never comes back.
+ENDLESS = """
+import sys, threading
+from redmux_server.registry import given
+
+given.read_given = lambda adapters: threading.Event().wait()
+from redmux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture
-def endless_model(tmp_path):
-    """A model that nobody has finished loading: its configuration is a pipe without a writer."""
-    os.mkfifo(tmp_path / "config.json")
-    return tmp_path
+def serve_endless(serve):
+    """Starts servers that load for ever."""
+    return lambda *flags: serve(*flags, start=("-c", ENDLESS))
 
 
-async def test_a_start_says_what_it_does_before_anything_is_loaded(serve, endless_model):
-    async with serve("--model", str(endless_model)) as server:
+async def test_a_start_says_what_it_does_before_anything_is_loaded(serve_endless):
+    async with serve_endless() as server:
         target = await server.tells(r"listening on [^ ]+:(\d+), .*NOT_SERVING until")
         async with AsyncClient(target) as client:
             assert await client.health() == "not_serving"
@@ -145,14 +155,64 @@ async def test_a_start_says_what_it_does_before_anything_is_loaded(serve, endles
     assert "starts with model" in server.lines[0]
 
 
+@pytest.mark.parametrize("line", ["starts with model", ": loading "])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_a_start_at_once(serve, endless_model, number):
-    async with serve("--model", str(endless_model)) as server:
-        await server.tells("loading")
+async def test_a_signal_ends_a_start_at_once(serve_endless, number, line):
+    async with serve_endless() as server:
+        await server.tells(line)
         server.process.send_signal(number)
         code, text = await server.ended()
     assert code == 0
     assert "stopped while loading" in text
+
+
+async def test_a_signal_that_comes_while_the_interpreter_imports_is_heard(serve):
+    """By default the first process of a container would not hear it."""
+    async with serve() as server:
+        await server.tells("listening")
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert "stopped while loading" in text
+
+
+# Gets SIGTERM in the very moment in which the start is done.
+AT_THE_END = """
+import os, signal, sys, threading
+from redmux_server import app
+
+serve, heard = app.Server._serve, threading.Event()
+
+class Leaving(app.Leaving):
+    def __init__(self, drain_s, on_signal, on_hangup):
+        super().__init__(drain_s, lambda: (on_signal(), heard.set()), on_hangup)
+
+async def signalled(self):
+    await serve(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert heard.wait(60)
+
+app.Leaving, app.Server._serve = Leaving, signalled
+from redmux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_a_signal_that_comes_with_the_end_of_the_start_is_not_lost(tiny_folder):
+    flags = ("--model", str(tiny_folder), "--drain-s", "0")
+    async with Process(*flags, start=("-c", AT_THE_END)) as server:
+        code, text = await server.ended()
+    assert code == 0
+    assert "draining" in text
+
+
+async def test_the_last_line_of_a_stop_says_so(serve):
+    async with serve() as server:
+        await server.ready()
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert text.splitlines()[-1].endswith("redmux_server.app: stopped")
 
 
 async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve, tmp_path):
@@ -176,6 +236,48 @@ async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve,
             server.process.send_signal(signal.SIGHUP)
             await server.tells("keys stay as they are.*holds no key")
             await new.info()
+
+
+# Gets SIGHUP and SIGTERM when its event loop has been closed.
+AFTER_THE_END = """
+import asyncio, os, signal, sys
+from redmux_server import cli
+
+run = asyncio.run
+
+def signalled(main):
+    try:
+        return run(main)
+    finally:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+asyncio.run = signalled
+from redmux.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+async def test_signals_that_come_when_all_is_over_do_not_change_how_it_ended(tiny_folder, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("the-first-key\n")
+    flags = ("--model", str(tiny_folder), "--api-keys-file", str(path))
+    async with Process(*flags, start=("-c", AFTER_THE_END)) as server:
+        await server.ready()
+        server.process.send_signal(signal.SIGTERM)
+        code, text = await server.ended()
+    assert code == 0
+    assert "Exception" not in text
+
+
+async def test_sighup_reads_the_keys_while_the_server_loads(serve_endless, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("the-first-key\n")
+    async with serve_endless("--api-keys-file", str(path)) as server:
+        for when in ("listening", "loading"):
+            await server.tells(when)
+            server.process.send_signal(signal.SIGHUP)
+            await server.tells("keys read again: 1")
 
 
 async def test_the_images_health_check_needs_neither_port_nor_certificate(serve, tmp_path):
@@ -209,7 +311,7 @@ CASES = {
     "base": (["--adapters", "{tmp}/stranger"], "other-1x1-00"),
     "cut adapter": (["--adapters", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors: the tensors"),
     "folder in use": (["--adapter-dir", "{tmp}/held"], "{tmp}/held belongs to another server"),
-    "port": (["--port", "{port}"], "cannot listen"),
+    "port": (["--port", "{port}"], "cannot listen on 127.0.0.1:{port}; is it taken by another"),
     "http": (["--http-port", "{port}"], "cannot serve HTTP"),
     "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
     "threads": (["--threads", "many"], "--threads is 'many'"),
@@ -219,6 +321,9 @@ CASES = {
         "kv_cache_tokens is 99999999999, which takes",
     ),
     "model": (["--model", "{tmp}/no.gguf"], "no.gguf"),
+    "model folder": (["--model", "{tmp}/none"], "'{tmp}/none': there is no such folder"),
+    "model folder beside": (["--model", "./none"], "'./none': there is no such folder"),
+    "model file": (["--model", "{tmp}/cut.safetensors"], "it is a file; give a folder"),
 }
 
 
@@ -248,7 +353,7 @@ def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_pa
         assert serve([*common, *flags]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("redmux serve: ")
-    assert message.format(tmp=tmp_path) in last
+    assert message.format(tmp=tmp_path, port=port) in last
 
 
 async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anything(serve):

@@ -29,7 +29,7 @@ CASES = {
     "top_p of zero": ({"top_p": 0.0}, redmux.InvalidArgumentError, "top_p"),
     "NaN top_p": ({"top_p": float("nan")}, redmux.InvalidArgumentError, "top_p"),
     "negative top_k": ({"top_k": -1}, redmux.InvalidArgumentError, "top_k"),
-    "stop strings": ({"stop": ["x"] * 17}, redmux.InvalidArgumentError, "17 stop strings"),
+    "stop strings": ({"stop": ["x"] * 17}, redmux.InvalidArgumentError, "stop has 17 strings"),
     "long stop": ({"stop": ["x" * 200]}, redmux.InvalidArgumentError, "200 bytes"),
     "empty stop": ({"stop": [""]}, redmux.InvalidArgumentError, "0 bytes"),
     "role": (

@@ -1,9 +1,12 @@
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from redmux_server.engine.detokenize import Detokenizer, StopMatcher
+from redmux_server.engine.stop_pattern import MAX_MATCH, StopPattern
 
 quick = settings(deadline=None, database=None, max_examples=200)
 
@@ -196,7 +199,7 @@ def cut(text, stops):
 
 
 @st.composite
-def chunked(draw):
+def chunked(draw, letters=letters):
     text = draw(letters)
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=6)))
     return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -259,3 +262,80 @@ def test_the_stop_text_that_is_complete_first_wins(stops):
 
 def test_without_stop_texts_everything_passes_at_once():
     assert StopMatcher([]).push("abc") == "abc"
+
+
+@given(chunked(), stop_lists, st.integers(0, 12))
+@quick
+def test_a_stop_text_that_ends_too_early_ends_nothing(chunks, stops, number):
+    """It may begin there, in text that nobody looks at for stop texts that end in it."""
+    matcher = StopMatcher(stops)
+    given = [matcher.push(c, may_stop=i >= number) for i, c in enumerate(chunks)]
+    text, first = "".join(chunks), len("".join(chunks[:number]))
+    found = [(end, -len(stop), stop) for stop in stops
+             for end in range(first + 1, len(text) + 1) if text[:end].endswith(stop)]  # fmt: skip
+    if found:
+        end, _, stop = min(found)
+        assert (matcher.matched, "".join(given)) == (stop, text[: end - len(stop)])
+    else:
+        assert (matcher.matched, "".join(given) + matcher.flush()) == (None, text)
+
+
+@given(chunked(), stop_lists)
+@quick
+def test_an_included_stop_text_is_the_end_of_the_text(chunks, stops):
+    matcher = StopMatcher(stops, included=True)
+    given = "".join([matcher.push(chunk) for chunk in chunks] + [matcher.flush()])
+    text, matched = cut("".join(chunks), stops)
+    assert (given, matcher.matched) == (text + (matched or ""), matched)
+
+
+lines = st.text(st.sampled_from("abcAB\u00e9\n"), max_size=14)
+PATTERNS = ["a+b", "ab|ba", "[ab]c", "a{2,3}", "^b", "(?m)^a", "a.*b", "(?i)AB", "b[^a]+c"]
+
+
+def cut_by_pattern(text, pattern):
+    """The definition, by Python's own engine."""
+    for end in range(1, len(text) + 1):
+        for start in range(max(0, end - MAX_MATCH), end):
+            if re.compile(pattern).fullmatch(text, start, end):
+                return text[:start], text[start:end]
+    return text, None
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(chunked(lines))
+@quick
+def test_a_pattern_cuts_as_the_reference_does_however_text_arrives(pattern, chunks):
+    matcher = StopMatcher([], StopPattern(pattern))
+    given = "".join([matcher.push(chunk) for chunk in chunks] + [matcher.flush()])
+    assert (given, matcher.matched) == cut_by_pattern("".join(chunks), pattern)
+
+
+@given(chunked(lines), stop_lists)
+@quick
+def test_of_stop_texts_and_a_pattern_whichever_is_complete_first_ends_the_text(chunks, stops):
+    matcher = StopMatcher(stops, StopPattern("[ab]c"))
+    given = "".join([matcher.push(chunk) for chunk in chunks] + [matcher.flush()])
+    assert (given, matcher.matched) == cut("".join(chunks), [*stops, "ac", "bc"])
+
+
+def test_a_pattern_holds_back_no_more_than_its_longest_match():
+    assert StopMatcher([], StopPattern("x{3}")).push("abcdef") == "abcd"
+    assert StopMatcher([], StopPattern("x")).push("abcdef") == "abcdef"
+    assert StopMatcher([], StopPattern("x.*y")).push("a" * 200) == "a" * (200 - MAX_MATCH + 1)
+
+
+@pytest.mark.parametrize("size", [1, 7, 300])
+def test_a_match_that_is_too_long_is_none_however_it_arrives(size):
+    matcher = StopMatcher([], StopPattern("xa*y"))
+    text = "x" + "a" * MAX_MATCH + "y" + "xaay" + "z"
+    given = [matcher.push(text[i : i + size]) for i in range(0, len(text), size)]
+    assert ("".join(given), matcher.matched) == (text[: MAX_MATCH + 2], "xaay")
+
+
+def test_the_worst_of_patterns_costs_time_in_proportion_to_the_text():
+    """Ten thousand characters, through which an engine that goes back would not come."""
+    matcher = StopMatcher([], StopPattern("(a?){30}a{30}b"))
+    for _ in range(10_000):
+        matcher.push("a")
+    assert matcher.matched is None

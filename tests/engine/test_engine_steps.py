@@ -1,6 +1,7 @@
 """Engine, stepped by hand: what becomes of each request, without threads and without a model."""
 
 import logging
+import time
 
 import pytest
 from engine.fake_engine import NAN, POISON, Caller, make_adapter, make_parts
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redmux.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     RedmuxError,
     RequestCancelledError,
@@ -266,3 +268,44 @@ def test_every_request_gets_exactly_one_ending(data):
             count = caller.request.max_tokens
             assert caller.tokens == [(last + i) % 4 for i in range(1, count + 1)]
         assert not (bad and caller.tokens)
+
+
+def test_a_request_whose_deadline_has_passed_is_never_started():
+    parts = make_parts(max_running=1)
+    first, late, other = Caller(), Caller(deadline_s=time.monotonic() - 1), Caller()
+    for caller in (first, late, other):
+        parts.engine.submit(caller.request)
+    while not other.endings:
+        parts.step()
+    assert isinstance(late.error, DeadlineExceededError)
+    assert "before it was its turn" in str(late.error)
+    assert all(late.request not in batch for batch in parts.runner.batches)
+    assert first.reason is other.reason is FinishReason.LENGTH
+    assert parts.is_idle
+
+
+def test_a_running_request_ends_at_its_deadline():
+    parts = make_parts()
+    caller = Caller(max_tokens=9, deadline_s=time.monotonic() + 60)
+    parts.engine.submit(caller.request)
+    parts.step()
+    caller.request.deadline_s = time.monotonic()
+    parts.step()
+    assert isinstance(caller.error, DeadlineExceededError)
+    assert "after 1 tokens" in str(caller.error)
+    assert caller.tokens == [1]
+    assert parts.is_idle
+
+
+def test_options_that_leave_no_token_end_their_request_alone():
+    parts = make_parts()
+    bad = Caller(sampling=SamplingParams(allowed_token_ids=(2,), bad_token_ids=(2,)))
+    good = Caller()
+    parts.engine.submit(bad.request)
+    parts.engine.submit(good.request)
+    while not good.endings:
+        parts.step()
+    assert isinstance(bad.error, FailedPreconditionError)
+    assert "leave no token" in str(bad.error)
+    assert good.tokens == [1, 2, 3]
+    assert parts.is_idle

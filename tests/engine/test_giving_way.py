@@ -293,3 +293,19 @@ def test_a_request_that_was_sent_back_gets_the_tokens_that_it_would_have_got(pre
         assert caller.tokens == [(number + n) % 4 for n in (1, 2)]
     assert parts.runner.misreads == []
     assert parts.is_idle
+
+
+def test_a_generation_keeps_its_place_until_its_prompt_is_scored():
+    engine = scheduler(max_running=2)
+    holders = [request("flood", 100, 300) for _ in range(2)]
+    for holder in holders:
+        holder.targets = list(range(99))
+        engine.submit(holder)
+    for _ in range(8):  # the first is scored, and the second has begun
+        step(engine)
+    assert [holder.is_scoring for holder in holders] == [False, True]
+    late = request("late", 4, 1)
+    engine.submit(late)
+    steps_until_running(engine, late, 20)
+    assert holders[1] in engine.running  # which has less computed, so it would be the one to go
+    assert holders[0] not in engine.running

@@ -21,12 +21,12 @@ from redmux_server.engine.scheduler import Scheduler
 BLOCK = 4
 
 
-def request(num_prompt, max_tokens, tenant="t", num_source=0):
+def request(num_prompt, max_tokens, tenant="t", num_source=0, **options):
     return Request(
         source_ids=list(range(num_source)),
         prompt_ids=list(range(num_prompt)), max_tokens=max_tokens, sampling=SamplingParams(),
         stop_token_ids=frozenset(), tenant=tenant, adapter=None, logprobs=False,
-        sink=lambda event: None,
+        sink=lambda event: None, **options,
     )  # fmt: skip
 
 
@@ -56,18 +56,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             self.pool, max_running=max_running, max_batch_tokens=self.budget, prefix_cache=False
         )
-        self.queues = {}  # tenant -> requests in order of submission, not yet admitted
+        self.queues = {}  # tenant -> requests in the order of their turns, not yet admitted
         self.open = []
 
     @rule(
         num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 12),
-        tenant=st.sampled_from("abc"),
+        tenant=st.sampled_from("abc"), priority=st.sampled_from([-3, 0, 0, 0, 7]),
     )  # fmt: skip
-    def submit(self, num_prompt, max_tokens, tenant):
-        new = request(num_prompt, max_tokens, tenant)
+    def submit(self, num_prompt, max_tokens, tenant, priority):
+        new = request(num_prompt, max_tokens, tenant, priority=priority)
         self.scheduler.submit(new)
-        self.queues.setdefault(tenant, deque()).append(new)
+        self.enqueue(new, is_first=False)
         self.open.append(new)
+
+    def enqueue(self, new, is_first):
+        queue = self.queues.setdefault(new.tenant, deque())
+        behind = [r.priority < new.priority or (r.priority == new.priority and not is_first)
+                  for r in queue]  # fmt: skip
+        queue.insert(sum(behind), new)
 
     @rule()
     def step(self):
@@ -80,7 +86,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for gone in self.scheduler.sent_back:
             num_held[gone.tenant] -= 1
             assert num_held[gone.tenant] > 0  # a tenant keeps one at least
-            self.queues[gone.tenant].appendleft(gone)
+            self.enqueue(gone, is_first=True)
         before = [r for r in before if r not in self.scheduler.sent_back]
         decoding = [r for r in decoding if r in before]
         assert [w.request for w in work[: len(decoding)]] == decoding
@@ -253,3 +259,56 @@ def test_a_tenant_is_charged_for_its_sources():
         served += [item.request.tenant for item in work]
         commit(scheduler, work)
     assert served[:10].count("short") == 8
+
+
+def test_of_a_tenant_the_lowest_priority_goes_first_and_of_equal_ones_who_came_first():
+    scheduler = Scheduler(BlockPool(64, BLOCK), max_running=1, max_batch_tokens=8)
+    requests = [request(2, 1, priority=priority) for priority in (0, 5, -1, 0, -1)]
+    for one in requests:
+        scheduler.submit(one)
+    order = []
+    while scheduler.num_waiting or scheduler.running:
+        order += commit(scheduler, scheduler.plan())
+    assert order == [requests[i] for i in (2, 4, 0, 3, 1)]
+
+
+def test_a_priority_moves_nothing_between_tenants():
+    def order_with(priority):
+        scheduler = Scheduler(BlockPool(64, BLOCK), max_running=1, max_batch_tokens=8)
+        for number in range(3):
+            for tenant in "ab":
+                scheduler.submit(request(3, number + 1, tenant, priority=priority[tenant]))
+        tenants = []
+        while scheduler.num_waiting or scheduler.running:
+            tenants += [r.tenant for r in commit(scheduler, scheduler.plan())]
+        return tenants
+
+    assert order_with({"a": 100, "b": -100}) == order_with({"a": 0, "b": 0})
+
+
+def test_what_is_overdue_is_told_whether_it_waits_or_runs():
+    scheduler = Scheduler(BlockPool(64, BLOCK), max_running=1, max_batch_tokens=8)
+    runs, waits, has_time = (request(2, 3, deadline_s=deadline) for deadline in (5.0, 6.0, None))
+    for one in (runs, waits, has_time):
+        scheduler.submit(one)
+    scheduler.plan()
+    assert scheduler.running == [runs]
+    assert scheduler.overdue(4.9) == []
+    assert scheduler.overdue(5.0) == [runs]
+    assert scheduler.overdue(7.0) == [runs, waits]
+
+
+def test_followers_go_on_before_what_came_after_them_in_their_order():
+    scheduler = Scheduler(BlockPool(64, BLOCK), max_running=1, max_batch_tokens=8)
+    leader, other, *followers = (request(2, 1) for _ in range(4))
+    leader.followers = followers
+    scheduler.submit(leader)
+    scheduler.submit(other)
+    scheduler.plan()
+    scheduler.fork(leader)
+    assert leader.followers == []
+    scheduler.remove(leader)
+    order = []
+    while scheduler.num_waiting or scheduler.running:
+        order += commit(scheduler, scheduler.plan())
+    assert order == [*followers, other]

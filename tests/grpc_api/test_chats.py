@@ -94,7 +94,7 @@ WRONG = {
     ),
     "template_args is 3, must be a mapping": ([USER], {"template_args": 3}),
     "template_args cannot be written as JSON": ([USER], {"template_args": {"a": b"x"}}),
-    "tool_choice is {}; give none, auto": ([USER], {"tool_choice": {}}),
+    "tool_choice is {}; give auto, none": ([USER], {"tool_choice": {}}),
     "tool_choice is 3, must be a text": ([USER], {"tool_choice": 3}),
     "tools is for chats": ("Hi", {"tools": TOOLS}),
     "continue_final_message is for chats": ([1, 2], {"continue_final_message": True}),
@@ -132,7 +132,9 @@ def test_training_takes_roles_and_contents_and_says_what_it_does_not_take():
 
 
 class Written:
-    """A generation that has written PIECES."""
+    """A generation of two choices, both of which have written PIECES."""
+
+    prompt_scores = None
 
     def __init__(self, **options):
         self._options = options
@@ -142,8 +144,10 @@ class Written:
 
     async def deltas(self):
         for i, piece in enumerate(PIECES):
-            yield Delta(text=piece, token_ids=[i])
-        yield Delta(finish=Finish(FinishReason.STOP, "", 1, 0, 0, 5))
+            for index in range(2):
+                yield Delta(index, text=piece, token_ids=[i])
+        for index in range(2):
+            yield Delta(index, finish=Finish(FinishReason.STOP, "", 1, 0, 0, 5))
 
 
 class Service:
@@ -151,6 +155,13 @@ class Service:
 
     async def submit(self, spec, tenant):
         return Written(is_parallel=spec.prompt.parallel_tool_calls), None
+
+
+class Call:
+    """A call without a deadline."""
+
+    def time_remaining(self):
+        return None
 
 
 @pytest.fixture
@@ -161,20 +172,22 @@ def servicer():
 @pytest.mark.parametrize("is_parallel", [True, False])
 async def test_calls_come_whole_and_in_parts(servicer, is_parallel):
     generation = _calls.generation([USER], tools=TOOLS, parallel_tool_calls=is_parallel)
-    response = await servicer.Complete(pb.CompleteRequest(generation=generation), None)
-    whole = _calls.completion(response, with_logprobs=False)
-    assert whole.text == "Let me see."
-    assert whole.token_ids == (0, 1, 2, 3, 4)
-    assert [(call.name, call.arguments) for call in whole.tool_calls] == [
-        ("clock", '{"a": 1}'), ("clock", "{}"),
-    ][: 2 if is_parallel else 1]  # fmt: skip
+    response = await servicer.Complete(pb.CompleteRequest(generation=generation), Call())
+    for whole in _calls.completion(response, with_logprobs=False).choices:
+        assert whole.text == "Let me see."
+        assert whole.token_ids == (0, 1, 2, 3, 4)
+        assert [(call.name, call.arguments) for call in whole.tool_calls] == [
+            ("clock", '{"a": 1}'), ("clock", "{}"),
+        ][: 2 if is_parallel else 1]  # fmt: skip
 
-    stream = servicer.Generate(pb.GenerateRequest(generation=generation), None)
+    stream = servicer.Generate(pb.GenerateRequest(generation=generation), Call())
     chunks = [_calls.chunk(message, with_logprobs=False) async for message in stream]
-    assert "".join(chunk.text for chunk in chunks) == "Let me see."
-    parts = [delta for chunk in chunks for delta in chunk.tool_calls]
-    assert all(isinstance(part, ToolCallDelta) for part in parts)
-    arguments = ["".join(p.arguments for p in parts if p.index == i) for i in range(2)]
-    assert json.loads(arguments[0]) == {"a": 1}
-    assert arguments[1] == ("{}" if is_parallel else "")
-    assert [p.name for p in parts if p.id] == ["clock"] * (2 if is_parallel else 1)
+    for index in range(2):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert "".join(chunk.text for chunk in own) == "Let me see."
+        parts = [delta for chunk in own for delta in chunk.tool_calls]
+        assert all(isinstance(part, ToolCallDelta) for part in parts)
+        arguments = ["".join(p.arguments for p in parts if p.index == i) for i in range(2)]
+        assert json.loads(arguments[0]) == {"a": 1}
+        assert arguments[1] == ("{}" if is_parallel else "")
+        assert [p.name for p in parts if p.id] == ["clock"] * (2 if is_parallel else 1)

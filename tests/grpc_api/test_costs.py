@@ -24,6 +24,7 @@ from redmux_server.keys import ApiKeys
 from redmux_server.metrics import Metrics
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
+from redmux_server.services.grammar import Grammars
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.spec import Chat, GenerationSpec, ScoreSpec
@@ -67,6 +68,9 @@ class Codec:
     def encode_pair(self, first, second, most):
         return Encoded([1]), [0]
 
+    def tokenizer_json(self):
+        return None
+
     def encode_continuation(self, prompt, prompt_ids, text, most):
         return [1] * len(text)
 
@@ -84,7 +88,7 @@ def servicers():
     validator, metrics, engine = Validator(260, CONTEXT), Metrics(), FullEngine()
     with contextlib.closing(FairThread("tokenizer")) as tokenizing:
         parts = engine, registry, Codec(), validator, metrics, tokenizing
-        generation = GenerationService(*parts)
+        generation = GenerationService(*parts, Grammars(Codec(), 260, tokenizing))
         reading = ReadingService(ReadableModel("encoder", "X", 4, Pooling.MEAN), *parts)
         keys = ApiKeys(())  # which need no context
         training = TrainingService(
@@ -118,7 +122,7 @@ def steps_of(method, request):
     async def call():
         sys.settrace(trace)
         try:
-            result = method(request, None)
+            result = method(request, SimpleNamespace(time_remaining=lambda: None))
             await (anext(result) if hasattr(result, "__anext__") else result)
         except RedmuxError:
             pass
@@ -150,7 +154,7 @@ chats = st.builds(
             )
         ]
         * n,
-        tools=[pb.Tool(name=f"f{i}", parameters_json='{"a":{"b":[1]}}' * bool(text)) for i in range(m)],
+        tools=[pb.Tool(name=f"f{i}", parameters_json='{"a":{"b":[1]}}') for i in range(m)],
         tool_choice="none",
     ),
     counts, counts, texts,
@@ -261,7 +265,7 @@ LONG = {
     "token_ids has 257 tokens": lambda v: v.prompt(long(1, CONTEXT + 1)),
     "chat has 4097 messages": lambda v: v.prompt(Chat(long({}, 4097))),
     "chat has 129 tools": lambda v: v.prompt(Chat([{}], tools=long({}, 129))),
-    "17 stop strings": lambda v: v.stops(GenerationSpec("x", stop=long("x", 17))),
+    "stop has 17 strings": lambda v: v.stops(GenerationSpec("x", stop=long("x", 17))),
     "65 tokens; limit 64": lambda v: v.stops(GenerationSpec("x", stop_token_ids=long(1, 65))),
     "129 continuations": lambda v: v.continuations(ScoreSpec("x", long("x", 129))),
     r"continuations\[0\].token_ids has 257": lambda v: v.continuations(

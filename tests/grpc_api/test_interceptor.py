@@ -14,6 +14,7 @@ from redmux.errors import (
 )
 from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.interceptor import Interceptor
+from redmux_server.grpc_api.refusals import Refusals
 from redmux_server.in_flight import CALL_BYTES, InFlight
 from redmux_server.keys import ApiKeys
 
@@ -186,6 +187,41 @@ async def test_health_alone_needs_no_key(method, is_public):
         assert await call(None, context) == b"a request"
     else:
         assert (await aborted(call, context))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_calls_without_a_key_are_counted_and_told_once_a_minute_without_what_they_gave(
+    caplog,
+):
+    counted, now_s = [], [100.0]
+    refusals = Refusals(counted.append, lambda: now_s[0])
+    call = await wrapped(unary(never), keys=["one"], refusals=refusals)
+    stream = await wrapped(streaming(never), keys=["one"], refusals=refusals)
+    for method in (call, stream, call):
+        await aborted(method, bearer("Bearer s3cret"))
+    now_s[0] += 59
+    await aborted(call, Context())
+    assert counted == ["unauthenticated"] * 4
+    assert len(caplog.messages) == 1
+    now_s[0] += 1
+    await aborted(call, Context())
+    first, second = caplog.messages
+    assert ": 1 since" in first
+    assert ": 4 since" in second
+    assert "from ipv4:127.0.0.1:1 to /redmux.v1.X/Y" in second
+    assert "s3cret" not in caplog.text
+
+
+async def test_what_else_is_refused_at_the_door_is_counted_once_and_not_told(caplog):
+    counted = []
+    options = {"keys": ["one"], "refusals": Refusals(counted.append)}
+    full = await wrapped(unary(never), in_flight=InFlight(0, 0), **options)
+    await aborted(full, bearer("Bearer one"))
+    await aborted(await wrapped(unary(never), **options), bearer("Bearer one", request=b"\xff"))
+    await aborted(await wrapped(failing(NotFoundError("x")), **options), bearer("Bearer one"))
+    probe = await wrapped(unary(never), method="/grpc.health.v1.Health/Check", **options)
+    await aborted(probe, Context(request=b"\xff"))
+    assert counted == ["resource_exhausted", "invalid_argument"]
+    assert caplog.messages == []
 
 
 async def test_a_request_that_does_not_come_ends_its_call():

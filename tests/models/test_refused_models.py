@@ -13,6 +13,7 @@ from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.engine.request import Request, SamplingParams, Work
+from redmux_server.models.kvcache import total_bytes
 from redmux_server.models.load import load
 
 ENCODER = SMALL | {
@@ -23,6 +24,7 @@ T5 = {
     "vocab_size": 260, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2,
     "pad_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+STARTED_T5 = T5 | {"decoder_start_token_id": 0}
 
 
 def served(folder, **options):
@@ -109,3 +111,21 @@ def test_the_threads_of_torch_are_set_after_those_of_the_kernels(monkeypatch):
     set_threads(1, computes_in_torch=True)
     set_threads(1, computes_in_torch=False)
     assert order == [("numba", 1), ("torch", 1)] * 2
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_cache_beyond_the_memory_is_refused_with_what_there_is(kind, tmp_path):
+    if kind == "decoder":
+        folder = save(tmp_path, "llama", LLAMA)
+    else:
+        folder = save(tmp_path, "t5", STARTED_T5, kind=AutoModelForSeq2SeqLM)
+    with pytest.raises(InvalidArgumentError, match=r"cpu has [0-9.,]+ GiB: [0-9]+ tokens at most"):
+        served(folder, kv_cache_tokens=1 << 40)
+
+
+def test_the_cache_of_an_encoder_decoder_fits_the_memory_by_itself(tmp_path):
+    folder = save(tmp_path, "t5", STARTED_T5, kind=AutoModelForSeq2SeqLM)
+    config = {"max_running": 1 << 16, "max_context": 1 << 24, "max_batch_tokens": 1 << 24}
+    loaded = served(folder, kv_cache_tokens=0, **config)
+    held = loaded.num_blocks * loaded.block_size * loaded.kv_bytes_per_token
+    assert held <= total_bytes(loaded.device) / 4

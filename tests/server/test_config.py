@@ -231,6 +231,8 @@ def test_what_cannot_be_read_is_refused_with_its_source(case):
         ("adapters = ['a', 1]", "adapters is"),
         ("[server]\nport = 1", "unknown option 'server'"),
         ("port 1", "cannot read config file"),
+        (f"port = {'9' * 5000}", "cannot read config file"),
+        (f"adapters = {'[' * 100_000}", "cannot read config file"),
         ("port = 1\nport = 2", "cannot read config file"),
     ],
 )
@@ -272,7 +274,7 @@ def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
         {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
         {"dtype": "int8"}, {"quantization": "int4"}, {"log_level": "loud"},
         {"max_running": 9, "max_batch_tokens": 8}, {"tls_cert": "c"}, {"tls_key": "k"},
-        {"host": "10.0.0.7"},
+        {"host": "10.0.0.7"}, {"training_share": 1.01},
     ],
     ids=str,
 )  # fmt: skip
@@ -285,12 +287,33 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(values):
         assert str(value) in str(caught.value)
 
 
-def test_the_edges_of_every_range_are_allowed():
+NUMBERS = [f.name for f in dataclasses.fields(ServerConfig) if type(f.default) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_may_be_so_large_that_the_start_hangs(name):
+    """All in one: counts, tokens, bytes and seconds, also those of options to come."""
+    kind = type(getattr(ServerConfig(), name))
+    with pytest.raises(InvalidArgumentError, match=f"^{name} is .*, must be from .* to [0-9]+$"):
+        ServerConfig(**{"max_batch_tokens": 1 << 24, name: kind(10**20)})
+
+
+def test_the_lower_edges_of_every_range_are_allowed():
     ServerConfig(
         port=0, metrics_port=65535, threads=0, max_running=1, max_batch_tokens=1, max_queue=0,
         max_context=0, kv_cache_tokens=0, bank_bytes=0, host_cache_bytes=0, drain_s=0.0,
         tls_cert="c", tls_key="k", training_share=1.0, training_queue=1, training_max_tokens=1,
     )  # fmt: skip
+
+
+def test_the_upper_edges_that_the_refusals_name_are_allowed():
+    highest = {}
+    for name in NUMBERS:
+        kind = type(getattr(ServerConfig(), name))
+        with pytest.raises(InvalidArgumentError) as caught:
+            ServerConfig(**{"max_batch_tokens": 1 << 24, name: kind(10**20)})
+        highest[name] = kind(str(caught.value).rpartition(" ")[2])
+    ServerConfig(**highest)
 
 
 def test_a_configuration_cannot_be_changed():

@@ -39,7 +39,9 @@ REFUSED = {
     r"tools\[0\] has name 'f.n'": {"tools": [function(name="f\n")]},
     r"tools\[0\] has name 'x{65}'": {"tools": [function(name="x" * 65)]},
     r"tools\[0\] has name 'auto', which is a tool_choice": {"tools": [function(name="auto")]},
-    'parameters that are not of "type": "object"': {"tools": [function(parameters={"type": "array"})]},
+    'parameters that are not of "type": "object"': {
+        "tools": [function(parameters={"type": "array"})],
+    },
     "tool_choice is 'required', but the request has no tools": {"tool_choice": "required"},
     "tool_choice is 'clock', but the request has no tools": {"tool_choice": "clock"},
     "tool_choice is 'x', which is none of the tools": {"tools": TOOLS, "tool_choice": "x"},

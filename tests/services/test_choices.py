@@ -59,7 +59,7 @@ def parts():
 def service(parts):
     with contextlib.closing(FairThread("tokenizer")) as tokenizing:
         yield GenerationService(
-            parts.engine, None, Codec(), Validator(VOCAB, 40), parts.metrics, tokenizing
+            parts.engine, None, Codec(), Validator(VOCAB, 40), parts.metrics, tokenizing, None
         )
 
 
@@ -130,13 +130,18 @@ async def test_choices_of_one_token_compute_the_prompt_once(parts, service):
 
 
 async def test_choices_take_a_place_each_all_or_none(parts, service):
+    generation, _ = await service.submit(spec(n=12), "")
+    assert parts.engine.num_open == 12
     with pytest.raises(ResourceExhaustedError):
-        await service.submit(spec(n=19), "")
-    assert parts.engine.num_open == 0
-    generation, _ = await service.submit(spec(n=17), "")
-    assert parts.engine.num_open == 17
+        await service.submit(spec(n=6), "")
+    assert parts.engine.num_open == 12
     await run(parts, generation)
     assert parts.engine.num_open == 0
+
+
+async def test_more_choices_than_there_can_be_places_for_are_refused_for_good(service):
+    with pytest.raises(InvalidArgumentError, match="n is 18; this server has places for 17"):
+        await service.submit(spec(n=18), "")
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3])
@@ -185,3 +190,28 @@ async def test_a_choice_that_ends_early_leaves_the_others(parts, service):
 async def test_a_number_of_choices_that_cannot_be_is_refused(service, n):
     with pytest.raises(InvalidArgumentError, match=f"n is {n}, must be from 1 to 64"):
         await service.submit(spec(n=n), "")
+
+
+async def test_every_choice_tells_what_the_cache_had_of_the_prompt(parts, service):
+    await run(parts, (await service.submit(spec(), ""))[0])
+    choices = await run(parts, (await service.submit(spec(n=3), ""))[0])
+    assert [finish.num_cached_tokens for *_, finish in choices] == [2 * BLOCK] * 3
+
+
+async def test_a_stop_text_ends_nothing_before_min_tokens(parts, service):
+    """Tokens are 2, 3, 0, 1, 2, 3 and so on: the text is "cdabcdab"."""
+    options = {"temperature": 0.0, "max_tokens": 9, "stop": ["d"]}
+    ((text, ids, finish),) = await run(parts, (await service.submit(spec(**options), ""))[0])
+    assert (text, len(ids), finish.stop) == ("c", 2, "d")
+    generation, _ = await service.submit(spec(min_tokens=2, **options), "")
+    ((text, ids, finish),) = await run(parts, generation)
+    assert (text, len(ids), finish.stop) == ("cdabc", 6, "d")
+
+
+@pytest.mark.parametrize(("included", "expected"), [(False, "c"), (True, "cd")])
+async def test_the_text_of_a_stop_token_is_there_if_wanted(parts, service, included, expected):
+    generation, _ = await service.submit(
+        spec(temperature=0.0, stop_token_ids=[3], include_stop_str=included), ""
+    )
+    ((text, ids, finish),) = await run(parts, generation)
+    assert (text, ids, finish.stop_token_id) == (expected, [2, 3], 3)

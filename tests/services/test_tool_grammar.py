@@ -2,22 +2,24 @@
 
 import json
 import random
+from dataclasses import replace
 
 import jsonschema
 import llguidance
 import numpy as np
 import pytest
-from chat_templates import CLOCK, TEMPLATES, TOOLS, WEATHER, with_tools
+from chat_templates import CLOCK, TEMPLATES, TOOLS, WEATHER, tokenizer_of
 from tokenizers_at_hand import make
 
+from redmux.errors import InvalidArgumentError
 from redmux_adapters.text.encoder import TextEncoder
-from redmux_server.services.spec import GrammarKind
-from redmux_server.services.tool_grammar import tool_grammar
+from redmux_server.services.spec import Chat, GenerationSpec, Grammar, GrammarKind
+from redmux_server.services.tool_grammar import tool_grammar, with_tools
 from redmux_server.services.tools import ToolCallParser, whole_calls
 
 END = 2
-TOKENIZER = with_tools(TEMPLATES["qwen"])
-FORMS = {name: TextEncoder(with_tools(t)).tool_format(None) for name, t in TEMPLATES.items()}
+TOKENIZER = tokenizer_of(TEMPLATES["qwen"])
+FORMS = {name: TextEncoder(tokenizer_of(t)).tool_format(None) for name, t in TEMPLATES.items()}
 LL_TOKENIZER = llguidance.LLTokenizer(TOKENIZER.backend_tokenizer.to_str(), eos_token=[END])
 SCHEMAS = {
     "get_weather": WEATHER["function"]["parameters"],
@@ -107,6 +109,31 @@ def test_required_is_one_call_or_more_unless_there_may_be_only_one(family, betwe
 def test_a_free_choice_has_no_grammar():
     for choice in ("auto", "none"):
         assert tool_grammar(FORMS["qwen"], TOOLS, choice) is None
+
+
+def asked(**fields):
+    return GenerationSpec(Chat([{"role": "user", "content": "x"}], tools=TOOLS, **fields))
+
+
+def test_a_request_gets_the_grammar_and_the_parser_of_its_tools():
+    form = FORMS["qwen"]
+    for choice in ("auto", "required", "clock"):
+        spec, make_parser = with_tools(asked(tool_choice=choice), form)
+        assert spec.grammar == tool_grammar(form, TOOLS, choice)
+        text = form.before + '{"name": "clock"}' + form.after
+        _, (delta,) = make_parser().push(text, is_last=True)
+        assert delta.name == "clock"
+    _, make_parser = with_tools(asked(parallel_tool_calls=False), form)
+    assert len(make_parser().push(text * 2, is_last=True)[1]) == 1
+    for spec in (asked(tool_choice="none"), GenerationSpec("x")):
+        assert with_tools(spec, None) == (spec, None)
+
+
+def test_a_required_call_and_another_grammar_exclude_each_other():
+    own = Grammar(GrammarKind.JSON_OBJECT)
+    with pytest.raises(InvalidArgumentError, match="'required' and a grammar exclude each other"):
+        with_tools(replace(asked(tool_choice="required"), grammar=own), FORMS["qwen"])
+    assert with_tools(replace(asked(), grammar=own), FORMS["qwen"])[0].grammar == own
 
 
 def test_a_schema_brings_no_options_of_its_own():

@@ -40,7 +40,7 @@ F = ("f", "{}")
 WEATHER = ("get_weather", ARGUMENTS)
 CASES = {
     "one call": (TAGGED, f"<tool_call>\n{CALL}\n</tool_call>", "", [WEATHER]),
-    "text before": (TAGGED, f"I look.\n\n<tool_call>\n{CALL}\n</tool_call>\n", "I look.", [WEATHER]),
+    "text before": (TAGGED, f"I see.\n\n<tool_call>{CALL}\n</tool_call>\n", "I see.", [WEATHER]),
     "two calls": (
         TAGGED,
         f'<tool_call>{CALL}</tool_call>\n<tool_call>{{"name": "f"}}</tool_call>',
@@ -68,7 +68,7 @@ CASES = {
     ),
     "a list": (TAGGED, f'<tool_call>[{CALL}, {{"name": "f"}}]</tool_call>', "", [WEATHER, F]),
     "a list where lists are meant": (LISTED, f"<tool_call>[{CALL}]</tool_call>", "", [WEATHER]),
-    "an empty list is no call": (LISTED, "<tool_call>[]</tool_call>", "<tool_call>[]</tool_call>", []),
+    "an empty list is no call": (LISTED, "<tool_call>[]</tool_call>", None, []),
     "bare": (BARE, '{"name": "f", "parameters": {"x": "y"}}', "", [("f", '{"x": "y"}')]),
     "bare behind a tag": (BARE, '<|python_tag|>{"name": "f", "parameters": {}}', "", [F]),
     "two bare": (BARE, ' {"name": "f"}; {"name": "f"}\n', "", [F, F]),
@@ -175,6 +175,12 @@ def test_arguments_are_streamed_as_they_come():
     assert (more.index, more.id, more.name, more.arguments) == (0, "", "", ": 1}")
     assert parser.push("}</tool_call>", is_last=True) == ("", [])
     assert parser.num_calls == 1
+
+
+def test_an_answer_in_json_is_streamed_as_soon_as_it_is_none():
+    parser = ToolCallParser(BARE, NAMES)
+    assert parser.push('{"city"') == ('{"city"', [])
+    assert parser.push(': {"a": 1') == (': {"a": 1', [])
 
 
 def test_calls_after_the_first_are_left_out_where_there_may_be_one():

@@ -26,6 +26,7 @@ def check(spec, num_prompt_tokens=5):
     """Every check of a request in the order of the service; returns what would be queued."""
     sampling = VALIDATOR.sampling(spec)
     VALIDATOR.stops(spec)
+    VALIDATOR.rest(spec)
     VALIDATOR.prompt(spec.prompt)
     if isinstance(spec.prompt, list):
         num_prompt_tokens = len(spec.prompt)
@@ -44,7 +45,7 @@ REFUSED = {
     "top_k negative": ({"top_k": -3}, "top_k is -3"),
     "seed negative": ({"seed": -1}, "seed is -1"),
     "seed too large": ({"seed": 1 << 64}, "seed is 18446744073709551616"),
-    "too many stops": ({"stop": ["x"] * 17}, "17 stop strings"),
+    "too many stops": ({"stop": ["x"] * 17}, "stop has 17 strings; limit 16"),
     "long stop": ({"stop": ["ok", "x" * 129]}, "129 bytes"),
     "long stop in bytes": ({"stop": ["é" * 65]}, "130 bytes"),
     "empty stop": ({"stop": ["a", ""]}, "0 bytes"),
@@ -66,6 +67,41 @@ REFUSED = {
     "prompt fills the context": ({"prompt": [1] * CONTEXT}, "64 tokens"),
     "prompt exceeds the context": ({"prompt": [1] * 90}, "token_ids has 90 tokens; limit 64"),
     "max_tokens zero": ({"max_tokens": 0}, "max_tokens is 0"),
+    "choices of no completion": ({"max_tokens": 0, "prompt_logprobs": 0, "n": 2}, "n is 2"),
+    "a prompt of one token to score": (
+        {"prompt": [1], "max_tokens": 0, "prompt_logprobs": 0}, "one token",
+    ),
+    "min_tokens above max_tokens": (
+        {"max_tokens": 3, "min_tokens": 4}, "min_tokens is 4, must be at most max_tokens",
+    ),
+    "min_tokens negative": ({"min_tokens": -1}, "min_tokens is -1"),
+    "min_p above one": ({"min_p": 1.1}, r"min_p is 1\.1, must be from 0 to 1"),
+    "min_p NaN": ({"min_p": math.nan}, "min_p is nan"),
+    "typical_p zero": ({"typical_p": 0.0}, r"typical_p is 0\.0"),
+    "presence_penalty": ({"presence_penalty": 2.5}, r"presence_penalty is 2\.5, must be from -2"),
+    "frequency_penalty": ({"frequency_penalty": -3.0}, r"frequency_penalty is -3\.0"),
+    "repetition_penalty zero": ({"repetition_penalty": 0.0}, r"repetition_penalty is 0\.0"),
+    "no_repeat_ngram": ({"no_repeat_ngram": -1}, "no_repeat_ngram is -1"),
+    "bias of no token": ({"logit_bias": {VOCAB: 1.0}}, r"logit_bias\[0\] = 100 is outside"),
+    "bias too strong": ({"logit_bias": {3: 101.0}}, r"logit_bias\[3\] is 101\.0, must"),
+    "bias NaN": ({"logit_bias": {3: math.nan}}, r"logit_bias\[3\] is nan"),
+    "allowed token": ({"allowed_token_ids": [VOCAB]}, r"allowed_token_ids\[0\] = 100"),
+    "bad token": ({"bad_token_ids": [-1]}, r"bad_token_ids\[0\] = -1"),
+    "bad word empty": ({"bad_words": ["x", ""]}, r"bad_words\[1\] has 0 bytes"),
+    "too many bad words": ({"bad_words": ["x"] * 129}, "bad_words has 129 strings; limit 128"),
+    "top_logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21, must"),
+    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs is 2 without logprobs"),
+    "prompt_logprobs": ({"prompt_logprobs": 21}, "prompt_logprobs is 21"),
+    "priority": ({"priority": 101}, "priority is 101, must be from -100 to 100"),
+    "timeout zero": ({"timeout_s": 0.0}, r"timeout_s is 0\.0"),
+    "timeout infinite": ({"timeout_s": math.inf}, "timeout_s is inf"),
+    "regex of another kind": ({"stop_regex": r"(a)\1"}, "no pattern of RE2: invalid escape"),
+    "regex unbalanced": ({"stop_regex": "a)(b"}, "no pattern of RE2"),
+    "regex too long": ({"stop_regex": "x" * 513}, "513 bytes; limit 512"),
+    "regex too large": ({"stop_regex": r"\pL{900}"}, "stop_regex"),
+    "regex of nothing": ({"stop_regex": "a*"}, "matches an empty text"),
+    "regex that looks ahead": ({"stop_regex": r"[$]a\b"}, r"has \\b at 4"),
+    "regex of half a character": ({"stop_regex": LONE}, "no pattern of RE2"),
     "max_tokens negative": ({"max_tokens": -5}, "max_tokens is -5"),
     "max_tokens beyond the context": ({"max_tokens": 60}, "max_tokens is 60"),
 }  # fmt: skip

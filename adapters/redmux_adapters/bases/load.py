@@ -158,7 +158,16 @@ def resolve(spec: str) -> str:
 
 def _source(spec: str) -> str:
     path = Path(spec).expanduser()
-    return str(path) if path.is_dir() else spec
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise InvalidArgumentError(
+            f"cannot load model {spec!r}: it is a file; "
+            "give a folder with config.json, or a .gguf file"
+        )
+    if path.is_absolute() or spec.startswith(".") or spec.count("/") > 1:  # no hub id
+        raise InvalidArgumentError(f"cannot load model {spec!r}: there is no such folder")
+    return spec
 
 
 def _gguf_file(spec: str) -> Path | None:

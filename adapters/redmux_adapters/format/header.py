@@ -161,7 +161,10 @@ def split_name(name: str) -> tuple[str, str]:
     """Returns (site, "scale" or "bias") of a tensor's name, or raises InvalidAdapterError."""
     site, _, kind = name.rpartition(".")
     if kind not in ("scale", "bias"):
-        raise InvalidAdapterError(f"unexpected tensor {shown(name)}; names end in .scale or .bias")
+        raise InvalidAdapterError(
+            f"unexpected tensor {shown(name)}; names end in .scale or .bias, and `redmux adapters "
+            "convert` takes what other libraries write"
+        )
     check_site(site)
     return site, kind
 

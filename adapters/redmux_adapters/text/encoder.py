@@ -97,7 +97,7 @@ class TextEncoder:
         self, messages: Sequence[Message], prompt_format: PromptFormat | None,
         options: ChatOptions = PLAIN,
     ) -> RenderedChat:  # fmt: skip
-        """Returns a chat by the template of `options`, else in `prompt_format`, else by the model's.
+        """Returns a chat in the template of `options`, else in `prompt_format`, else the model's.
 
         Raises InvalidArgumentError for what the format or the template cannot write.
         """
@@ -192,7 +192,7 @@ class TextEncoder:
         return replace(
             found,
             is_special=found.tag in self._control.special,
-            tokens=tokens & {found.tag, found.end_tag},
+            tokens=frozenset(tokens & {found.tag, found.end_tag}),
         )
 
     def _found_in(self, prompt_format: PromptFormat) -> dict[str, int]:

@@ -12,7 +12,7 @@ from .messages import Message
 
 TAGS = {"<tool_call>": "</tool_call>", "<|python_tag|>": ""}
 _NAME, _ARGUMENTS = "probed_function", {"probed_key": "probed"}
-_USER = {"role": "user", "content": "a"}
+_USER: Message = {"role": "user", "content": "a"}
 _TOOL = {
     "type": "function",
     "function": {
@@ -26,11 +26,11 @@ _TOOL = {
     },
 }
 _FUNCTION = {"name": _NAME, "arguments": _ARGUMENTS}
-_CALL = {
+_CALL: Message = {
     "role": "assistant",
     "tool_calls": [{"id": "call00000", "type": "function", "function": _FUNCTION}],
 }
-_RESULT = {"role": "tool", "tool_call_id": "call00000", "name": _NAME, "content": "a"}
+_RESULT: Message = {"role": "tool", "tool_call_id": "call00000", "name": _NAME, "content": "a"}
 
 Render = Callable[[Sequence[Message], Sequence[Mapping[str, Any]], bool], str]
 

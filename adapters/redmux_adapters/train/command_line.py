@@ -15,6 +15,11 @@ _Group = argparse._ArgumentGroup
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Returns the parsed arguments; wrong usage ends in SystemExit, as argparse has it."""
+    return option_parser().parse_args(argv)
+
+
+def option_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the options."""
     parser = argparse.ArgumentParser(
         prog="redmux train",
         description="Train RED adapters on a frozen base model, one or many in the same passes. "
@@ -26,7 +31,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     _add_run(parser.add_argument_group("run"))
     _add_data(parser.add_argument_group("data"))
     _add_training(parser.add_argument_group("training"))
-    return parser.parse_args(argv)
+    return parser
 
 
 def job_of(arguments: argparse.Namespace) -> Job:

@@ -71,10 +71,10 @@ class BatchService:
         self._work: dict[str, asyncio.Task[str]] = {}  # the part of a task that can be cancelled
         self._answer: Answer | None = None
 
-    def start(self, answer: Answer) -> None:
+    async def start(self, answer: Answer) -> None:
         """Takes batches from here on, and goes on with those that earlier runs left."""
         self._answer = answer
-        for record in self._records.load():
+        for record in await asyncio.to_thread(self._records.load):
             try:
                 batch = Batch(**record)
             except TypeError as err:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from redmux_server.engine.stop_pattern import StopPattern
+
 _BROKEN = "\ufffd"
 _MOST_HELD = 16  # tokens that are held back; a character has at most four
 _CHARACTER = 3  # most tokens that a character is held back for: what a fourth would complete
@@ -64,10 +66,18 @@ class Detokenizer:
 class StopMatcher:
     """Holds text back while it may be the beginning of a stop text."""
 
-    def __init__(self, stops: Sequence[str], *, included: bool = False) -> None:
-        """With `included` the stop text that ends the text is part of it."""
+    def __init__(
+        self,
+        stops: Sequence[str],
+        pattern: StopPattern | None = None,
+        *,
+        included: bool = False,
+    ) -> None:
+        """With `included` the stop text, or match, that ends the text is part of it."""
         self._stops = list(stops)
+        self._pattern = pattern
         self._included = included
+        self._before = ""  # the last character that was given out
         self._held = ""
         self.matched: str | None = None
 
@@ -76,21 +86,41 @@ class StopMatcher:
 
         Unless it `may_stop`, no stop text ends in this text, but one may begin there.
         """
-        if self.matched is not None:
+        if self.matched is not None or not text:
             return ""
         num_held = len(self._held)
         text = self._held + text
-        # The stop text that is complete first wins, so that the cut does not depend on how the
-        # text arrived; of two that end together, the longer.
-        ends = ((_end_of(text, stop, num_held), -len(stop), stop) for stop in self._stops)
-        found = [end for end in ends if end[0]] if may_stop else []
-        if found:
-            end, _, self.matched = min(found)
-            self._held = ""
-            return text[: end if self._included else end - len(self.matched)]
+        found = self._find(text, num_held) if may_stop else None
+        if found is not None:
+            start, end = found
+            self.matched, self._held = text[start:end], ""
+            return text[: end if self._included else start]
         held = max((self._overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        if self._pattern is not None:
+            held = max(held, min(len(text), self._pattern.width - 1))
+        given, self._held = text[: len(text) - held], text[len(text) - held :]
+        self._before = given[-1:] or self._before
+        return given
+
+    def _find(self, text: str, num_held: int) -> tuple[int, int] | None:
+        """Returns (start, end) of the stop text that is complete first behind the held text.
+
+        So the cut does not depend on how the text arrived. Of two that end together, the longer.
+        """
+        found = []
+        for stop in self._stops:
+            start = text.find(stop, max(0, num_held - len(stop) + 1))
+            if start >= 0:
+                found.append((start + len(stop), start))
+        if self._pattern is not None:
+            shift = len(self._before)
+            match = self._pattern.find(self._before + text, shift, shift + num_held)
+            if match is not None:
+                found.append((match[1] - shift, match[0] - shift))
+        if not found:
+            return None
+        end, start = min(found)
+        return start, end
 
     def flush(self) -> str:
         """Returns what was held back, at the end of the stream."""
@@ -102,9 +132,3 @@ class StopMatcher:
         """Length of the longest end of `text` that is a proper beginning of `stop`."""
         longest = min(len(text), len(stop) - 1)
         return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _end_of(text: str, stop: str, num_held: int) -> int:
-    """Returns where a stop text first ends behind the held text, or 0."""
-    start = text.find(stop, max(0, num_held - len(stop) + 1))
-    return start + len(stop) if start >= 0 else 0

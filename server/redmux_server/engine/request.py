@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # they would bring torch into the scheduler
     from torch import Tensor
 
     from redmux_adapters import Adapter
+    from redmux_server.engine.grammar import Matcher
+    from redmux_server.engine.logit_edits import EditState
 
 
 class FinishReason(enum.Enum):
@@ -43,6 +45,20 @@ class SamplingParams:
     bad_token_ids: Sequence[int] = ()
     bad_sequences: Sequence[Sequence[int]] = ()  # of two tokens and more
     min_tokens: int = 0
+    penalises: bool = field(init=False)  # tokens that were there
+    edits_logits: bool = field(init=False)
+    restricts: bool = field(init=False)  # which tokens may be drawn
+
+    def __post_init__(self) -> None:
+        penalises = self.repetition_penalty != 1 or bool(
+            self.presence_penalty or self.frequency_penalty
+        )
+        object.__setattr__(self, "penalises", penalises)
+        bans = (self.no_repeat_ngram, self.bad_token_ids, self.bad_sequences, self.min_tokens)
+        edits = (penalises, self.logit_bias, self.allowed_token_ids, *bans)
+        object.__setattr__(self, "edits_logits", any(map(bool, edits)))
+        restricts = self.top_k or self.top_p < 1 or self.min_p or self.typical_p < 1
+        object.__setattr__(self, "restricts", bool(restricts))
 
 
 class Pooling(enum.Enum):
@@ -136,6 +152,7 @@ class Request:
     reading: Reading | None = None  # what to read instead; `max_tokens` is 0 then, too
     # What the encoder of an encoder-decoder model reads; the prompt is its decoder's start then.
     source_ids: Sequence[int] = ()
+    matcher: "Matcher | None" = None  # its own one, of the grammar that its output has to follow
     num_top: int = 0  # likeliest tokens to tell of at each generated one, if `logprobs`
     num_target_top: int = 0  # the same at each target
     priority: int = 0  # inside the tenant: lower is sooner
@@ -153,6 +170,7 @@ class Request:
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
     slot: int | None = None  # row of the adapter bank while running
     states: list["Tensor"] = field(default_factory=list)  # of a reading, [tokens, hidden] a step
+    edit_state: "EditState | None" = None  # of the options that change its logits
     kept: object = None  # what the runner keeps of it beside the cache, while it runs
 
     def __post_init__(self) -> None:
@@ -197,6 +215,8 @@ class Request:
     def finish_reason(self) -> FinishReason | None:
         """Returns why the request is complete after its newest token, or None if it is not."""
         if self.token_ids[-1] in self.stop_token_ids:
+            return FinishReason.STOP
+        if self.matcher is not None and self.matcher.is_complete:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output >= self.max_tokens else None
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redmux_server.engine.candidates import candidates
+from redmux_server.engine.grammar import apply_masks
+from redmux_server.engine.logit_edits import edited
 from redmux_server.engine.request import Request, Token
-
-# Rows are cut by top-p among this many candidates first; a flatter row sorts its whole vocabulary.
-_CANDIDATES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,39 +18,82 @@ class NonFinite:
     """The row holds NaN or infinity: no token can be drawn from it."""
 
 
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinite]:
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """No token may come next, and why."""
+
+    why: str = "the grammar and the options leave no token that may come next"
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinite | Exhausted]:
     """Draws one token per row of `logits` [requests, vocab].
 
     Row i depends on row i and request i alone: the random number is a hash of the request's seed
-    and the index of the token, so neither neighbours nor scheduling move it.
+    and the index of the token, so neither neighbours nor scheduling move it. What the grammar bars
+    goes before all other options; log-probabilities are those of the row as the model computed it.
     """
     ids, is_finite = likeliest(logits)
-    drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0 and is_finite[i]]
-    if drawn:
-        for i, token_id in zip(drawn, _draw(logits[drawn], [requests[i] for i in drawn]),
-                               strict=True):  # fmt: skip
-            ids[i] = token_id
-    tokens = [
+    tokens: list[Token | NonFinite | Exhausted] = [
         Token(token_id, None) if ok else NonFinite()
         for token_id, ok in zip(ids, is_finite, strict=True)
     ]
-    asked = [i for i, r in enumerate(requests) if r.logprobs and is_finite[i]]
-    if asked:
-        told = _with_logprobs(
-            logits[asked], [ids[i] for i in asked], [requests[i].num_top for i in asked]
-        )
-        for i, token in zip(asked, told, strict=True):
+    as_they_are, with_edits = [], []
+    for i, request in enumerate(requests):
+        if is_finite[i] and (request.sampling.edits_logits or request.matcher is not None):
+            with_edits.append(i)
+        elif is_finite[i] and request.sampling.temperature > 0:
+            as_they_are.append(i)
+    if as_they_are:
+        chosen = _draw(logits[as_they_are], [requests[i] for i in as_they_are])
+        for i, token_id in zip(as_they_are, chosen, strict=True):
+            tokens[i] = Token(token_id, None)
+    if with_edits:
+        told = _choose_edited(logits[with_edits], [requests[i] for i in with_edits])
+        for i, token in zip(with_edits, told, strict=True):
             tokens[i] = token
+    _tell_logprobs(logits, requests, tokens)
     return tokens
 
 
-def _with_logprobs(logits: Tensor, ids: Sequence[int], num_top: Sequence[int]) -> list[Token]:
+def _choose_edited(rows: Tensor, requests: Sequence[Request]) -> list[Token | Exhausted]:
+    """Draws from rows that are nobody else's."""
+    apply_masks(rows, [None if r.matcher is None else r.matcher.mask for r in requests])
+    if any(r.sampling.edits_logits for r in requests):
+        rows = edited(rows, requests)
+    ids, is_left = likeliest(rows)
+    drawn = [i for i, r in enumerate(requests) if r.sampling.temperature > 0 and is_left[i]]
+    if drawn:
+        for i, token_id in zip(drawn, _draw(rows[drawn], [requests[i] for i in drawn]),
+                               strict=True):  # fmt: skip
+            ids[i] = token_id
+    return [
+        Token(token_id, None) if ok else _exhausted(request)
+        for token_id, ok, request in zip(ids, is_left, requests, strict=True)
+    ]
+
+
+def _exhausted(request: Request) -> Exhausted:
+    error = "" if request.matcher is None else request.matcher.error
+    return Exhausted(error) if error else Exhausted()
+
+
+def _tell_logprobs(
+    logits: Tensor, requests: Sequence[Request], tokens: list[Token | NonFinite | Exhausted]
+) -> None:
+    """Puts log-probabilities to the tokens of the requests that ask for them."""
+    asked = [(i, token.token_id) for i, token in enumerate(tokens)
+             if requests[i].logprobs and isinstance(token, Token)]  # fmt: skip
+    if not asked:
+        return
+    rows = logits[[i for i, _ in asked]]
     # log_softmax works row by row, unlike logsumexp, which may split one long row over threads.
-    logprobs = torch.log_softmax(logits.float(), -1)
-    chosen = torch.tensor(ids, device=logits.device)[:, None]
+    logprobs = torch.log_softmax(rows.float(), -1)
+    chosen = torch.tensor([token_id for _, token_id in asked], device=logits.device)[:, None]
     values = logprobs.gather(1, chosen)[:, 0].tolist()
-    top = top_of(logits, logprobs, num_top)
-    return [Token(*told) for told in zip(ids, values, top, strict=True)]
+    top = top_of(rows, logprobs, [requests[i].num_top for i, _ in asked])
+    for (i, token_id), value, of_row in zip(asked, values, top, strict=True):
+        tokens[i] = Token(token_id, value, of_row)
 
 
 def top_of(
@@ -100,29 +143,14 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     points = [_uniform(r.sampling.seed, r.num_output) for r in requests]
     point = torch.tensor(points, dtype=torch.float64, device=device)[:, None]
     ids = [0] * len(params)
-    plain = [i for i, p in enumerate(params) if not p.top_k and p.top_p >= 1]
+    plain = [i for i, p in enumerate(params) if not p.restricts]
     if plain:
         for i, index in zip(plain, _invert(probs[plain], point[plain]).tolist(), strict=True):
             ids[i] = index
     for i in sorted(set(range(len(params))) - set(plain)):
-        order, kept = _truncate(probs[i], params[i].top_k, params[i].top_p)
+        order, kept = candidates(probs[i], params[i])
         ids[i] = int(order[_invert(kept[None], point[i : i + 1])])
     return ids
-
-
-def _truncate(probs: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Returns (token ids, probabilities) of the candidates, most likely first."""
-    vocab = probs.shape[0]
-    size = min(top_k or _CANDIDATES, vocab)
-    values, order = probs.topk(size)
-    reached = values.double().cumsum(0)
-    if not top_k and reached[-1] < top_p:
-        values, order = probs.sort(descending=True)
-        reached = values.double().cumsum(0)
-    # A token is kept while the mass before it is below top_p; of a top-k set, relative to its mass.
-    limit = top_p * reached[-1] if top_k else torch.tensor(top_p, dtype=torch.float64)
-    keep = int(((reached - values.double()) < limit).sum().clamp(min=1))
-    return order[:keep], values[:keep]
 
 
 def _invert(probs: Tensor, point: Tensor) -> Tensor:

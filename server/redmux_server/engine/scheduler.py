@@ -1,8 +1,10 @@
 """Scheduler: which tokens of which requests the next step computes. No torch in here."""
 
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Iterator
 
 from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.line import Line
 from redmux_server.engine.prefix import extend_keys
 from redmux_server.engine.request import Request, Work
 
@@ -14,8 +16,8 @@ class Scheduler:
 
     A running request holds cache blocks for its whole length from the start, so nothing fails for
     lack of memory. Admission picks the waiting tenant with the least service so far (virtual token
-    counters, Sheng et al. 2024), first come first served inside a tenant. Owned by the engine
-    thread.
+    counters, Sheng et al. 2024), and of its requests that of the lowest priority which came first.
+    Owned by the engine thread.
 
     A tenant may hold every place and every block while nobody else wants them. Once the tenant
     whose turn it is finds none, and has been served a step's tokens less than those who hold them,
@@ -53,7 +55,7 @@ class Scheduler:
         self.num_cached_tokens = 0  # found in the cache at admissions so far
         self.running: list[Request] = []
         self.sent_back: list[Request] = []  # those that the newest plan took the places of
-        self._waiting: dict[str, deque[Request]] = {}
+        self._waiting: dict[str, Line] = {}
         self._served: dict[str, int] = {}  # tenant -> tokens computed for it
 
     @property
@@ -67,7 +69,7 @@ class Scheduler:
         return 1 - self._blocks.num_free / self._blocks.num_blocks
 
     def submit(self, request: Request) -> None:
-        """Queues a request behind the others of its tenant.
+        """Queues a request behind the others of its tenant and priority.
 
         A tenant that begins to wait starts level with the most served of those that wait: what it
         did not ask for is not saved up, and however many new ones come, they line up behind those
@@ -81,24 +83,30 @@ class Scheduler:
             most = min(served) + _MAX_LEAP
             level = max(max(served), self._served.get(tenant, 0))
             self._served[tenant] = min(level, most)
-        self._waiting.setdefault(tenant, deque()).append(request)
+        self._waiting.setdefault(tenant, Line()).append(request)
 
     def ended_early(self) -> list[Request]:
         """Returns every request that its reader has ended; `remove` takes them out."""
-        gone = [r for r in self.running if r.early_end is not None]
-        for queue in self._waiting.values():
-            gone += [r for r in queue if r.early_end is not None]
-        return gone
+        return [r for r in self._all() if r.early_end is not None]
+
+    def overdue(self, now_s: float) -> list[Request]:
+        """Returns every request whose deadline has passed; `remove` takes them out."""
+        return [r for r in self._all() if r.deadline_s is not None and r.deadline_s <= now_s]
+
+    def _all(self) -> Iterator[Request]:
+        yield from self.running
+        for line in self._waiting.values():
+            yield from line
 
     def fork(self, request: Request) -> None:
-        """Queues the followers of a request in front of its tenant's others.
+        """Queues the followers of a request in front of the others of its tenant and priority.
 
         Call it when their first tokens are drawn. They are admitted behind those of the prompt's
         blocks that `request` shares, and compute the rest of it and that token.
         """
         for follower in reversed(request.followers):
             follower.num_cached = request.num_cached
-            self._waiting.setdefault(request.tenant, deque()).appendleft(follower)
+            self._waiting.setdefault(request.tenant, Line()).append_first(follower)
         request.followers = []
 
     def share(self, request: Request) -> None:
@@ -222,7 +230,7 @@ class Scheduler:
         return victims
 
     def _send_back(self, victim: Request, payer: str) -> None:
-        """Puts a running request to the front of its tenant's queue, to be computed again.
+        """Puts a running request in front of others of its priority, to be computed again.
 
         `payer` is charged for that, but for what stays in the cache.
         """
@@ -232,7 +240,7 @@ class Scheduler:
         num_lost -= len(self._find_prefix(victim)) * self._blocks.block_size
         self._served[payer] += num_lost
         victim.num_computed = 0
-        self._waiting.setdefault(victim.tenant, deque()).appendleft(victim)
+        self._waiting.setdefault(victim.tenant, Line()).append_first(victim)
         self.sent_back.append(victim)
 
     def _encode(self, request: Request) -> int:
@@ -257,7 +265,7 @@ class Scheduler:
         blocks = self._blocks.allocate(request.max_length, found)
         if blocks is None:  # wait for it rather than let smaller requests starve it
             return None
-        self._waiting[request.tenant].popleft()
+        self._waiting[request.tenant].remove(request)
         self._drop_empty(request.tenant)
         request.blocks = blocks
         request.num_computed = len(found) * self._blocks.block_size
@@ -269,7 +277,7 @@ class Scheduler:
 
     def _next(self) -> Request:
         """Returns the waiting request whose turn it is; of equal tenants, of who waits longer."""
-        return self._waiting[min(self._waiting, key=self._served.__getitem__)][0]
+        return self._waiting[min(self._waiting, key=self._served.__getitem__)].first
 
     def _num_uncut(self, request: Request) -> int:
         """Returns the tokens that the step which admits a request has to have place for."""

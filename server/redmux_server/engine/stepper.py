@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from redmux.errors import FailedPreconditionError, RedmuxError
+from redmux.errors import DeadlineExceededError, FailedPreconditionError, RedmuxError
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.grammar import MaskThread
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import (
     Event,
@@ -25,14 +26,14 @@ from redmux_server.engine.request import (
     Token,
     Work,
 )
-from redmux_server.engine.sampling import NonFinite, sample
+from redmux_server.engine.sampling import Exhausted, NonFinite, sample
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.engine.scoring import score
 from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Result = Token | Scored | Read | NonFinite  # what a step comes to for a request
+Result = Token | Scored | Read | NonFinite | Exhausted  # what a step comes to for a request
 
 _MAX_FAILURES = 3  # in a row, before the base model is asked whether it works at all
 
@@ -62,6 +63,7 @@ class Stepper:
         self._bank = bank
         self._metrics = metrics
         self._reader = reader
+        self._masks = MaskThread()
         self._events: list[tuple[Request, Event]] = []
         self._num_failures = 0  # of requests, since the last one of which something came
 
@@ -75,6 +77,8 @@ class Stepper:
         for request in self._scheduler.ended_early():
             assert request.early_end is not None
             self._end(request, request.early_end)
+        for request in self._scheduler.overdue(time.monotonic()):
+            self._end(request, Failed(_late(request)))
         num_cached = self._scheduler.num_cached_tokens
         work = self._scheduler.plan()
         for request in self._scheduler.sent_back:
@@ -116,7 +120,17 @@ class Stepper:
                 self._take(request, result)
 
     def _draw(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
-        return _evaluate(self._runner.forward(work), work) if work else {}
+        if not work:
+            return {}
+        matchers = [item.request.matcher for item in work if item.samples]
+        stale = [m for m in matchers if m is not None and m.mask is None]
+        masking = self._masks.begin(stale) if stale else None
+        try:
+            logits = self._runner.forward(work)
+        finally:
+            if masking is not None:
+                masking.result()
+        return _evaluate(logits, work)
 
     def _read(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
         if not work:
@@ -139,6 +153,8 @@ class Stepper:
                 name = "the base model" if request.adapter is None else request.adapter.digest
                 message = f"{name} produced a value that is not finite for this prompt"
                 self._fail(request, FailedPreconditionError(message))
+            case Exhausted(why):
+                self._end(request, Failed(FailedPreconditionError(why)))
             case Scored():
                 self._events.append((request, result))
                 if not request.draws and request.num_computed == len(request.prompt_ids):
@@ -153,6 +169,11 @@ class Stepper:
             self._scheduler.fork(request)
         request.token_ids.append(result.token_id)
         self._events.append((request, result))
+        if request.matcher is not None:
+            request.matcher.take(result.token_id)
+            if request.matcher.error:
+                self._end(request, Failed(FailedPreconditionError(request.matcher.error)))
+                return
         reason = request.finish_reason()
         if reason is not None:
             self._end(request, Finished(reason))
@@ -207,6 +228,11 @@ class Stepper:
         logger.error("a step of %d requests failed, running them one by one", len(work))
         for item in work:
             self._compute([item])
+
+
+def _late(request: Request) -> DeadlineExceededError:
+    done = f"after {request.num_output} tokens" if request.blocks else "before it was its turn"
+    return DeadlineExceededError(f"the request's time was up {done}; give it more, or try later")
 
 
 def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:

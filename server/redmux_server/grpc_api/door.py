@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from redmux.errors import FailedPreconditionError
+from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux.v1 import (
     adapter_service_pb2,
     admin_service_pb2,
@@ -22,6 +23,7 @@ from redmux_server.descriptors import max_connections
 from redmux_server.grpc_api.ending import Ending
 from redmux_server.grpc_api.interceptor import Interceptor
 from redmux_server.grpc_api.loading import LateMethods
+from redmux_server.grpc_api.refusals import Refusals
 from redmux_server.in_flight import InFlight
 from redmux_server.keys import ApiKeys
 
@@ -49,10 +51,12 @@ class GrpcDoor:
     loop that serves.
     """
 
-    def __init__(self, config: ServerConfig, keys: ApiKeys, in_flight: InFlight) -> None:
+    def __init__(
+        self, config: ServerConfig, keys: ApiKeys, in_flight: InFlight, refusals: Refusals
+    ) -> None:
         """`in_flight` counts what all doors hold together."""
         self._config = config
-        self._interceptor = Interceptor(keys, in_flight)
+        self._interceptor = Interceptor(keys, in_flight, refusals=refusals)
         self.health = HealthServicer()
         self._ending = Ending()
         self.methods = LateMethods()
@@ -67,20 +71,28 @@ class GrpcDoor:
         self._server.add_generic_rpc_handlers((self.methods,))
 
     def bind(self) -> int:
-        """Returns the port that is taken; raises FailedPreconditionError where none can be."""
+        """Returns the port that is taken.
+
+        Raises FailedPreconditionError where none can be, InvalidArgumentError for a certificate
+        that cannot be used.
+        """
         config = self._config
-        address = f"{config.host}:{config.port}"
+        host = config.host.strip("[]")
+        address = f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+        pair = _certificate(config) if config.tls_cert else None
         try:
-            if config.tls_cert:
-                pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
+            if pair is not None:
                 port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
             else:
                 port = self._server.add_insecure_port(address)
             if config.socket:
                 address = f"unix:{config.socket}"
                 self._server.add_insecure_port(address)
-        except (RuntimeError, OSError) as err:
-            raise FailedPreconditionError(f"cannot listen on {address}: {err}") from err
+        except RuntimeError as err:  # gRPC's own, which names a variable for the reason
+            raise FailedPreconditionError(
+                f"cannot listen on {address}; is it taken by another server, or not an address of "
+                "this machine? --host, --port and --socket choose others"
+            ) from err
         if not config.is_local and not config.tls_cert:
             logger.warning(
                 "%s is not a loopback address; without tls_cert others can read along", config.host
@@ -111,6 +123,23 @@ class GrpcDoor:
         await asyncio.wait([stopping], timeout=_CLOSE_S)
         self._ending.end_calls()
         await stopping
+
+
+def _certificate(config: ServerConfig) -> tuple[bytes, bytes]:
+    """Returns private key and certificates; raises InvalidArgumentError unless they are a pair."""
+    files = f"tls_cert {config.tls_cert} and tls_key {config.tls_key}"
+    try:
+        # gRPC would only say that it cannot bind.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
+        return Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes()
+    except ssl.SSLError as err:
+        reason = err.reason or "not PEM"
+        raise InvalidArgumentError(
+            f"{files} are no certificate and its private key, unencrypted and in PEM: {reason}"
+        ) from None
+    except OSError as err:
+        raise InvalidArgumentError(f"cannot read {files}: {err.strerror}") from None
 
 
 def _options() -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from redmux.errors import (
     ResourceExhaustedError,
 )
 from redmux_server.grpc_api.call_keys import CallKeys
+from redmux_server.grpc_api.refusals import Refusals
 from redmux_server.in_flight import LARGEST, CallBytes, InFlight
 from redmux_server.internal_errors import told
 from redmux_server.keys import ApiKeys
@@ -43,10 +44,15 @@ class Interceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, keys: ApiKeys, in_flight: InFlight | None = None, stall_s: float = _STALL_S
+        self,
+        keys: ApiKeys,
+        in_flight: InFlight | None = None,
+        stall_s: float = _STALL_S,
+        refusals: Refusals | None = None,
     ) -> None:
         """`stall_s` is how long a stream waits for its reader, or a call for its request."""
         self._keys = CallKeys(keys)
+        self._refusals = refusals or Refusals()
         self._in_flight = in_flight or InFlight()
         # Probes have to come through whatever others hold.
         self._probes = InFlight(sys.maxsize, sys.maxsize, receiving=_PROBES_RECEIVED)
@@ -72,6 +78,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return None
         name = handler_call_details.method
         door = _Doorway(
+            method=name,
             is_public=name.startswith(PUBLIC_PREFIX),
             parse=handler.request_deserializer,
             max_bytes=self._limits.get(name, _SMALL_BYTES),
@@ -90,8 +97,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, door: "_Doorway", method: Any, serialize: Callable[[Any], bytes]) -> Any:
         async def run(context: Any) -> bytes:
-            held = self._begin(door, context)
-            reply = serialize(await method(await self._receive(door, held, context), context))
+            held, request = await self._let_in(door, context)
+            reply = serialize(await method(request, context))
             held.take(len(reply))  # until gRPC has sent it
             return reply
 
@@ -99,8 +106,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     def _stream(self, door: "_Doorway", method: Any) -> Any:
         async def run(context: Any) -> None:
-            held = self._begin(door, context)
-            replies = method(await self._receive(door, held, context), context)
+            _, request = await self._let_in(door, context)
+            replies = method(request, context)
             if inspect.isawaitable(replies):  # health's Watch, which writes by itself
                 await replies
             else:
@@ -114,13 +121,28 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 yield door.parsed(data)
 
         async def run(context: Any) -> None:
-            held = self._begin(door, context)
-            # One message of it may be on its way at any time, whatever its size.
-            held.take(self._in_flight.share_bytes // LARGEST)
+            with self._noting_refusals(door, context):
+                held = self._begin(door, context)
+                # One message of it may be on its way at any time, whatever its size.
+                held.take(self._in_flight.share_bytes // LARGEST)
             async with contextlib.aclosing(requests(context)) as messages:
                 await self._write_all(method(messages, context), context)
 
         return _with_status(run)
+
+    async def _let_in(self, door: "_Doorway", context: Any) -> tuple[CallBytes, Any]:
+        with self._noting_refusals(door, context):
+            held = self._begin(door, context)
+            return held, await self._receive(door, held, context)
+
+    @contextlib.contextmanager
+    def _noting_refusals(self, door: "_Doorway", context: Any) -> Iterator[None]:
+        try:
+            yield
+        except RedmuxError as err:
+            if not door.is_public:
+                self._refusals.add(err, door.method, context.peer())
+            raise
 
     def _begin(self, door: "_Doorway", context: Any) -> CallBytes:
         """Lets a call in, or raises what is in its way. Nothing of its request was read by then."""
@@ -158,6 +180,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 class _Doorway:
     """What a method lets in."""
 
+    method: str
     is_public: bool  # without a key
     parse: Callable[[bytes], Any]
     max_bytes: int

@@ -24,19 +24,20 @@ _CONFIG_BYTES = 1 << 20  # of what comes with an adapter's file
 
 def add_methods(
     server: Any, keys: ApiKeys, services: Services, registry: AdapterRegistry,
-    training: TrainingService, info: Callable[[], admin_service_pb2.ServerInfo],
+    training: TrainingService, info: Callable[[str], admin_service_pb2.ServerInfo],
     on_change: Callable[[], None],
 ) -> None:  # fmt: skip
     """Adds every method to what takes methods as a server of gRPC does.
 
-    `info` is asked for every GetServerInfo; `on_change` is told of every change of adapters.
+    `info` is asked for every GetServerInfo, with the tenant; `on_change` is told of every change of
+    adapters.
     """
     callers = CallKeys(keys)
     add_InferenceServiceServicer_to_server(
         InferenceServicer(services.generation, services.scoring, services.reading, callers), server
     )
     add_AdapterServiceServicer_to_server(AdapterServicer(registry, on_change, callers), server)
-    add_AdminServiceServicer_to_server(AdminServicer(info), server)
+    add_AdminServiceServicer_to_server(AdminServicer(info, callers), server)
     add_TrainingServiceServicer_to_server(TrainingServicer(training, callers), server)
 
 

@@ -11,25 +11,27 @@ from redmux.v1 import inference_service_pb2 as inference_pb
 from redmux.v1.adapter_service_pb2_grpc import AdapterServiceServicer
 from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
-from redmux_server.engine.request import FinishReason, Pooling
+from redmux_server.engine.request import Pooling
 from redmux_server.grpc_api.call_keys import CallKeys
-from redmux_server.grpc_api.chats import chat_of, tool_calls_of
 from redmux_server.grpc_api.converted import Converted, fill_page
+from redmux_server.grpc_api.generating import (
+    ToolParsers,
+    Whole,
+    applied,
+    fill_chunk,
+    prompt_of,
+    prompt_scores,
+    spec_of,
+)
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import GenerationService
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
-from redmux_server.services.spec import GenerationSpec, Prompt, ReadInput, ScoreSpec, TextPair
-from redmux_server.services.tools import ToolCallDelta, whole_calls
+from redmux_server.services.spec import ReadInput, ScoreSpec, TextPair
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000
-_REASONS = {
-    FinishReason.STOP: inference_pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb.FINISH_REASON_LENGTH,
-}
 _POOLINGS = {
     inference_pb.POOLING_UNSPECIFIED: None,
     inference_pb.POOLING_MEAN: Pooling.MEAN,
@@ -66,56 +68,35 @@ class InferenceServicer(InferenceServiceServicer):
 
         It is the same message object every time, so read it before asking for the next.
         """
-        spec = _spec(request.generation)
+        spec = spec_of(request.generation, context.time_remaining())
         generation, published = await self._generates().submit(spec, self._keys.tenant(context))
-        message = inference_pb.GenerateResponse(adapter=_applied(published))
-        parser = generation.tool_parser()
+        message = inference_pb.GenerateResponse(adapter=applied(published))
+        parsers, is_first = ToolParsers(generation), True
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
-                message.text = delta.text
-                if parser is not None:
-                    message.text, calls = parser.push(delta.text, is_last=delta.finish is not None)
-                    message.ClearField("tool_calls")
-                    message.tool_calls.extend(tool_calls_of(calls))
-                message.token_ids[:] = delta.token_ids
-                if spec.logprobs:
-                    message.logprobs[:] = delta.logprobs
-                if delta.finish is not None:
-                    message.finish.CopyFrom(_finish(delta.finish))
+                scores = prompt_scores(generation) if is_first else None
+                fill_chunk(message, delta, parsers, scores)
+                is_first = False
                 yield message
 
     async def Complete(
         self, request: inference_pb.CompleteRequest, context: Any
     ) -> inference_pb.CompleteResponse:
-        """Returns the whole completion."""
-        spec = _spec(request.generation)
+        """Returns the whole completion, or all choices of it."""
+        spec = spec_of(request.generation, context.time_remaining())
         generation, published = await self._generates().submit(spec, self._keys.tenant(context))
-        whole = Delta()
+        whole = Whole()
         async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
-                whole.text += delta.text
-                whole.token_ids += delta.token_ids
-                whole.logprobs += delta.logprobs
-                whole.finish = delta.finish
-        assert whole.finish is not None
-        calls: list[ToolCallDelta] = []
-        if (parser := generation.tool_parser()) is not None:
-            whole.text, calls = parser.push(whole.text, is_last=True)
-        return inference_pb.CompleteResponse(
-            text=whole.text,
-            tool_calls=tool_calls_of(whole_calls(calls)),
-            token_ids=whole.token_ids,
-            logprobs=whole.logprobs,
-            adapter=_applied(published),
-            finish=_finish(whole.finish),
-        )
+                whole.add(delta)
+        return whole.response(generation, published)
 
     async def Score(
         self, request: inference_pb.ScoreRequest, context: Any
     ) -> inference_pb.ScoreResponse:
         """Returns the log-probabilities of continuations and of the prompt."""
         spec = ScoreSpec(
-            prompt=_prompt(request),
+            prompt=prompt_of(request),
             continuations=Converted(request.continuations, _continuation),
             adapter=request.adapter,
             prompt_logprobs=request.prompt_logprobs,
@@ -124,7 +105,7 @@ class InferenceServicer(InferenceServiceServicer):
         return inference_pb.ScoreResponse(
             continuations=[_token_scores(s) for s in scores.continuations],
             prompt=None if scores.prompt is None else _token_scores(scores.prompt),
-            adapter=_applied(scores.published),
+            adapter=applied(scores.published),
             usage=inference_pb.Usage(
                 prompt_tokens=scores.num_prompt_tokens,
                 completion_tokens=sum(len(s.token_ids) for s in scores.continuations),
@@ -146,7 +127,7 @@ class InferenceServicer(InferenceServiceServicer):
             ],
             labels=done.head.labels,
             problem_type=_PROBLEM_TYPES[done.head.problem_type],
-            adapter=_applied(done.published),
+            adapter=applied(done.published),
             usage=_usage_of_inputs(done),
         )
 
@@ -165,7 +146,7 @@ class InferenceServicer(InferenceServiceServicer):
         )
         return inference_pb.EmbedResponse(
             embeddings=[inference_pb.Embedding(values=vector) for vector in done.vectors],
-            adapter=_applied(done.published),
+            adapter=applied(done.published),
             usage=_usage_of_inputs(done),
         )
 
@@ -242,46 +223,16 @@ class AdapterServicer(AdapterServiceServicer):
 class AdminServicer(AdminServiceServicer):
     """What the server is."""
 
-    def __init__(self, info: Callable[[], admin_pb.ServerInfo]) -> None:
+    def __init__(self, info: Callable[[str], admin_pb.ServerInfo], keys: CallKeys) -> None:
+        """`info` returns what a tenant is told."""
         self._info = info
+        self._keys = keys
 
     async def GetServerInfo(
         self, request: admin_pb.GetServerInfoRequest, context: Any
     ) -> admin_pb.GetServerInfoResponse:
         """Returns model, choices, limits and load."""
-        return admin_pb.GetServerInfoResponse(info=self._info())
-
-
-def _spec(message: inference_pb.Generation) -> GenerationSpec:
-    sampling, stopping = message.sampling, message.stopping
-
-    def optional(part: Any, name: str) -> Any:
-        return getattr(part, name) if part.HasField(name) else None
-
-    return GenerationSpec(
-        prompt=_prompt(message),
-        adapter=message.adapter,
-        temperature=optional(sampling, "temperature"),
-        top_p=optional(sampling, "top_p"),
-        top_k=optional(sampling, "top_k"),
-        seed=optional(sampling, "seed"),
-        max_tokens=optional(stopping, "max_tokens"),
-        stop=stopping.stop,
-        stop_token_ids=stopping.stop_token_ids,
-        ignore_eos=stopping.ignore_eos,
-        logprobs=message.logprobs,
-    )
-
-
-def _prompt(message: inference_pb.Generation | inference_pb.ScoreRequest) -> Prompt:
-    form = message.WhichOneof("prompt")
-    if form == "text":
-        return message.text
-    if form == "token_ids":
-        return message.token_ids.ids
-    if form == "chat":
-        return chat_of(message.chat)
-    raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
+        return admin_pb.GetServerInfoResponse(info=self._info(self._keys.tenant(context)))
 
 
 def _input(index: int, message: inference_pb.Input) -> ReadInput:
@@ -305,25 +256,6 @@ def _continuation(index: int, message: inference_pb.Continuation) -> str | Seque
 def _token_scores(scores: TokenScores) -> inference_pb.TokenScores:
     return inference_pb.TokenScores(
         token_ids=scores.token_ids, logprobs=scores.logprobs, is_greedy=scores.is_greedy
-    )
-
-
-def _applied(published: Published | None) -> inference_pb.AppliedAdapter:
-    if published is None:
-        return inference_pb.AppliedAdapter()
-    return inference_pb.AppliedAdapter(name=published.name, digest=published.digest)
-
-
-def _finish(finish: Finish) -> inference_pb.Finish:
-    return inference_pb.Finish(
-        reason=_REASONS[finish.reason],
-        stop=finish.stop,
-        usage=inference_pb.Usage(
-            prompt_tokens=finish.num_prompt_tokens,
-            completion_tokens=finish.num_completion_tokens,
-            cached_prompt_tokens=finish.num_cached_tokens,
-            added_special_tokens=finish.num_added_tokens,
-        ),
     )
 
 

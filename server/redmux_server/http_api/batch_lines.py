@@ -6,9 +6,7 @@ from typing import Any
 
 from redmux_server.batches.service import Answer, Reply
 from redmux_server.http_api.gate import App, Caller
-
-_LOWEST = 1_000_000  # priority: every other request of the tenant is before these
-_WITHOUT_PRIORITY = "/v1/embeddings"
+from redmux_server.services.validation import MAX_PRIORITY
 
 
 def line_answerer(app: App) -> Answer:
@@ -21,7 +19,7 @@ def line_answerer(app: App) -> Answer:
             "query_string": b"", "headers": [(b"content-type", b"application/json")],
             "client": None, "server": None, "caller": Caller(tenant, request_id, {}),
         }  # fmt: skip
-        exchange = _Exchange(_prioritized(body) if endpoint != _WITHOUT_PRIORITY else body)
+        exchange = _Exchange(_prioritized(body))
         try:
             await app(scope, exchange.receive, exchange.send)
         except Exception:
@@ -33,12 +31,12 @@ def line_answerer(app: App) -> Answer:
 
 
 def _prioritized(body: bytes) -> bytes:
-    """Returns a JSON object with the lowest priority, and else as it was written.
+    """Returns a JSON object that is behind all others in its tenant's queue.
 
-    Of two fields of one name the last counts.
+    Else it is as it was written; of two fields of one name the last counts.
     """
     inner = body.strip()[1:-1].strip()
-    return b"{" + inner + (b"," if inner else b"") + b'"priority":%d}' % _LOWEST
+    return b"{" + inner + (b"," if inner else b"") + b'"priority":%d}' % MAX_PRIORITY
 
 
 class _Exchange:

@@ -1,11 +1,15 @@
 """The key/value cache as runners see it: what each layer's attention is, and what a step holds."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from redmux.errors import InvalidArgumentError
 
 BLOCK = 32  # tokens in a block, unless a device has blocks of its own
 
@@ -72,3 +76,27 @@ class KVCache:
     def poison(self, blocks: Sequence[int], value: float) -> None:
         """Overwrites blocks, so that a test can prove that nobody reads what is not theirs."""
         raise NotImplementedError
+
+
+def check_memory(
+    kv_cache_tokens: int, num_tokens: int, bytes_per_token: int, device: torch.device
+) -> None:
+    """Raises InvalidArgumentError where a cache of `num_tokens` is more than the device's memory.
+
+    `kv_cache_tokens` is the option that asked for it.
+    """
+    total = total_bytes(device)
+    if num_tokens * bytes_per_token > total:
+        raise InvalidArgumentError(
+            f"kv_cache_tokens is {kv_cache_tokens}, which takes "
+            f"{num_tokens * bytes_per_token / 2**30:,.1f} GiB, but "
+            f"{device.type} has {total / 2**30:,.1f} GiB: {total // bytes_per_token} tokens at "
+            "most; leave it out to fit the memory"
+        )
+
+
+def total_bytes(device: torch.device) -> int:
+    """Returns the memory of a device, also what is in use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -30,6 +30,7 @@ class TextCodec:
     ) -> None:
         """`reads_prompts` is for models that read prompts as a whole: encoder-decoders."""
         self._encoder = TextEncoder(tokenizer, reads_prompts=reads_prompts)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._decode = _decoder(tokenizer, skip_special_tokens=True)
         self._decode_all = _decoder(tokenizer, skip_special_tokens=False)
         # For the event loop, which decodes.
@@ -81,6 +82,10 @@ class TextCodec:
         """Returns how calls of tools are written; see TextEncoder.tool_format."""
         return self._encoder.tool_format(template)
 
+    def encode_bare(self, text: str) -> list[int]:
+        """Returns the ids of a text alone, without any special token."""
+        return self._encoder.bare(text)
+
     def encode_continuation(
         self, prompt: str | None, prompt_ids: Sequence[int], text: str, most: int | None = None
     ) -> list[int]:
@@ -91,6 +96,10 @@ class TextCodec:
     def check_format(self, prompt_format: PromptFormat | None) -> None:
         """Raises WrongBaseError where the format's special tokens are others in this model."""
         self._encoder.check(prompt_format)
+
+    def tokenizer_json(self) -> str | None:
+        """Returns the tokenizer as the tokenizers library writes it, None if it is another kind."""
+        return None if self._backend is None else self._backend.to_str()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of these ids, without special tokens."""

@@ -28,6 +28,10 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self._by_name)
 
+    def count(self, tenant: str) -> int:
+        """Returns how many names a tenant sees."""
+        return sum(map(len, self._visible(tenant)))
+
     def held(self, name: str) -> Published | None:
         """Returns what a name stands for, whosever it is."""
         return self._by_name.get(name)
@@ -93,8 +97,9 @@ class Catalogue:
             neighbours += names[max(0, middle - count) : middle + count]
         near = nearest(name, neighbours)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        num_names = sum(map(len, visible))
-        return NotFoundError(f"no adapter {name!r}; {hint}{num_names} loaded, see ListAdapters")
+        return NotFoundError(
+            f"no adapter {name!r}; {hint}{self.count(tenant)} loaded, see ListAdapters"
+        )
 
     def _visible(self, tenant: str) -> list[list[str]]:
         """Returns sorted lists that together are the names that a tenant sees."""

@@ -82,6 +82,10 @@ class AdapterRegistry:
     def __contains__(self, name: str) -> bool:
         return self._catalogue.held(name) is not None
 
+    def count(self, tenant: str = "") -> int:
+        """Returns how many adapters a tenant sees."""
+        return self._catalogue.count(tenant)
+
     def resolve(self, name_or_digest: str, tenant: str = "") -> Published:
         """Returns the version that a name or a "sha256:..." digest has now; raises NotFoundError.
 
@@ -242,6 +246,14 @@ class AdapterRegistry:
         """Lets the next start skip the files of today; blocks on the disk for a moment."""
         if self._folder is not None:
             self._folder.save_index(self._catalogue.versions())
+
+    async def close(self) -> None:
+        """Waits for changes that are being written, then saves the index; call it at the end.
+
+        Until then the folder is still this registry's, whoever has given up waiting for them.
+        """
+        async with self._writing:
+            await asyncio.to_thread(self.save_index)
 
     def _store(
         self, name: str, adapter: Adapter, safetensors: bytes, held: Published | None, owner: str

@@ -68,7 +68,7 @@ def check_num_tools(number: int) -> None:
 
 
 def said_bytes(messages: Sequence[Message]) -> int:
-    """Returns the bytes of all texts in messages, but for what tells their roles; see `num_bytes`."""
+    """Returns the bytes of all texts in messages, but for their roles; see `num_bytes`."""
     total = 0
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):

@@ -93,7 +93,12 @@ class Choice:
 
     def _finish(self, reason: FinishReason, delta: Delta) -> None:
         self.has_ended = True
-        by_token = reason is FinishReason.STOP and self._matcher.matched is None
+        # A grammar that is complete ends a choice without either.
+        by_token = (
+            reason is FinishReason.STOP
+            and self._matcher.matched is None
+            and self._last_token_id in self.request.stop_token_ids
+        )
         delta.finish = Finish(
             reason=reason,
             stop=self._matcher.matched or "",

@@ -11,6 +11,7 @@ from redmux_adapters.text.encoder import Encoded
 from redmux_adapters.text.tool_format import ToolFormat
 from redmux_server.engine.detokenize import StopMatcher
 from redmux_server.engine.engine import Engine
+from redmux_server.engine.grammar import Matcher
 from redmux_server.engine.request import (
     Event,
     Failed,
@@ -21,6 +22,7 @@ from redmux_server.engine.request import (
     Scored,
     Token,
 )
+from redmux_server.engine.stop_pattern import StopPattern
 from redmux_server.fair_thread import FairThread, portions
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
@@ -28,9 +30,10 @@ from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.choice import Choice, Delta, choice_seed
+from redmux_server.services.grammar import Grammars
 from redmux_server.services.inbox import Inbox
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt
-from redmux_server.services.tool_grammar import tool_grammar
+from redmux_server.services.tool_grammar import with_tools
 from redmux_server.services.tools import ToolCallParser
 from redmux_server.services.validation import Validator
 
@@ -44,6 +47,11 @@ class PromptScores:
 
     logprobs: list[float | None] = field(default_factory=lambda: [None])
     top: list[list[tuple[int, float]]] = field(default_factory=lambda: [[]])
+
+    @property
+    def known(self) -> list[float]:
+        """The log-probabilities of all tokens but the first."""
+        return [logprob for logprob in self.logprobs if logprob is not None]
 
 
 class Generation:
@@ -129,6 +137,20 @@ class Prepared:
     tool_format: ToolFormat | None = None  # of the calls that the completion may have
 
 
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """What a caller asked for, checked, and what all its choices have in common."""
+
+    spec: GenerationSpec
+    sampling: SamplingParams
+    pattern: StopPattern | None
+    prepared: Prepared
+    max_tokens: int
+    tenant: str
+    started_s: float
+    matcher: Matcher | None
+
+
 class GenerationService:
     """Resolves, validates, tokenizes and submits; everything that is refused is refused here."""
 
@@ -140,6 +162,7 @@ class GenerationService:
         validator: Validator,
         metrics: Metrics,
         tokenizing: FairThread,
+        grammars: Grammars,
         decoder_start: int | None = None,
     ) -> None:
         """`tokenizing` is the only thread that encodes with `codec`.
@@ -153,6 +176,7 @@ class GenerationService:
         self._validator = validator
         self._metrics = metrics
         self._tokenizing = tokenizing
+        self._grammars = grammars
 
     async def submit(
         self, spec: GenerationSpec, tenant: str
@@ -173,64 +197,75 @@ class GenerationService:
     ) -> tuple[Generation, Published | None]:
         started_s = time.monotonic()
         sampling = self._validator.sampling(spec)
-        self._validator.stops(spec)
-        num_choices = self._validator.choices(spec)
+        pattern = self._validator.stops(spec)
+        self._validator.rest(spec)
+        if (spec.n or 1) > self._engine.most_for_one:
+            raise InvalidArgumentError(
+                f"n is {spec.n}; this server has places for {self._engine.most_for_one} open "
+                "requests of one caller"
+            )
+        self._validator.grammar(spec)
+        if self.decoder_start is not None and spec.prompt_logprobs is not None:
+            raise InvalidArgumentError(
+                "the encoder of the model reads the prompt, so it has no log-probabilities"
+            )
         prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
-        spec, make_parser = _with_tools(spec, prepared.tool_format)
+        spec, make_parser = with_tools(spec, prepared.tool_format)
+        self._validator.grammar(spec)
         max_tokens = self._validator.max_tokens(spec, len(prepared.ids))
+        asker = tenant
+        tenant = tenant or (prepared.published.name if prepared.published else "")
+        sampling = await self._without_bad_words(sampling, spec.bad_words, tenant)
+        matcher = None
+        if spec.grammar is not None:
+            matcher = await self._grammars.matcher(spec.grammar, asker)
+        accepted = _Accepted(
+            spec, sampling, pattern, prepared, max_tokens, tenant, started_s, matcher
+        )
         events: Inbox[tuple[Choice, Event]] = Inbox()
-        choices = [
-            self._choice(spec, index, sampling, prepared, max_tokens, tenant, events, started_s)
-            for index in range(num_choices)
-        ]
+        choices = [self._choice(index, accepted, events) for index in range(spec.n or 1)]
         leader, *followers = [choice.request for choice in choices]
+        leader.followers = followers
+        scores = None
         if spec.prompt_logprobs is not None:
             leader.targets, leader.num_target_top = prepared.ids[1:], spec.prompt_logprobs
-        leader.followers = followers
+            scores = PromptScores()
         self._engine.submit(leader)
-        scores = None if spec.prompt_logprobs is None else PromptScores()
         generation = Generation(prepared.ids, choices, events, self._engine, scores, make_parser)
         return generation, prepared.published
 
     def _choice(
-        self,
-        spec: GenerationSpec,
-        index: int,
-        sampling: SamplingParams,
-        prepared: Prepared,
-        max_tokens: int,
-        tenant: str,
-        events: Inbox[tuple[Choice, Event]],
-        started_s: float,
+        self, index: int, accepted: _Accepted, events: Inbox[tuple[Choice, Event]]
     ) -> Choice:
         """Returns a choice whose request puts its events, beside the choice, into `events`."""
-        published = prepared.published
+        spec, prepared = accepted.spec, accepted.prepared
         # Without an answer the last token is only scored, not computed: nothing follows it.
-        prompt_ids = prepared.ids if max_tokens else prepared.ids[:-1]
+        prompt_ids = prepared.ids if accepted.max_tokens else prepared.ids[:-1]
         request = Request(
             prompt_ids=prompt_ids if self.decoder_start is None else [self.decoder_start],
             source_ids=() if self.decoder_start is None else prepared.ids,
-            max_tokens=max_tokens,
-            sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
+            max_tokens=accepted.max_tokens,
+            sampling=replace(accepted.sampling, seed=choice_seed(accepted.sampling.seed, index)),
             stop_token_ids=frozenset(spec.stop_token_ids)
             | (frozenset() if spec.ignore_eos else self._codec.eos_token_ids),
-            tenant=tenant or (published.name if published else ""),
+            tenant=accepted.tenant,
             adapter=prepared.adapter,
             logprobs=spec.logprobs,
             sink=lambda event: events.put((choice, event)),
+            matcher=None if accepted.matcher is None else accepted.matcher.copy(),
             num_top=spec.top_logprobs or 0,
             priority=spec.priority or 0,
-            deadline_s=None if spec.timeout_s is None else started_s + spec.timeout_s,
+            deadline_s=None if spec.timeout_s is None else accepted.started_s + spec.timeout_s,
         )
         choice = Choice(
             index,
             request,
             self._codec.decoder(skip_special_tokens=spec.skip_special_tokens),
-            StopMatcher(spec.stop, included=spec.include_stop_str),
+            StopMatcher(spec.stop, accepted.pattern, included=spec.include_stop_str),
             includes_stop=spec.include_stop_str,
             num_prompt=len(prepared.ids),
             num_added=prepared.num_added,
-            started_s=started_s,
+            started_s=accepted.started_s,
         )
         return choice
 
@@ -246,6 +281,26 @@ class GenerationService:
         encoded, tool_format = await self._encode(prompt, prompt_format, tenant)
         vectors = await self._registry.fetch(published) if published else None
         return Prepared(encoded.ids, encoded.num_added, published, vectors, tool_format)
+
+    async def _without_bad_words(
+        self, sampling: SamplingParams, words: Sequence[str], tenant: str
+    ) -> SamplingParams:
+        """Returns the parameters with the tokens of these words, each behind a space or not."""
+        if not words:
+            return sampling
+        texts = [text for word in words for text in (word, " " + word.lstrip())]
+
+        def encode() -> list[tuple[int, ...]]:
+            return [tuple(self._codec.encode_bare(text)) for text in texts]
+
+        cost = sum(map(len, texts))
+        sequences = sorted(set(await self._tokenizing.run(tenant, cost, encode)))
+        single = [sequence[0] for sequence in sequences if len(sequence) == 1]
+        return replace(
+            sampling,
+            bad_token_ids=(*sampling.bad_token_ids, *single),
+            bad_sequences=[sequence for sequence in sequences if len(sequence) > 1],
+        )
 
     async def encode_continuations(
         self, prompt: Prompt, prompt_ids: list[int], texts: Sequence[str], tenant: str
@@ -286,22 +341,3 @@ class GenerationService:
         options, most = options_of(chat), self._validator.max_context
         encoded = self._codec.encode_chat(chat.messages, prompt_format, options, most=most)
         return encoded, self._codec.tool_format(chat.template) if options.tools else None
-
-
-def _with_tools(
-    spec: GenerationSpec, form: ToolFormat | None
-) -> tuple[GenerationSpec, Callable[[], ToolCallParser] | None]:
-    """Returns what is asked for with the grammar of the tools, and what makes their parser."""
-    chat = spec.prompt
-    if form is None or not isinstance(chat, Chat):
-        return spec, None
-    is_parallel = chat.parallel_tool_calls
-    grammar = tool_grammar(form, chat.tools, chat.tool_choice, is_parallel=is_parallel)
-    if grammar is not None:
-        if spec.grammar is not None:
-            raise InvalidArgumentError(
-                f"tool_choice {chat.tool_choice!r} and a grammar exclude each other; leave one out"
-            )
-        spec = replace(spec, grammar=grammar)
-    names = [tool["function"]["name"] for tool in chat.tools]
-    return spec, functools.partial(ToolCallParser, form, names, is_parallel=is_parallel)

@@ -1,12 +1,16 @@
 """Calls of tools as a grammar: what a model may write that has to call one."""
 
+import functools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from redmux.errors import InvalidArgumentError
 from redmux_adapters.text.tool_format import ToolFormat
-from redmux_server.services.spec import Grammar, GrammarKind
+from redmux_server.services.spec import Chat, GenerationSpec, Grammar, GrammarKind
+from redmux_server.services.tools import ToolCallParser
 
 # Each is set, as a schema may bring some of its own. White space is as json.dumps writes it.
 _OPTIONS = {
@@ -17,6 +21,28 @@ _OPTIONS = {
     "coerce_one_of": False,
 }
 _NOTHING = {"properties": {}, "additionalProperties": False}
+
+
+def with_tools(
+    spec: GenerationSpec, form: ToolFormat | None
+) -> tuple[GenerationSpec, Callable[[], ToolCallParser] | None]:
+    """Returns what is asked for with the grammar of the tools, and what makes their parser.
+
+    Raises InvalidArgumentError where there is another grammar already.
+    """
+    chat = spec.prompt
+    if form is None or not isinstance(chat, Chat):
+        return spec, None
+    is_parallel = chat.parallel_tool_calls
+    grammar = tool_grammar(form, chat.tools, chat.tool_choice, is_parallel=is_parallel)
+    if grammar is not None:
+        if spec.grammar is not None:
+            raise InvalidArgumentError(
+                f"tool_choice {chat.tool_choice!r} and a grammar exclude each other; leave one out"
+            )
+        spec = replace(spec, grammar=grammar)
+    names = [tool["function"]["name"] for tool in chat.tools]
+    return spec, functools.partial(ToolCallParser, form, names, is_parallel=is_parallel)
 
 
 def tool_grammar(

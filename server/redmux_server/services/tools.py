@@ -11,6 +11,7 @@ from redmux_adapters.text.tool_format import ToolFormat
 _PYTHON_TAG = "<|python_tag|>"
 _CLOSING = {"{": "}", "[": "]"}
 _SPACE = " \t\r\n"
+_KEYS = frozenset({"name", "arguments", "parameters", "id", "type"})
 _Chars = Generator[None, str, str]  # takes one character after the other
 
 
@@ -176,6 +177,8 @@ class ToolCallParser:
         char = yield from self._solid()
         while True:
             key = yield from self._string(char)
+            if not self._form.tag and key not in _KEYS:
+                raise _NoCallError("")  # an answer in JSON, which nobody should have to wait for
             self._expect((yield from self._solid()), ":")
             char = yield from self._solid()
             if key == "name" and not name:

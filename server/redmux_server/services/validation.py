@@ -2,14 +2,16 @@
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
 from redmux_server.engine.request import SamplingParams
+from redmux_server.engine.stop_pattern import StopPattern
 from redmux_server.models.text import MAX_BYTES_PER_TOKEN
 from redmux_server.services.chat import check_chat
+from redmux_server.services.grammar_source import MAX_BYTES as MAX_GRAMMAR_BYTES
 from redmux_server.services.spec import (
     Chat,
     GenerationSpec,
@@ -19,11 +21,19 @@ from redmux_server.services.spec import (
     TextPair,
 )
 
-MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_STOP_BYTES = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
+REPETITION_PENALTIES = (0.01, 100.0)
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
+MAX_BAD_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_BYTES = 128
+MAX_CHOICES = 64
+MAX_TOP = 20  # likeliest tokens that are told of
+MAX_PRIORITY = 100
 MAX_CONTINUATIONS = 128
 MAX_SCORED_TOKENS = 300_000  # of all continuations; up to ten bytes each in the answer
 
@@ -93,41 +103,71 @@ class Validator:
             )
 
     def sampling(self, spec: GenerationSpec) -> SamplingParams:
-        """Returns the sampling parameters with their defaults filled in."""
-        temperature = 0.0 if spec.temperature is None else spec.temperature
-        if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
-            raise InvalidArgumentError(
-                f"temperature is {temperature}, must be from 0 to {MAX_TEMPERATURE:g}"
-            )
-        top_p = 1.0 if spec.top_p is None else spec.top_p
-        if not 0 < top_p <= 1:  # false for NaN, too
-            raise InvalidArgumentError(f"top_p is {top_p}, must be above 0 and at most 1")
-        top_k = spec.top_k or 0
-        if top_k < 0:
-            raise InvalidArgumentError(f"top_k is {top_k}, must be 0 (no limit) or more")
+        """Returns the sampling parameters with their defaults filled in, bad words left out."""
         seed = secrets.randbits(64) if spec.seed is None else spec.seed
         if not 0 <= seed < 1 << 64:
             raise InvalidArgumentError(f"seed is {seed}, must be from 0 to 2**64 - 1")
-        return SamplingParams(temperature, top_p, min(top_k, self.vocab_size), seed)
+        top_k = spec.top_k or 0
+        if top_k < 0:
+            raise InvalidArgumentError(f"top_k is {top_k}, must be 0 (no limit) or more")
+        self._biases(spec.logit_bias)
+        self._token_ids("allowed_token_ids", spec.allowed_token_ids, self.vocab_size)
+        self._token_ids("bad_token_ids", spec.bad_token_ids, MAX_BAD_TOKEN_IDS)
+        _check_texts("bad_words", spec.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_BYTES)
+        return SamplingParams(
+            temperature=_number("temperature", spec.temperature, 0.0, 0.0, MAX_TEMPERATURE),
+            top_p=_share("top_p", spec.top_p),
+            top_k=min(top_k, self.vocab_size),
+            seed=seed,
+            min_p=_number("min_p", spec.min_p, 0.0, 0.0, 1.0),
+            typical_p=_share("typical_p", spec.typical_p),
+            presence_penalty=_number("presence_penalty", spec.presence_penalty, 0.0, -2.0, 2.0),
+            frequency_penalty=_number("frequency_penalty", spec.frequency_penalty, 0.0, -2.0, 2.0),
+            repetition_penalty=_number(
+                "repetition_penalty", spec.repetition_penalty, 1.0, *REPETITION_PENALTIES
+            ),
+            no_repeat_ngram=_count("no_repeat_ngram", spec.no_repeat_ngram, 0, self.max_context),
+            logit_bias=dict(spec.logit_bias),
+            allowed_token_ids=tuple(spec.allowed_token_ids),
+            bad_token_ids=tuple(spec.bad_token_ids),
+            min_tokens=_count("min_tokens", spec.min_tokens, 0, self.max_context),
+        )
 
-    def stops(self, spec: GenerationSpec) -> None:
-        """Checks stop texts and stop token ids."""
-        if len(spec.stop) > MAX_STOPS:
-            raise InvalidArgumentError(f"{len(spec.stop)} stop strings; limit {MAX_STOPS}")
-        for stop in spec.stop:
-            num_bytes = _num_bytes(stop)
-            if not 0 < num_bytes <= MAX_STOP_BYTES:
-                raise InvalidArgumentError(
-                    f"stop string has {num_bytes} bytes, must be 1 to {MAX_STOP_BYTES}"
-                )
+    def stops(self, spec: GenerationSpec) -> StopPattern | None:
+        """Checks stop texts and stop token ids, and returns the pattern that stops."""
+        _check_texts("stop", spec.stop, MAX_STOPS, MAX_STOP_BYTES)
         self._token_ids("stop_token_ids", spec.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        return None if spec.stop_regex is None else StopPattern(spec.stop_regex)
 
-    def choices(self, spec: GenerationSpec) -> int:
-        """Returns how many choices are asked for."""
-        n = 1 if spec.n is None else spec.n
-        if not 1 <= n <= MAX_CHOICES:
-            raise InvalidArgumentError(f"n is {n}, must be from 1 to {MAX_CHOICES}")
-        return n
+    def rest(self, spec: GenerationSpec) -> None:
+        """Checks what is wanted of outputs, choices and scheduling."""
+        _count("n", spec.n, 1, MAX_CHOICES)
+        _count("top_logprobs", spec.top_logprobs, 0, MAX_TOP)
+        if spec.top_logprobs and not spec.logprobs:
+            raise InvalidArgumentError(
+                f"top_logprobs is {spec.top_logprobs} without logprobs; ask for logprobs as well"
+            )
+        _count("prompt_logprobs", spec.prompt_logprobs, 0, MAX_TOP)
+        if spec.priority is not None and abs(spec.priority) > MAX_PRIORITY:
+            raise InvalidArgumentError(
+                f"priority is {spec.priority}, must be from -{MAX_PRIORITY} to {MAX_PRIORITY}"
+            )
+        if spec.timeout_s is not None and not 0 < spec.timeout_s < math.inf:
+            raise InvalidArgumentError(f"timeout_s is {spec.timeout_s}, must be above 0 and finite")
+
+    def grammar(self, spec: GenerationSpec) -> None:
+        """Checks what can be known of a grammar, if there is one, before it is compiled."""
+        if spec.grammar is None:
+            return
+        if spec.ignore_eos:
+            raise InvalidArgumentError(
+                "ignore_eos goes on behind the end, where a grammar allows nothing; leave out one"
+            )
+        num_bytes = _num_bytes(spec.grammar.source)
+        if num_bytes > MAX_GRAMMAR_BYTES:
+            raise InvalidArgumentError(
+                f"{spec.grammar.kind.value} has {num_bytes} bytes; limit {MAX_GRAMMAR_BYTES}"
+            )
 
     def max_tokens(self, spec: GenerationSpec, num_prompt_tokens: int) -> int:
         """Returns how many tokens may be generated after a prompt of this length."""
@@ -147,6 +187,10 @@ class Validator:
             raise InvalidArgumentError(
                 f"prompt has {num_prompt_tokens} tokens and max_tokens is {requested}; together "
                 f"they must be at most {self.max_context}"
+            )
+        if (spec.min_tokens or 0) > requested:
+            raise InvalidArgumentError(
+                f"min_tokens is {spec.min_tokens}, must be at most max_tokens, which is {requested}"
             )
         return requested
 
@@ -201,6 +245,13 @@ class Validator:
                 "the prompt has one token, which follows nothing; give at least two to score it"
             )
 
+    def _biases(self, biases: Mapping[int, float]) -> None:
+        if len(biases) > MAX_BIASES:
+            raise InvalidArgumentError(f"logit_bias has {len(biases)} tokens; limit {MAX_BIASES}")
+        self._token_ids("logit_bias", list(biases), MAX_BIASES)
+        for token_id, bias in biases.items():
+            _number(f"logit_bias[{token_id}]", bias, 0.0, -MAX_BIAS, MAX_BIAS)
+
     def _token_ids(self, name: str, ids: Sequence[int], limit: int = 0) -> None:
         """Checks that there are at most `limit` ids, by default the context, all of tokens."""
         limit = limit or self.max_context
@@ -210,6 +261,39 @@ class Validator:
             index = next(i for i, t in enumerate(ids) if not 0 <= t < self.vocab_size)
             raise InvalidArgumentError(
                 f"{name}[{index}] = {ids[index]} is outside [0, {self.vocab_size})"
+            )
+
+
+def _number(name: str, value: float | None, default: float, low: float, high: float) -> float:
+    """Returns a value, or its default; raises InvalidArgumentError outside of the two bounds."""
+    value = default if value is None else value
+    if not low <= value <= high:  # true for NaN, too
+        raise InvalidArgumentError(f"{name} is {value}, must be from {low:g} to {high:g}")
+    return value
+
+
+def _share(name: str, value: float | None) -> float:
+    value = 1.0 if value is None else value
+    if not 0 < value <= 1:
+        raise InvalidArgumentError(f"{name} is {value}, must be above 0 and at most 1")
+    return value
+
+
+def _count(name: str, value: int | None, low: int, high: int) -> int:
+    value = low if value is None else value
+    if not low <= value <= high:
+        raise InvalidArgumentError(f"{name} is {value}, must be from {low} to {high}")
+    return value
+
+
+def _check_texts(name: str, texts: Sequence[str], most: int, most_bytes: int) -> None:
+    if len(texts) > most:
+        raise InvalidArgumentError(f"{name} has {len(texts)} strings; limit {most}")
+    for index, text in enumerate(texts):
+        num_bytes = _num_bytes(text)
+        if not 0 < num_bytes <= most_bytes:
+            raise InvalidArgumentError(
+                f"{name}[{index}] has {num_bytes} bytes, must be 1 to {most_bytes}"
             )
 
 

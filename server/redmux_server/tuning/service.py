@@ -55,7 +55,7 @@ class TuningService:
 
     async def start(self) -> None:
         """Knows again what earlier runs kept; jobs that they have not ended have failed."""
-        for record in self._records.load():
+        for record in await asyncio.to_thread(self._records.load):
             try:
                 settled = Hyperparameters(**record.pop("hyperparameters"))
                 job = TuningJob(**record, hyperparameters=settled)

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import logging
 import os
 import shutil
 import subprocess
@@ -104,20 +103,8 @@ def test_kernels_of_sources_that_nobody_uses_any_more_go(tmp_path, monkeypatch):
     long_ago_s = time.time() - 40 * 86400
     os.utime(old, (long_ago_s, long_ago_s))
     compiling._folder.cache_clear()
-    compiling._log_compiling.cache_clear()
-    compiling._log_compiling()
+    compiling._make_room.cache_clear()
+    compiling._make_room()
     compiling._folder.cache_clear()
     assert not old.exists()
     assert new.exists()
-
-
-def test_a_first_start_says_that_it_compiles_once(caplog, tmp_path, monkeypatch):
-    monkeypatch.setenv("REDMUX_CACHE", str(tmp_path))
-    compiling._folder.cache_clear()
-    compiling._log_compiling.cache_clear()
-    with caplog.at_level(logging.INFO):
-        for _ in range(2):
-            compiling._log_compiling()
-    compiling._folder.cache_clear()
-    assert [record.message for record in caplog.records if "compiling" in record.message] != []
-    assert len(caplog.records) == 1

@@ -226,6 +226,22 @@ async def test_a_caller_who_goes_away_from_a_delete_cannot_undo_a_later_put(
     assert open_registry(tmp_path).resolve("x").read() == adapters[1]
 
 
+async def test_a_folder_is_given_up_once_a_change_is_written_that_nobody_waits_for(
+    tmp_path, open_registry, adapters, files, monkeypatch
+):
+    registry = open_registry(tmp_path)
+    gate = Gate(disk.write)
+    monkeypatch.setattr(disk, "write", gate)
+    await abandon(gate, registry.put("x", files[0], "", replace=True))
+    closing = asyncio.create_task(registry.close())
+    for _ in range(50):
+        await asyncio.to_thread(int)
+    assert not closing.done()
+    gate.go.set()
+    await closing
+    assert open_registry(tmp_path).resolve("x").read() == adapters[0]
+
+
 _WRITER = """
 import asyncio, sys
 from pathlib import Path

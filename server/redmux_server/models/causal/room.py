@@ -10,7 +10,7 @@ from redmux.errors import InvalidArgumentError
 from redmux_server.config import ServerConfig
 from redmux_server.models.causal.context_limit import ContextLimit
 from redmux_server.models.causal.selfcheck import min_cache_tokens
-from redmux_server.models.kvcache import BLOCK, KVCache, LayerShape
+from redmux_server.models.kvcache import BLOCK, KVCache, LayerShape, check_memory
 
 _DEFAULT_CACHE_BYTES = 2 << 30
 _DEFAULT_IDLE_BYTES = 128 << 20
@@ -35,14 +35,7 @@ def context_and_cache(
         whole_requests = config.max_running * -(-context // block_size) * block_size
         tokens = max(min(num_bytes // per_token, whole_requests), min_cache_tokens(block_size))
     tokens = -(-tokens // block_size) * block_size
-    total = _total_bytes(model.device)
-    if tokens * per_token > total:
-        raise InvalidArgumentError(
-            f"kv_cache_tokens is {config.kv_cache_tokens}, which takes "
-            f"{tokens * per_token / 2**30:,.1f} GiB, but "
-            f"{model.device.type} has {total / 2**30:,.1f} GiB: {total // per_token} tokens at "
-            "most; leave it out to fit the memory"
-        )
+    check_memory(config.kv_cache_tokens, tokens, per_token, model.device)
     return min(context, tokens), tokens
 
 
@@ -73,12 +66,6 @@ def prefix_reason(config: ServerConfig, cache: KVCache, max_idle: int | None) ->
         f"prefix cache: on, keeps {num_idle * cache.block_size} tokens in blocks of "
         f"{cache.block_size}, never shared by tenants or adapters"
     )
-
-
-def _total_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _free_bytes(device: torch.device) -> int:

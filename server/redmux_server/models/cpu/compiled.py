@@ -54,9 +54,8 @@ def _folder() -> Path:
 
 
 @cache
-def _log_compiling() -> None:
-    """Says once that something is compiled, and makes room for it."""
-    logger.info("compiling the kernels for this CPU, which the next start finds")
+def _make_room() -> None:
+    """Removes, once, what nobody has used for long."""
     remove_unused(_folder().parent)
 
 
@@ -102,7 +101,7 @@ class _Kept(FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        _log_compiling()
+        _make_room()
         self._write(lambda: super(_Kept, self).save_overload(sig, data))
 
     def _write(self, action: Callable[[], None]) -> None:

@@ -24,7 +24,7 @@ from redmux_server.models.base_model import BaseModel
 from redmux_server.models.cpu.accelerate import pack_linears
 from redmux_server.models.cpu.packed_linear import PackedLinear
 from redmux_server.models.editing import Editing
-from redmux_server.models.kvcache import BLOCK
+from redmux_server.models.kvcache import BLOCK, check_memory, total_bytes
 from redmux_server.models.proving import random_edits, relative_error
 from redmux_server.models.seq2seq.runner import Seq2SeqRunner
 from redmux_server.models.seq2seq.t5 import T5
@@ -70,9 +70,12 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
     runner = Seq2SeqRunner(T5(model, editing.edit), editing, bank, choices.num_threads)
     error, bit_identical = _check(model, sites, expected, choices)
     context = config.max_context or _DEFAULT_CONTEXT
-    num_blocks = -(-(config.kv_cache_tokens or config.max_running * context) // BLOCK)
+    per_token = 2 * 4 * model.config.num_heads * model.config.d_kv * len(model.decoder.block)
+    fitting = total_bytes(choices.device) // (4 * per_token * BLOCK) * BLOCK
+    tokens = config.kv_cache_tokens or min(config.max_running * context, fitting)
+    check_memory(config.kv_cache_tokens, tokens, per_token, choices.device)
+    num_blocks = -(-tokens // BLOCK)
     max_context = min(context, num_blocks * BLOCK) - 1
-    heads = model.config.num_heads * model.config.d_kv
     reasons = [
         *choices.reasons,
         f"encoder-decoder: packed linears, logits within {error:.1e} of the plain model's largest",
@@ -91,7 +94,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
         # A source is encoded in one piece, beside a token of everyone who runs already.
         max_batch_tokens=max(config.max_batch_tokens, max_context + 1 + config.max_running),
         num_blocks=num_blocks, block_size=BLOCK,
-        kv_bytes_per_token=2 * 4 * heads * len(model.decoder.block),
+        kv_bytes_per_token=per_token,
         device=choices.device, dtype=choices.dtype,
         linears=[m for m in model.modules() if isinstance(m, PackedLinear)],
         bit_identical=bit_identical, reasons=reasons,
