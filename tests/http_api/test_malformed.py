@@ -106,7 +106,7 @@ async def test_a_body_that_is_called_something_else_is_refused(http, kind):
     ("method", "path", "status"),
     [
         ("GET", "/", 404), ("GET", "/v1", 404), ("POST", "/v1/models", 405),
-        ("GET", "/v1/completions", 405), ("DELETE", "/v1/models/x", 404),
+        ("GET", "/v1/completions", 405), ("PATCH", "/v1/models/x", 405),
         ("PATCH", "/v1/adapters/x", 405), ("GET", "/v1/moderations", 404),
         ("GET", "/v1/models/" + "x" * 9000, 404), ("GET", "/v1/models/%00", 404),
         ("GET", "/v1/models/%ff%fe", 404), ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
