@@ -18,6 +18,7 @@ from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
+from redmux_server.files.store import FileStore
 from redmux_server.grpc_api.methods import add_methods, message_limits
 from redmux_server.http_api.batch_lines import line_answerer
 from redmux_server.http_api.gauges import GatewayGauges
@@ -39,6 +40,7 @@ from redmux_server.wiring import (
     make_engine,
     make_services,
     make_training,
+    open_files,
     open_registry,
     readable,
 )
@@ -55,7 +57,7 @@ class Server:
 
     def __init__(
         self, config: ServerConfig, doors: Doors, model: BaseModel | EncoderModel,
-        registry: AdapterRegistry, locks: Sequence[FolderLock] = (),
+        registry: AdapterRegistry, files: FileStore, locks: Sequence[FolderLock] = (),
     ) -> None:  # fmt: skip
         """`locks` are those of its folders, released when the server has stopped."""
         self._locks = locks
@@ -75,7 +77,7 @@ class Server:
         self.training = make_training(
             config, model, self.engine, registry, self.metrics, self._count_adapters
         )
-        self.desk = make_desk(config, self.training)
+        self.desk = make_desk(config, files, self.training)
         self.names = ModelNames(config.model, config.served_model_name, registry)
         gauges = GatewayGauges(self.names.base, config.max_running, self.engine, registry)
         gauges.register(self.metrics.registry)
@@ -113,7 +115,8 @@ class Server:
                 importing = asyncio.to_thread(importlib.import_module, "redmux_server.http_api.app")
                 model, _ = await asyncio.gather(in_loader(load, config, choices), importing)
                 registry = await in_loader(open_registry, config, model, given)
-            server = cls(config, doors, model, registry, locks)
+                files = await in_loader(open_files, config)
+            server = cls(config, doors, model, registry, files, locks)
             await server._serve()
         except BaseException:
             await doors.close()
@@ -144,8 +147,8 @@ class Server:
         self._watch.cancel()
         await self.desk.batches.stop()
         await self.training.stop()
-        self._compiling.close()
         await self.desk.tuning.stop()
+        self._compiling.close()
         self._tokenizing.close()  # what is not in the engine yet would be refused there
         await self.engine.drain(self.config.drain_s if drain_s is None else drain_s)
         await self.engine.stop(_STEP_S)
@@ -169,7 +172,7 @@ class Server:
             offer = self._offer()
             app = make_app(offer)
             await self.desk.tuning.start()
-            self.desk.batches.start(line_answerer(app))
+            await self.desk.batches.start(line_answerer(app))
             doors.http.serve(app, body_limits(offer))
         doors.state = lambda: self.state
         self._watch = asyncio.create_task(self._watch_engine())

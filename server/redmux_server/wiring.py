@@ -74,18 +74,22 @@ def make_training(
     )  # fmt: skip
 
 
-def make_desk(config: ServerConfig, training: TrainingService) -> Desk:
+def open_files(config: ServerConfig) -> FileStore:
+    """Returns the files that earlier runs kept, and where further ones go; blocks on the disk."""
+    return FileStore(_data_folder(config, "files"))
+
+
+def make_desk(config: ServerConfig, files: FileStore, training: TrainingService) -> Desk:
     """Returns what takes work that is fetched later; batches get half of the rows of a step."""
-    folder = Path(config.data_dir) if config.data_dir else None
-
-    def inside(name: str) -> Path | None:
-        return None if folder is None else folder / name
-
-    files = FileStore(inside("files"))
+    num_at_once = max(1, config.max_running // 2)
     return Desk(
-        files, BatchService(files, inside("batches"), max(1, config.max_running // 2)),
-        TuningService(training, files, inside("fine_tuning")),
+        files, BatchService(files, _data_folder(config, "batches"), num_at_once),
+        TuningService(training, files, _data_folder(config, "fine_tuning")),
     )  # fmt: skip
+
+
+def _data_folder(config: ServerConfig, name: str) -> Path | None:
+    return Path(config.data_dir) / name if config.data_dir else None
 
 
 def open_registry(

@@ -84,17 +84,38 @@ async def test_a_batch_goes_on_after_kill_9_and_answers_every_line_once(serve, t
         assert (await api.files.content(batch.output_file_id)).content.splitlines() == output
 
 
-async def test_a_job_that_a_kill_cut_short_has_failed_and_its_file_is_there(serve):
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(signal.SIGKILL, "the server ended before the job did"),
+     (signal.SIGTERM, "the server was shut down")],
+)  # fmt: skip
+async def test_a_job_that_an_end_cut_short_has_failed_and_batches_go_on(serve, number, message):
     row = {"prompt": "a", "completion": "b"}
     async with serve() as (server, api):
         data = (json.dumps(row) + "\n").encode() * 100
         file = await api.files.create(file=("in.jsonl", data), purpose="fine-tune")
         job = await api.fine_tuning.jobs.create(model="tiny", training_file=file.id)
-        await kill(server)
+        requests = "".join(json.dumps(line(index)) + "\n" for index in range(40)).encode()
+        batch = await api.batches.create(
+            input_file_id=(
+                await api.files.create(file=("in.jsonl", requests), purpose="batch")
+            ).id,
+            endpoint="/v1/chat/completions", completion_window="24h",
+        )  # fmt: skip
+        while batch.status == "validating":
+            await asyncio.sleep(0.005)
+            batch = await api.batches.retrieve(batch.id)
+        server.process.send_signal(number)
+        code, _ = await server.ended()
+        assert code == (0 if number is signal.SIGTERM else -number)
     async with serve() as (_, api):
         job = await api.fine_tuning.jobs.retrieve(job.id)
         assert job.status == "failed"
-        assert job.error.message == "the server ended before the job did"
+        assert job.error.message == message
+        while batch.status not in ENDS:
+            await asyncio.sleep(0.02)
+            batch = await api.batches.retrieve(batch.id)
+        assert batch.request_counts.completed == 40
         assert (await api.files.retrieve(file.id)).bytes == len(data)
 
 

@@ -132,3 +132,14 @@ async def test_the_document_describes_every_path(http):
     fields = document["components"]["schemas"]["ChatBody"]["properties"]
     assert fields["store"]["description"] == "Accepted without effect."
     assert (await http.get("/docs")).status_code == 200
+
+
+async def test_a_model_that_is_deleted_is_an_adapter_that_is_gone(api, base, put, server):
+    await put("old/one", base.adapter(9))
+    deleted = await api.models.delete("old/one")
+    assert (deleted.id, deleted.deleted, deleted.object) == ("old/one", True, "model")
+    assert "old/one" not in server.registry
+    with pytest.raises(openai.NotFoundError):
+        await api.models.delete("old/one")
+    with pytest.raises(openai.PermissionDeniedError, match="base model"):
+        await api.models.delete("tiny")

@@ -147,3 +147,22 @@ async def test_an_encoder_generates_nothing_and_says_so(reading):
         response = await reading.post(path, json={"model": "bert", **body})
         assert response.status_code == 412, path
         assert "Embed" not in response.json()["error"]["message"]
+
+
+async def test_vectors_wait_behind_requests_that_are_more_important(http, server, monkeypatch):
+    seen = []
+    submit = server.engine.submit
+
+    def noting(*requests):
+        seen.extend(request.priority for request in requests)
+        submit(*requests)
+
+    monkeypatch.setattr(server.engine, "submit", noting)
+    for path in ("/v1/embeddings", "/pooling"):
+        for priority in (7, None):
+            asked = {"model": "tiny", "input": "a", "priority": priority}
+            assert (await http.post(path, json=asked)).is_success
+    assert seen == [7, 0, 7, 0]
+    refused = await http.post("/v1/embeddings", json=asked | {"priority": 101})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "priority"

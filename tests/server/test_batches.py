@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections import Counter
 
 import msgspec
@@ -48,15 +49,15 @@ class Rig:
         self.stuck = set()  # what is said to have no answer
         self.gate = asyncio.Event()
         self.gate.set()
-        self.open()
 
-    def open(self):
+    async def open(self):
         def inside(name):
             return None if self.folder is None else self.folder / name
 
         self.files = FileStore(inside("files"), self.room)
         self.service = BatchService(self.files, inside("batches"), self.num_at_once)
-        self.service.start(self.answer)
+        await self.service.start(self.answer)
+        return self
 
     async def answer(self, endpoint, body, tenant, request_id):
         said = json.loads(body)["say"]
@@ -84,7 +85,7 @@ class Rig:
     async def restart(self):
         """Goes on as a process does that was killed."""
         await self.service.stop()
-        self.open()
+        await self.open()
 
     async def lines_of(self, file_id, tenant="t"):
         if file_id is None:
@@ -109,7 +110,7 @@ def folder(request, tmp_path):
 
 
 async def test_every_line_is_answered_once_and_counted(folder):
-    rig = Rig(folder)
+    rig = await Rig(folder).open()
     error = {"error": {"message": "no"}}
     rig.replies["b"] = [Reply(404, msgspec.json.encode(error))]
     batch = await rig.create(line("a"), line("b"), line("c"))
@@ -130,7 +131,7 @@ async def test_every_line_is_answered_once_and_counted(folder):
 
 
 async def test_no_more_lines_run_at_a_time_than_are_allowed_over_all_batches():
-    rig = Rig(num_at_once=3)
+    rig = await Rig(num_at_once=3).open()
     rig.gate.clear()
     batches = [
         await rig.create(*(line(f"{tenant}{i}") for i in range(5)), tenant=tenant)
@@ -150,7 +151,7 @@ async def test_no_more_lines_run_at_a_time_than_are_allowed_over_all_batches():
 
 
 async def test_a_line_that_finds_no_place_is_asked_again():
-    rig = Rig()
+    rig = await Rig().open()
     rig.replies["a"] = [Reply(429, b"{}", 0.0), Reply(503, b"{}", 0.0)]
     batch = await rig.create(line("a"))
     assert await rig.outcome(batch) == [["a"], []]
@@ -176,7 +177,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_faulty_line_fails_the_batch_by_its_number_before_anything_runs(fault):
     text, code, param = FAULTS[fault]
-    rig = Rig()
+    rig = await Rig().open()
     batch = await rig.create(data=jsonl(line("a")) + b"\n" + text)
     assert await rig.outcome(batch) == [[], []]
     assert batch.status == "failed"
@@ -198,7 +199,7 @@ def test_a_file_without_requests_or_with_too_many_is_faulty(monkeypatch):
 
 
 async def test_what_is_no_batch_is_refused_at_once(monkeypatch):
-    rig = Rig(room=Room(num_files=3))
+    rig = await Rig(room=Room(num_files=3)).open()
     file = await rig.files.put("in", "batch", jsonl(line("a")), "t")
     other = await rig.files.put("in", "fine-tune", jsonl(line("a")), "t")
     create = rig.service.create
@@ -220,7 +221,7 @@ async def test_what_is_no_batch_is_refused_at_once(monkeypatch):
 
 
 async def test_a_batch_is_its_tenants_alone():
-    rig = Rig()
+    rig = await Rig().open()
     batch = await rig.create(line("a"))
     with pytest.raises(NotFoundError, match=batch.id):
         rig.service.get(batch.id, "other")
@@ -233,7 +234,7 @@ async def test_a_batch_is_its_tenants_alone():
 
 
 async def test_a_cancelled_batch_keeps_its_answers_and_tells_of_the_rest(folder):
-    rig = Rig(folder, num_at_once=2)
+    rig = await Rig(folder, num_at_once=2).open()
     rig.stuck = {"2", "3"}
     batch = await rig.create(*(line(f"{i}") for i in range(6)))
     while batch.num_completed < 2:
@@ -251,7 +252,7 @@ async def test_a_cancelled_batch_keeps_its_answers_and_tells_of_the_rest(folder)
 
 async def test_cancelling_at_any_moment_ends_with_every_line_once(folder):
     for num_turns in range(0, 120, 3):
-        rig = Rig(folder if folder is None else folder / str(num_turns), num_at_once=2)
+        rig = await Rig(folder if folder is None else folder / str(num_turns), num_at_once=2).open()
         batch = await rig.create(*(line(f"{i}") for i in range(4)))
         for _ in range(num_turns):
             await asyncio.sleep(0)
@@ -264,7 +265,7 @@ async def test_cancelling_at_any_moment_ends_with_every_line_once(folder):
 
 
 async def test_what_is_not_done_in_time_is_told(folder):
-    rig = Rig(folder)
+    rig = await Rig(folder).open()
     rig.gate.clear()
     batch = await rig.create(line("a"), line("b"), window_s=0.05)
     assert await rig.outcome(batch) == [[], ["a", "b"]]
@@ -275,7 +276,7 @@ async def test_what_is_not_done_in_time_is_told(folder):
 
 
 async def test_a_batch_goes_on_after_a_restart_where_it_was(tmp_path):
-    rig = Rig(tmp_path, num_at_once=1)
+    rig = await Rig(tmp_path, num_at_once=1).open()
     rig.stuck = {"3"}
     batch = await rig.create(*(line(f"{i}") for i in range(6)))
     while batch.num_completed < 3:
@@ -293,7 +294,7 @@ async def test_a_batch_goes_on_after_a_restart_where_it_was(tmp_path):
 
 async def test_restarts_at_any_moment_lose_and_repeat_nothing(tmp_path):
     for num_turns in range(0, 200, 5):
-        rig = Rig(tmp_path / str(num_turns), num_at_once=2)
+        rig = await Rig(tmp_path / str(num_turns), num_at_once=2).open()
         batch = await rig.create(*(line(f"{i}") for i in range(4)))
         for _ in range(num_turns):
             await asyncio.sleep(0)
@@ -306,8 +307,60 @@ async def test_restarts_at_any_moment_lose_and_repeat_nothing(tmp_path):
         assert [f.id for f in outputs] == [again.output_file_id]
 
 
+async def test_a_kill_between_the_files_of_a_batch_makes_none_of_them_twice(tmp_path, monkeypatch):
+    rig = await Rig(tmp_path).open()
+    rig.replies["b"] = [Reply(404, b"{}")]
+    has_kept = asyncio.Event()
+    keep = FileStore.keep
+
+    async def keep_one(self, *args):
+        if has_kept.is_set():
+            await asyncio.Event().wait()
+        await keep(self, *args)
+        has_kept.set()
+
+    monkeypatch.setattr(FileStore, "keep", keep_one)
+    data = jsonl(line("a"), line("b"))
+    file = await keep(rig.files, "file-in", "in.jsonl", "batch", data, "t")
+    batch = await rig.service.create(CHATS, file.id, DAY_S, "24h", {}, "t")
+    await has_kept.wait()
+    assert batch.status == "finalizing"
+    monkeypatch.undo()
+    await rig.restart()
+    again = rig.service.get(batch.id, "t")
+    assert await rig.outcome(again) == [["a"], ["b"]]
+    made = {file.id for file in rig.files.all_of("t") if file.purpose == "batch_output"}
+    assert made == {again.output_file_id, again.error_file_id}
+
+
+async def test_an_answer_that_is_being_written_when_its_line_is_given_up_is_there(
+    tmp_path, monkeypatch
+):
+    begun, goes_on = threading.Event(), threading.Event()
+    append = Journal._append
+
+    def slow(self, written):
+        begun.set()
+        goes_on.wait(20)
+        append(self, written)
+
+    monkeypatch.setattr(Journal, "_append", slow)
+    journal = Journal(tmp_path / "a.answers")
+    entry = Entry.of(b'{"custom_id":"a","response":null}', is_output=True)
+    adding = asyncio.create_task(journal.add(entry))
+    await asyncio.to_thread(begun.wait, 20)
+    adding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await adding
+    loading = asyncio.create_task(journal.load())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    goes_on.set()
+    assert await loading == [entry]
+
+
 async def test_a_batch_whose_time_ran_out_meanwhile_keeps_what_it_has(tmp_path):
-    rig = Rig(tmp_path)
+    rig = await Rig(tmp_path).open()
     rig.stuck = {"b"}
     batch = await rig.create(line("a"), line("b"))
     while batch.num_completed < 1:
@@ -316,7 +369,7 @@ async def test_a_batch_whose_time_ran_out_meanwhile_keeps_what_it_has(tmp_path):
     (tmp_path / "batches" / "batch_of_before.answers").write_bytes(b"")
     path = tmp_path / "batches" / f"{batch.id}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"expires_at": 1.0}))
-    rig.open()
+    await rig.open()
     again = rig.service.get(batch.id, "t")
     assert await rig.outcome(again) == [["a"], ["b"]]
     assert again.status == "expired"
@@ -324,7 +377,7 @@ async def test_a_batch_whose_time_ran_out_meanwhile_keeps_what_it_has(tmp_path):
 
 
 async def test_a_batch_whose_file_is_gone_fails(tmp_path):
-    rig = Rig(tmp_path)
+    rig = await Rig(tmp_path).open()
     rig.gate.clear()
     batch = await rig.create(line("a"))
     with pytest.raises(FailedPreconditionError, match=batch.id):
@@ -332,7 +385,7 @@ async def test_a_batch_whose_file_is_gone_fails(tmp_path):
     await rig.service.stop()
     for path in tmp_path.glob("files/*"):
         path.unlink()
-    rig.open()
+    await rig.open()
     again = rig.service.get(batch.id, "t")
     await rig.outcome(again)
     assert again.status == "failed"
@@ -341,7 +394,7 @@ async def test_a_batch_whose_file_is_gone_fails(tmp_path):
 
 async def test_answers_without_room_are_told_and_end_the_batch(monkeypatch):
     monkeypatch.setattr(service_module, "MAX_OUTPUT_BYTES", 400)
-    rig = Rig(num_at_once=1)
+    rig = await Rig(num_at_once=1).open()
     batch = await rig.create(*(line(f"{i}") for i in range(9)))
     output, errors = await rig.outcome(batch)
     assert batch.status == "completed"
@@ -354,7 +407,7 @@ async def test_answers_without_room_are_told_and_end_the_batch(monkeypatch):
 
 
 async def test_an_error_of_the_server_fails_the_batch_by_an_id():
-    rig = Rig()
+    rig = await Rig().open()
     rig.replies["a"] = ["no reply"]
     batch = await rig.create(line("a"))
     await rig.outcome(batch)
@@ -378,7 +431,7 @@ async def test_a_journal_is_cut_behind_its_last_whole_answer(tmp_path, torn):
 
 async def test_ended_batches_are_forgotten_when_there_are_many(tmp_path, monkeypatch):
     monkeypatch.setattr(service_module, "_MOST_KEPT", 2)
-    rig = Rig(tmp_path)
+    rig = await Rig(tmp_path).open()
     batches = []
     for i in range(5):
         batches.append(await rig.create(line(f"{i}")))

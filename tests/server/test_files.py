@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +151,20 @@ async def test_a_disk_that_refuses_is_told_without_its_path(tmp_path, monkeypatc
     assert store.all_of("t") == []
     monkeypatch.undo()
     await store.put("a", "batch", b"x", "t")
+
+
+async def test_a_file_that_the_disk_does_not_let_go_stays(tmp_path, monkeypatch):
+    store = FileStore(tmp_path)
+    file = await store.put("a", "batch", b"x", "t")
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(FailedPreconditionError, match=f"{file.id} is not deleted"):
+        await store.delete(file.id, "t")
+    monkeypatch.undo()
+    assert await content(store, store.get(file.id, "t")) == b"x"
 
 
 async def test_what_the_server_makes_replaces_itself_and_needs_no_room(folder):

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from redmux.errors import (
-    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     RedmuxError,
     ResourceExhaustedError,
+    UnavailableError,
 )
 from redmux_server.batches.batch import Batch
 from redmux_server.batches.journal import Entry, Journal
@@ -71,10 +71,10 @@ class BatchService:
         self._work: dict[str, asyncio.Task[str]] = {}  # the part of a task that can be cancelled
         self._answer: Answer | None = None
 
-    def start(self, answer: Answer) -> None:
+    async def start(self, answer: Answer) -> None:
         """Takes batches from here on, and goes on with those that earlier runs left."""
         self._answer = answer
-        for record in self._records.load():
+        for record in await asyncio.to_thread(self._records.load):
             try:
                 batch = Batch(**record)
             except TypeError as err:
@@ -108,7 +108,7 @@ class BatchService:
         What is wrong inside the file is told by the batch.
         """
         if self._answer is None:
-            raise FailedPreconditionError("this server takes no batches")
+            raise UnavailableError("the server is shutting down")
         if endpoint not in ENDPOINTS:
             raise InvalidArgumentError(
                 f"endpoint is {endpoint[:80]!r}, must be one of {', '.join(ENDPOINTS)}"

@@ -14,6 +14,7 @@ from redmux.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    RedmuxError,
     ResourceExhaustedError,
 )
 from redmux_server.durable import refusals, sync_folder, write_whole
@@ -161,8 +162,12 @@ class FileStore:
             raise FailedPreconditionError(
                 f"{file_id} is read by {self._readers[file_id][0]}; cancel that first"
             )
-        await self._records.remove(file_id)
-        self._files.pop(file_id, None)
+        del self._files[file_id]  # from here on nobody begins to read it
+        try:
+            await self._records.remove(file_id)
+        except RedmuxError:
+            self._files[file_id] = file
+            raise
         self._contents.pop(file_id, None)
         if self._folder is not None:
             path = self._path(file_id)

@@ -26,7 +26,12 @@ def router(offer: Offer) -> APIRouter:
         offer.names.resolve(body.model, tenant)
         pooling = None if body.pooling is None else Pooling(body.pooling)
         return await offer.services.reading.embed(
-            body.input, offer.names.adapter(body.model), pooling, body.normalize, tenant
+            body.input,
+            offer.names.adapter(body.model),
+            pooling,
+            body.normalize,
+            tenant,
+            body.priority or 0,
         )
 
     @router.post("/v1/embeddings")

@@ -102,18 +102,20 @@ class ReadingService:
         pooling: Pooling | None,
         normalize: bool,
         tenant: str,
+        priority: int = 0,
     ) -> Embeddings:
         """Returns the vector of each input.
 
-        `adapter` "" is the base model, `pooling` None what is usual for the kind of model. Raises a
-        RedmuxError for whatever cannot be served; nothing is queued then.
+        `adapter` "" is the base model, `pooling` None what is usual for the kind of model,
+        `priority` that of `GenerationSpec`. Raises a RedmuxError for whatever cannot be served;
+        nothing is queued then.
         """
         try:
             if self._model.kind == "encoder_decoder":
                 raise UnimplementedError("encoder-decoder models cannot embed yet")
             published = self._registry.resolve(adapter, tenant) if adapter else None
             reading = Reading(pooling or self._model.default_pooling, normalize)
-            calls = await self._submit(inputs, published, reading, tenant)
+            calls = await self._submit(inputs, published, reading, tenant, priority)
         except RedmuxError as err:
             self._metrics.refused(err.status.name.lower())
             raise
@@ -164,6 +166,7 @@ class ReadingService:
         published: Published | None,
         reading: Reading,
         tenant: str,
+        priority: int = 0,
     ) -> list["_Call"]:
         self._validator.inputs(inputs, self._max_inputs)
         if self._model.kind != "encoder" and any(isinstance(i, TextPair) for i in inputs):
@@ -184,6 +187,7 @@ class ReadingService:
                 adapter=adapter,
                 logprobs=False,
                 sink=functools.partial(_answer, future),
+                priority=priority,
                 reading=dataclasses.replace(reading, type_ids=type_ids),
             )
             calls.append(_Call(request, future, num_added))

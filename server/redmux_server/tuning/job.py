@@ -11,7 +11,7 @@ from typing import Any
 from redmux_adapters.train import Evaluated, Stepped
 
 ENDS = frozenset(("succeeded", "failed", "cancelled"))
-MOST_TOLD = 500  # steps of a job, and evaluations, evenly over its course
+MOST_TOLD = 200  # steps of a job, and evaluations, evenly over its course
 _COLUMNS = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
 

@@ -55,7 +55,7 @@ class TuningService:
 
     async def start(self) -> None:
         """Knows again what earlier runs kept; jobs that they have not ended have failed."""
-        for record in self._records.load():
+        for record in await asyncio.to_thread(self._records.load):
             try:
                 settled = Hyperparameters(**record.pop("hyperparameters"))
                 job = TuningJob(**record, hyperparameters=settled)
@@ -169,7 +169,7 @@ class TuningService:
             except _NAME_IS_NOT_FREE:
                 return await self._create(job, spare_name(name), prepared)
         except InvalidArgumentError as err:
-            raise InvalidArgumentError(prepared.placed(err.message)) from None
+            raise prepared.blamed(err) from None
 
     async def _create(self, job: TuningJob, name: str, prepared: "_Prepared") -> Job:
         return await self._training.create(
@@ -233,8 +233,8 @@ class TuningService:
         if job.has_ended:
             return
         code, param = err.status.name.lower(), None
-        if isinstance(err, InvalidArgumentError):
-            code, param = "invalid_training_file", "training_file"
+        if isinstance(err, _FaultyFile):
+            code, param = f"invalid_{err.param}", err.param
         job.end("failed", {"code": code, "message": err.message, "param": param})
 
     async def _forget_oldest(self, tenant: str) -> None:
@@ -245,6 +245,14 @@ class TuningService:
 
     async def _write(self, job: TuningJob) -> None:
         await self._records.write(job.id, asdict(job))
+
+
+class _FaultyFile(InvalidArgumentError):
+    """One of the files is wrong, named by its parameter."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class _Prepared:
@@ -259,12 +267,14 @@ class _Prepared:
         self._rate = rate
         self._files = {"records": train, "valid": valid}
         self._records: dict[str, list[Record]] = {"records": [], "valid": []}
+        self._read = "records"  # what was read last
 
     def task(self, name: str) -> InlineTask:
         """Returns what is trained, of this name; raises InvalidArgumentError with lines."""
         for kind, given in self._files.items():
             if given is not None:
                 file, data = given
+                self._read = kind
                 self._records[kind] = read_dataset(file.filename or file.id, data)
         train, valid = self._records["records"], self._records["valid"]
         chosen = self._job.hyperparameters
@@ -286,16 +296,18 @@ class _Prepared:
         }
         return InlineTask(name, [r.fields for r in train], [r.fields for r in valid], options)
 
-    def placed(self, message: str) -> str:
-        """Returns a message with lines of files in place of records of a task."""
+    def blamed(self, err: InvalidArgumentError) -> InvalidArgumentError:
+        """Returns the error with lines of files in place of records of a task."""
+        found = _PLACE.search(err.message)
+        # A line that could not be read is of the file that was read last.
+        kind = self._read if found is None else found[1] or "records"
+        message = _PLACE.sub(self._place, err.message)
+        return _FaultyFile(message, "validation_file" if kind == "valid" else "training_file")
 
-        def place(found: re.Match[str]) -> str:
-            if found[1] is None:
-                return "the job"
-            records = self._records[found[1]]
-            return records[int(found[2])].where
-
-        return _PLACE.sub(place, message)
+    def _place(self, found: re.Match[str]) -> str:
+        if found[1] is None:
+            return "the job"
+        return self._records[found[1]][int(found[2])].where
 
 
 def _name_of(job: TuningJob) -> str:

@@ -6,11 +6,12 @@ from array import array
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Unserved
 from redmux_server.http_api.schemas.prompts import SCHEMA, one_or_more
+from redmux_server.services.validation import MAX_PRIORITY
 
 _NO_EFFECT = frozenset(("user", "metadata", "store", "request_id", "priority"))
 _UNSERVED: Unserved = {
@@ -45,6 +46,8 @@ class ReadingBody(Body):
 class EmbeddingBody(ReadingBody):
     """A request for vectors of inputs."""
 
+    no_effect = _NO_EFFECT - {"priority"}
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "cls", "last"] | None = None
