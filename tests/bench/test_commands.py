@@ -103,6 +103,25 @@ def test_floor_compares_steps_with_the_machine(bench):
     assert (prefill["tokens"], prefill["chunk"]) == (50, 32)
 
 
+def test_products_compare_arrays_at_cache_lines_with_others_in_turn(bench):
+    code, got = bench("products", "--rows", "1,20", "--precision", "fp32", "--rounds", "2")
+    assert code == 0
+    told = [(row["precision"], row["rows"], row["aligned"]) for row in got["rows"]]
+    assert told == [("fp32", 1, True), ("fp32", 20, True)]
+    code, got = bench("products", "--rows", "20", "--precision", "fp32", "--unaligned")
+    assert code == 0
+    first, other = got["rows"]
+    assert (first["aligned"], other["aligned"]) == (True, False)
+    assert first["ms"] >= first["best_ms"] > 0
+    assert other["over_aligned"] > 0
+
+
+def test_products_of_a_model_that_is_not_fused_are_told_to_be_unknown(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    assert main(["bench", "products", "--model", str(tmp_path)]) == 1
+    assert "name one of the architectures" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # five starts of a server
 def test_load_measures_puts_memory_and_starts(bench):

@@ -19,7 +19,7 @@ _SPARE_FLOATS = LINE // 4
 
 
 def zeros(shape: int | Sequence[int], dtype: Any, behind: int = 0) -> Array:
-    """Returns zeros that start `behind` bytes behind a line, where it is to be seen what that costs.
+    """Returns zeros that start at a line, or `behind` bytes behind one to show what that costs.
 
     As of np.zeros, the system hands their memory out when it is first written to.
     """

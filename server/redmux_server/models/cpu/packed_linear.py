@@ -23,8 +23,8 @@ from redmux_server.models.cpu.vector import product, step_product, store_panel
 _DEPTH = 2048
 # Rows of x that a thread takes on at a time.
 TALL = 16 * ROWS
-# Rows from which on a tile of int8, always of 16, is faster than vectors.
-_FEWEST_IN_TILE = 12
+# Rows from which on a tile of int8, which always takes 16, is faster than vectors.
+_FEWEST_IN_TILE = 8
 
 
 @compiled
@@ -175,8 +175,8 @@ def products(
 ) -> Callable[[], None]:
     """Returns what runs the products of these layers, on as many rows that mean nothing.
 
-    Nothing is computed between them: a step that needs them can't be faster. Arrays start `behind`
-    bytes behind a cache line, the weights in a copy if that is not 0.
+    Nothing is computed between them: a step that needs them can't be faster. Inputs and outputs
+    start `behind` bytes behind a cache line.
     """
     depths = np.array([packing.padded(depth) for _, depth in packing.shapes], np.int64)
     longest, widest = max(depths[layers]), max(packing.shapes[i][0] for i in layers)
@@ -184,16 +184,11 @@ def products(
     steps = aligned.rows(num_rows, num_parts(longest), np.float32, behind)
     x[...], steps[...] = 1, 1
     out = aligned.zeros(num_rows * widest, np.float32, behind)
-    packed = packing.packed
-    if behind:
-        arrays = ("panels", "bias", "scale", "firsts")
-        copies = {name: aligned.copied(getattr(packed, name), behind) for name in arrays}
-        packed = packed._replace(**copies)
     flat, order = x.reshape(-1), np.array(layers, np.int64)
 
     def run() -> None:
         threads = numba.get_num_threads()
-        _multiply_all(threads, num_rows, flat, steps, packed, order, depths, out)
+        _multiply_all(threads, num_rows, flat, steps, packing.packed, order, depths, out)
 
     return run
 
