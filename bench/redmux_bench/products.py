@@ -79,7 +79,7 @@ def _moved(packing: Packing, behind: int) -> Packing:
     """Returns a copy whose arrays start `behind` bytes behind a line."""
     moved, packed = copy.copy(packing), packing.packed
     names = ("panels", "bias", "scale", "firsts")
-    copies = {name: aligned.copied(getattr(packed, name), behind) for name in names}
+    copies: dict[str, Any] = {n: aligned.copied(getattr(packed, n), behind) for n in names}
     moved.packed = packed._replace(**copies)
     return moved
 

@@ -27,7 +27,8 @@ def zeros(shape: int | Sequence[int], dtype: Any, behind: int = 0) -> Array:
     num_bytes = math.prod(sizes) * np.dtype(dtype).itemsize
     room = np.zeros(num_bytes + 2 * LINE, np.uint8)
     first = -address(room) % LINE + behind
-    return room[first : first + num_bytes].view(dtype).reshape(sizes)
+    array: Array = room[first : first + num_bytes].view(dtype).reshape(sizes)
+    return array
 
 
 def rows(num: int, width: int, dtype: Any, behind: int = 0) -> Array:

@@ -120,10 +120,10 @@ class FusedDecoder:
         if len(ids) > len(self._room.h):
             self._room = self._new_room(len(ids))
         # What comes from torch starts at a line already, unless it is a part of something.
-        x, cos, sin, last = (aligned.at_line(t.numpy()) for t in (x, cos, sin, last))
+        embedded, cosines, sines, kept = (aligned.at_line(t.numpy()) for t in (x, cos, sin, last))
         step = Step(
-            x, cos.reshape(-1), sin.reshape(-1), index.places, index.table, index.tiles, rows,
-            row_of, starts, last, logits.numpy(),
+            embedded, cosines.reshape(-1), sines.reshape(-1), index.places, index.table,
+            index.tiles, rows, row_of, starts, kept, logits.numpy(),
         )  # fmt: skip
         run(numba.get_num_threads(), step, self._model, self._packing.packed, self._room)
 

@@ -134,9 +134,8 @@ class Packing:
         # Straight into place: memory that a process has not used yet is slow to come.
         rows = values.reshape(out_features, -1, packed.group)
         whole, rest = divmod(out_features, PANEL)
-        first, last = rows.split([whole * PANEL, rest])
-        panels[:whole] = first.unflatten(0, (whole, PANEL)).transpose(1, 2)
-        panels[whole:, :, :rest] = last.transpose(0, 1)
+        panels[:whole] = rows[: whole * PANEL].view(whole, PANEL, -1, packed.group).transpose(1, 2)
+        panels[whole:, :, :rest] = rows[whole * PANEL :].transpose(0, 1)
         if self.activation is np.uint8:
             parts = F.pad(values.int(), (0, -depth % PART, 0, num_panels * PANEL - out_features))
             sums = parts.view(num_panels, PANEL, -1, PART).sum(3, dtype=torch.int32)
