@@ -134,7 +134,7 @@ class Packing:
         # Straight into place: memory that a process has not used yet is slow to come.
         rows = values.reshape(out_features, -1, packed.group)
         whole, rest = divmod(out_features, PANEL)
-        panels[:whole] = rows[: whole * PANEL].view(whole, PANEL, -1, packed.group).transpose(1, 2)
+        panels[:whole] = rows[: whole * PANEL].view(whole, PANEL, *rows.shape[1:]).transpose(1, 2)
         panels[whole:, :, :rest] = rows[whole * PANEL :].transpose(0, 1)
         if self.activation is np.uint8:
             parts = F.pad(values.int(), (0, -depth % PART, 0, num_panels * PANEL - out_features))
