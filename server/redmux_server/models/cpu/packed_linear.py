@@ -24,7 +24,7 @@ _DEPTH = 2048
 # Rows of x that a thread takes on at a time.
 TALL = 16 * ROWS
 # Rows from which on a tile of int8, which always takes 16, is faster than vectors.
-_FEWEST_IN_TILE = 8
+_FEWEST_IN_TILE = 12
 
 
 @compiled
