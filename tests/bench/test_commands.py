@@ -3,6 +3,7 @@
 import pytest
 from encoders import save_tiny_encoder
 
+from redmux import InvalidArgumentError
 from redmux_bench.cli import main
 
 LOAD = ("--prompt-tokens", "4:8", "--output-tokens", "5", "--seed", "3")
@@ -116,10 +117,10 @@ def test_products_compare_arrays_at_cache_lines_with_others_in_turn(bench):
     assert other["over_aligned"] > 0
 
 
-def test_products_of_a_model_that_is_not_fused_are_told_to_be_unknown(tmp_path, capsys):
+def test_products_of_a_model_that_is_not_fused_are_told_to_be_unknown(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
-    assert main(["bench", "products", "--model", str(tmp_path)]) == 1
-    assert "name one of the architectures" in capsys.readouterr().err
+    with pytest.raises(InvalidArgumentError, match="name one of the architectures"):
+        main(["products", "--model", str(tmp_path)])
 
 
 @pytest.mark.slow
