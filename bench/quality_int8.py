@@ -1,8 +1,8 @@
-"""What --quantization int8 changes: perplexity, answers of the bundled adapters, time and memory.
+"""What --quantization int8 or bf16 changes: perplexity, answers of adapters, time and memory.
 
 Perplexity and prompts need the folders of --data that bench/zoo/tasks.py names; what is not there
 is skipped. Quality is measured with transformers' own attention and the edit by hand; time, with
-the engine's own decode step, fp32 and int8 in turn.
+the engine's own decode step, fp32 and the other in turn.
 """
 
 import argparse
@@ -44,6 +44,7 @@ BATCHES = (1, 8, 32)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--precision", default="int8", choices=("int8", "bf16"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--text-tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--prompts", type=int, default=16, help="for each adapter")
@@ -67,18 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def quality(args: argparse.Namespace) -> None:
     models = {}
-    for name in ("fp32", "int8"):
+    for name in ("fp32", args.precision):
         models[name], tokenizer = load_base(args.model)
         pack_linears(models[name], name)
     for name, text in texts(args.data):
         ids = torch.tensor(tokenizer(text[: 8 * args.text_tokens])["input_ids"])
         ids = ids[: args.text_tokens].unfold(0, WINDOW, WINDOW)
-        fp32, int8 = (
+        fp32, rounded = (
             math.exp(-torch.cat([logprobs(m, row, 1)[0] for row in ids]).mean())
             for m in models.values()
         )
-        print(f"{name}: {ids.numel()} tokens, perplexity fp32 {fp32:.3f}, int8 {int8:.3f} "
-              f"({int8 / fp32 - 1:+.1%})", flush=True)  # fmt: skip
+        print(f"{name}: {ids.numel()} tokens, perplexity fp32 {fp32:.3f}, {args.precision} "
+              f"{rounded:.3f} ({rounded / fp32 - 1:+.2%})", flush=True)  # fmt: skip
     rows = []
     for name, adapter, prompts in conversations(args):
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
@@ -122,8 +123,9 @@ def conversations(args: argparse.Namespace) -> Iterator[tuple[str, Adapter, list
 def compare_answers(
     models: Mapping[str, Any], adapter: Adapter, prompts: list[list[int]], end: int
 ) -> Sequence[object]:
-    """Returns how int8 follows fp32's greedy answers, told them and on its own."""
+    """Returns how the other model follows fp32's greedy answers, told them and on its own."""
     answers, scores = {}, {}
+    (other,) = models.keys() - {"fp32"}
     for key, model in models.items():
         with edited(model, adapter.edits):
             answers[key] = greedy(model, prompts, ANSWER_TOKENS, end)
@@ -131,11 +133,11 @@ def compare_answers(
                 logprobs(model, torch.tensor(prompt + answer), len(prompt))
                 for prompt, answer in zip(prompts, answers["fp32"], strict=True)
             ]
-    pairs = list(zip(scores["fp32"], scores["int8"], strict=True))
+    pairs = list(zip(scores["fp32"], scores[other], strict=True))
     # fp32's best token is looked up anew: its padded batch and one long row may break ties apart.
     forced = torch.cat([a[1] == b[1] for a, b in pairs]).float().mean()
     delta = torch.cat([(a[0] - b[0]).abs() for a, b in pairs]).mean()
-    free = list(zip(answers["fp32"], answers["int8"], strict=True))
+    free = list(zip(answers["fp32"], answers[other], strict=True))
     num_same = sum(x == y for a, b in free for x, y in zip(a, b, strict=False))
     num_tokens = sum(len(a) for a, _ in free)
     equal = sum(a == b for a, b in free)
@@ -156,7 +158,7 @@ def step_times(args: argparse.Namespace) -> None:
     """Times decode steps of both at each batch size, an adapter of its own for every request."""
     adapters = [read_adapter(path) for path in sorted(zoo_folder().iterdir()) if path.is_dir()]
     both = []
-    for quantization in ("none", "int8"):
+    for quantization in ("none", args.precision):
         config = ServerConfig(
             model=args.model, device="cpu", threads=args.threads, kv_cache_tokens=8192,
             quantization=quantization,
@@ -168,14 +170,14 @@ def step_times(args: argparse.Namespace) -> None:
     for batch in BATCHES:
         used = list(itertools.islice(itertools.cycle(adapters), batch))
         calls = (partial(steps.decode_s, batch, PROMPT_TOKENS, used) for steps in both)
-        fp32, int8 = (1e3 * statistics.median(times) for times in in_turn(args.rounds, *calls))
-        print(f"decode step of {batch:2d}: fp32 {fp32:.1f} ms, int8 {int8:.1f} ms, ratio "
-              f"{fp32 / int8:.2f}", flush=True)  # fmt: skip
+        fp32, rounded = (1e3 * statistics.median(times) for times in in_turn(args.rounds, *calls))
+        print(f"decode step of {batch:2d}: fp32 {fp32:.1f} ms, {args.precision} {rounded:.1f} ms, "
+              f"ratio {fp32 / rounded:.2f}", flush=True)  # fmt: skip
 
 
 def memory(args: argparse.Namespace) -> None:
     """Starts a server with each and prints what is resident then."""
-    for name in ("none", "int8"):
+    for name in ("none", args.precision):
         with ServerProcess("--model", args.model, "--quantization", name) as server:
             resident = server.resident_bytes >> 20
             print(f"resident with quantization {name}: {resident} MiB", flush=True)

@@ -16,6 +16,7 @@ from redmux_bench.option_values import (
     positive_float,
     positive_floats,
     positive_list,
+    precisions,
     sweep_counts,
 )
 
@@ -50,6 +51,8 @@ def command_parser() -> _Parser:
         ("load", "loading", _loading, load, "what putting, holding and loading adapters takes"),
         ("floor", "floor", _floor, [server, common],
          "the engine's steps against what this machine allows"),
+        ("products", "products", _products, [common],
+         "the matrix products of all layers, alone"),
         ("engine", "engine", _engine, load,
          "the engine alone against the same load over gRPC and HTTP"),
         ("nlg", "nlg", _nlg, [common], "score generated texts as the E2E NLG challenge does"),
@@ -121,6 +124,18 @@ def _floor(parser: _Parser) -> None:
     _add(parser, "--chunk", positive, 256, "tokens per prefill step, as --max-batch-tokens")
     _add(parser, "--seed", count, 0, "of everything that is drawn")
     _add_rounds(parser, 15)
+
+
+def _products(parser: _Parser) -> None:
+    parser.add_argument("--model", help="a folder or name whose shapes to take; default: smollm2")
+    _add(parser, "--rows", positive_list, "1,8,32,64,256", "rows of a step", "N,N,...")
+    _add(parser, "--precision", precisions, "fp32,int8", "fp32, int8 or bf16", "P,P,...")
+    parser.add_argument(
+        "--unaligned", action="store_true",
+        help="measure the same arrays 16 bytes behind a cache line, too, in turn",
+    )  # fmt: skip
+    _add(parser, "--threads", count, 0, "that compute; 0 takes every core")
+    _add_rounds(parser, 9)
 
 
 def _engine(parser: _Parser) -> None:

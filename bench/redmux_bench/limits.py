@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.folds import LANES, total
-from redmux_server.models.cpu.packed_linear import PackedLinear
+from redmux_server.models.cpu.packed_linear import PackedLinear, products
 from redmux_server.models.cpu.vector import Array
 
 _BANDWIDTH_BYTES = 512 << 20  # far beyond any cache
@@ -65,10 +65,9 @@ class LinearFloor:
         packed = [m for m in modules if isinstance(m, PackedLinear)]
         packings = {id(m.packing): m.packing for m in packed}
         if len(packed) == len(modules) and len(packings) == 1:
-            packing = packed[0].packing
-            layers = [m.index for m in packed]
+            run = products(packed[0].packing, [m.index for m in packed], rows)
             started_s = time.perf_counter()
-            packing.run(layers, rows)
+            run()
             return time.perf_counter() - started_s
         pairs = _with_inputs(modules, rows)
         started_s = time.perf_counter()

@@ -69,6 +69,15 @@ def sweep_counts(text: str) -> list[int]:
     return counts
 
 
+def precisions(text: str) -> list[str]:
+    """Returns the precisions of products of "P,P,..."."""
+    names = text.split(",")
+    for name in names:
+        if name not in ("fp32", "int8", "bf16"):
+            raise argparse.ArgumentTypeError(f"{name!r} is none of fp32, int8 and bf16")
+    return names
+
+
 def points(text: str) -> list[tuple[int, int]]:
     """Returns the (batch, context) pairs of "B:C,B:C"."""
     points = []

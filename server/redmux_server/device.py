@@ -43,7 +43,7 @@ def choose(config: ServerConfig) -> Choices:
         dtype, why = torch.bfloat16, "auto: the native precision of current GPUs"
     reasons.append(f"dtype {str(dtype).removeprefix('torch.')} ({why})")
 
-    if config.quantization != "none" and (name, dtype) != ("cpu", torch.float32):
+    if config.quantization not in ("none", "auto") and (name, dtype) != ("cpu", torch.float32):
         raise FailedPreconditionError(
             f"quantization is {config.quantization}, which needs device cpu and dtype float32, "
             f"not {name} and {str(dtype).removeprefix('torch.')}; use quantization none here"

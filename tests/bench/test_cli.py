@@ -9,7 +9,7 @@ import pytest
 from redmux.cli import main
 from redmux_bench import report, tables
 
-COMMANDS = ("serve", "sweep", "load", "floor", "engine", "jobs")
+COMMANDS = ("serve", "sweep", "load", "floor", "products", "engine", "jobs")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ COMMANDS = ("serve", "sweep", "load", "floor", "engine", "jobs")
         (["sweep", "--adapters", "1,8"], "and 0, which the others are compared with"),
         (["sweep", "--adapters", "0,8,8"], "each number once"),
         (["floor", "--points", "32"], "no whole number"),
+        (["products", "--precision", "fp32,int4"], "'int4' is none of fp32, int8 and bf16"),
         (["floor", "--target", "localhost:1"], "unrecognized"),
     ],
     ids=str,

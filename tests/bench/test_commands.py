@@ -3,6 +3,7 @@
 import pytest
 from encoders import save_tiny_encoder
 
+from redmux import InvalidArgumentError
 from redmux_bench.cli import main
 
 LOAD = ("--prompt-tokens", "4:8", "--output-tokens", "5", "--seed", "3")
@@ -101,6 +102,25 @@ def test_floor_compares_steps_with_the_machine(bench):
     assert got["rows"][0]["kv_ms"] == pytest.approx(1e3 * kv_s)
     (prefill,) = got["prefill"]
     assert (prefill["tokens"], prefill["chunk"]) == (50, 32)
+
+
+def test_products_compare_arrays_at_cache_lines_with_others_in_turn(bench):
+    code, got = bench("products", "--rows", "1,20", "--precision", "fp32", "--rounds", "2")
+    assert code == 0
+    told = [(row["precision"], row["rows"], row["aligned"]) for row in got["rows"]]
+    assert told == [("fp32", 1, True), ("fp32", 20, True)]
+    code, got = bench("products", "--rows", "20", "--precision", "fp32", "--unaligned")
+    assert code == 0
+    first, other = got["rows"]
+    assert (first["aligned"], other["aligned"]) == (True, False)
+    assert first["ms"] >= first["best_ms"] > 0
+    assert other["over_aligned"] > 0
+
+
+def test_products_of_a_model_that_is_not_fused_are_told_to_be_unknown(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(InvalidArgumentError, match="name one of the architectures"):
+        main(["products", "--model", str(tmp_path)])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from reference import edited
 from redmux import AsyncClient
 from redmux.errors import FailedPreconditionError
 from redmux_adapters import to_bytes
-from redmux_server.models.cpu import packed_linear
+from redmux_server.models.cpu import packing
 from redmux_server.models.cpu.arithmetic import HAS_AVX2, HAS_BF16
 
 needs_int8 = pytest.mark.skipif(not HAS_AVX2, reason="int8 needs AVX2")
@@ -86,8 +86,8 @@ async def test_another_dtype_than_float32_is_refused(start_server):
 
 
 async def test_a_cpu_without_int8_is_refused(start_server, monkeypatch):
-    monkeypatch.setattr(packed_linear, "HAS_VNNI", False)
-    monkeypatch.setattr(packed_linear, "HAS_AVX2", False)
+    monkeypatch.setattr(packing, "HAS_VNNI", False)
+    monkeypatch.setattr(packing, "HAS_AVX2", False)
     with pytest.raises(FailedPreconditionError, match=r"int8 need a CPU with AVX2"):
         await start_server(quantization="int8")
 

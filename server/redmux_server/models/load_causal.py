@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from redmux.errors import FailedPreconditionError
@@ -25,6 +26,7 @@ from redmux_server.models.causal.room import (
 )
 from redmux_server.models.causal.runner import CachedRunner, CausalRunner
 from redmux_server.models.causal.selfcheck import reference
+from redmux_server.models.cpu.precision import choose_precision
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.cuda.runtime import DeviceRuntime
 from redmux_server.models.kvcache import BLOCK
@@ -119,7 +121,8 @@ def _on_cpu(
     limit = context_limit(model.config, rules)
     max_context, num_tokens = context_and_cache(config, model, shapes, limit)
     cache, attention_reason = make_cache(shapes, num_tokens // BLOCK, choices)
-    quantization = config.quantization
+    is_fp32 = choices.dtype == torch.float32
+    quantization, why = choose_precision(config.quantization, is_fp32)
     checked = fuse(model, packing, rules, cache, sites, expected, choices, quantization) or keep(
         model, cache, sites, expected, choices, quantization
     )
@@ -131,7 +134,7 @@ def _on_cpu(
         min_slots=config.max_running + 1,
     )
     runner = CausalRunner(checked.decoder, cache, bank, choices.device, choices.num_threads)
-    reasons = (context_reason(max_context, limit), attention_reason, checked.reason)
+    reasons = (context_reason(max_context, limit), attention_reason, checked.reason, *why)
     return _Parts(
         runner, bank, checked.linears, kv_bytes_per_token(shapes, choices.dtype), max_context,
         checked.bit_identical, reasons,
@@ -157,5 +160,9 @@ def _on_device(
     return _Parts(
         engine.runner, engine.bank, linears_of(model),
         kv_bytes_per_token(shapes, choices.dtype), max_context, engine.bit_identical,
-        (context_reason(max_context, limit), *engine.reasons),
+        (
+            context_reason(max_context, limit),
+            *engine.reasons,
+            *choose_precision(config.quantization, is_fp32=False)[1],
+        ),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from redmux_server.models.causal.context_limit import context_limit
 from redmux_server.models.causal.torch_kvcache import TorchKVCache
 from redmux_server.models.cpu.arithmetic import HAS_AVX2
 from redmux_server.models.cpu.kvcache import NumbaKVCache
-from redmux_server.models.cpu.packed_linear import Packing
+from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.kvcache import BLOCK, LayerRule, LayerShape
 from redmux_server.models.load_causal import load_causal
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from redmux.errors import FailedPreconditionError
-from redmux_server.models.cpu import packed_linear as module
+from redmux_server.models.cpu import packing as module
 from redmux_server.models.cpu.accelerate import pack_linears
 from redmux_server.models.cpu.arithmetic import HAS_AVX2, HAS_BF16, HAS_VNNI
 from redmux_server.models.cpu.packed_linear import PackedLinear, packed_linear
+from redmux_server.models.cpu.tile_permission import why_no_tiles
 
 pytestmark = pytest.mark.skipif(not HAS_AVX2, reason="int8 needs AVX2")
 
@@ -23,8 +24,13 @@ def randn(*shape, seed=0):
 
 
 # What activations are rounded to: bytes where the CPU multiplies them, else 16 bits.
-KINDS = {"bytes": (np.uint8, np.int32, 4), "pairs": (np.int16, np.int16, 2)}
-on_any_cpu = pytest.mark.parametrize("activation", ["bytes", "pairs"] if HAS_VNNI else ["pairs"])
+KINDS = {
+    "pairs": (np.int16, np.int16, 2, False),
+    "bytes": (np.uint8, np.int32, 4, False),
+    "tiles": (np.uint8, np.int32, 4, True),
+}
+HAS = ["pairs"] + ["bytes"] * HAS_VNNI + ["tiles"] * (why_no_tiles() is None)
+on_any_cpu = pytest.mark.parametrize("activation", HAS)
 
 
 def make(weight, bias=None, activation=None):

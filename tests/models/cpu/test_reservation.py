@@ -16,7 +16,7 @@ from redmux_server.device import choose
 from redmux_server.models.cpu import reservation
 from redmux_server.models.cpu.arithmetic import HAS_AVX2
 from redmux_server.models.cpu.fused_decoder import FUSABLE, pack
-from redmux_server.models.cpu.packed_linear import Packing
+from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.reservation import Reservation, product_shapes
 from redmux_server.models.load_causal import load_causal
 

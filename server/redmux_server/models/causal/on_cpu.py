@@ -26,7 +26,8 @@ from redmux_server.models.causal.torch_kvcache import TorchKVCache
 from redmux_server.models.cpu.accelerate import pack_linears, unmap
 from redmux_server.models.cpu.fused_decoder import FusedDecoder, pack, why_not_fusable
 from redmux_server.models.cpu.kvcache import NumbaKVCache
-from redmux_server.models.cpu.packed_linear import PackedLinear, Packing
+from redmux_server.models.cpu.packed_linear import PackedLinear
+from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.phases import counters_of
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.kvcache import KVCache, LayerRule, LayerShape

@@ -28,12 +28,15 @@ _FEATURES = _features()
 _HAS_AVX512 = _FEATURES.get("avx512f", False)
 HAS_VNNI = _HAS_AVX512 and _FEATURES.get("avx512vnni", False)
 HAS_BF16 = _HAS_AVX512 and _FEATURES.get("avx512bf16", False)
+HAS_TILES = _HAS_AVX512 and all(
+    _FEATURES.get(name, False) for name in ("amx-tile", "amx-int8", "amx-bf16")
+)
 HAS_AVX2 = _FEATURES.get("avx2", False)
 
 # A product works on ROWS x PANEL sums at a time: as many as the registers hold beside operands.
 ROWS, PANEL = (8, 32) if _HAS_AVX512 else (6, 16)
 
-INDEX, INT32, _INT16, _INT8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
+INDEX, INT32, _INT16, INT8 = (ir.IntType(bits) for bits in (64, 32, 16, 8))
 FLOAT = ir.FloatType()
 _LINE_BYTES = 64
 
@@ -89,7 +92,7 @@ def _bf16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
 def _int16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     register, wide = ir.VectorType(_INT16, 16), ir.VectorType(_INT16, 2 * PANEL)
     dot = declare(builder, "llvm.x86.avx2.pmadd.wd", ir.VectorType(INT32, 8), register, register)
-    narrow = builder.bitcast(lanes, ir.VectorType(_INT8, 2 * PANEL))
+    narrow = builder.bitcast(lanes, ir.VectorType(INT8, 2 * PANEL))
     widened = builder.bitcast(builder.sext(narrow, wide), totals.type)
 
     def call(*x: Any) -> Any:
@@ -119,7 +122,7 @@ def kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Function
     word = arithmetic.total if arithmetic.group == 1 else INT32
     pointers = [x.as_pointer() for x in (word, arithmetic.lane, arithmetic.total)]
     arguments = [pointers[0], INDEX, pointers[1], INDEX, pointers[2], *[INDEX] * 3]
-    function, builder = _function(module, f"redmux_{arithmetic.name}_{rows}x{PANEL}", arguments)
+    function, builder = define(module, f"redmux_{arithmetic.name}_{rows}x{PANEL}", arguments)
     if builder is None:
         return function
     a, a_stride, b, n, out, out_stride, add, ahead = function.args
@@ -149,7 +152,7 @@ def step_kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Fun
     int32, fp32 = INT32.as_pointer(), FLOAT.as_pointer()
     lane = arithmetic.lane.as_pointer()
     arguments = [int32, INDEX, lane, INDEX, INDEX, int32, fp32, INDEX, fp32]
-    function, builder = _function(module, f"redmux_{arithmetic.name}_{rows}x{PANEL}", arguments)
+    function, builder = define(module, f"redmux_{arithmetic.name}_{rows}x{PANEL}", arguments)
     if builder is None:
         return function
     a, a_stride, b, n, size, first, steps, steps_stride, out = function.args
@@ -178,13 +181,13 @@ def step_kernel(module: ir.Module, arithmetic: _Arithmetic, rows: int) -> ir.Fun
             )
             value = builder.sitofp(builder.load(total), real)
             so_far = builder.load(target, align=4)
-            added = builder.call(fma, [value, _broadcast(builder, step), so_far])
+            added = builder.call(fma, [value, splat(builder, step), so_far])
             builder.store(added, target, align=4)
     builder.ret_void()
     return function
 
 
-def _function(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[Any, Any]:
+def define(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[Any, Any]:
     """Returns (function, builder in its first block, or None if it is there already)."""
     if name in module.globals:
         return module.globals[name], None
@@ -210,7 +213,7 @@ def _accumulate(
     """Adds the products of n groups to `sums`, and fetches what lies `ahead` of them."""
     lanes = ir.VectorType(arithmetic.lane, PANEL)
     width = 4 if arithmetic.lane is FLOAT else arithmetic.lane.width // 8
-    pointer = _INT8.as_pointer()
+    pointer = INT8.as_pointer()
     prefetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *[INT32] * 3)
     with cgutils.for_range(builder, n) as loop:
         line = _at(builder, b, INDEX(PANEL), loop.index)
@@ -221,13 +224,14 @@ def _accumulate(
             builder.call(prefetch, [address, *(INT32(x) for x in (0, 3, 1))])
         for r, total in enumerate(sums):
             row = _at(builder, a, a_stride, INDEX(r))
-            word = _broadcast(builder, builder.load(builder.gep(row, [loop.index]), align=1))
+            word = splat(builder, builder.load(builder.gep(row, [loop.index]), align=1))
             before = builder.load(total)
             builder.store(arithmetic.multiply_add(builder, before, word, panel), total)
 
 
-def _broadcast(builder: Any, value: Any) -> Any:
-    undefined = ir.Constant(ir.VectorType(value.type, PANEL), ir.Undefined)
+def splat(builder: Any, value: Any, count: int = PANEL) -> Any:
+    """Returns a vector that has the value in each of `count` lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(INT32, 0))
-    everywhere = ir.Constant(ir.VectorType(INT32, PANEL), [0] * PANEL)
+    everywhere = ir.Constant(ir.VectorType(INT32, count), [0] * count)
     return builder.shuffle_vector(first, undefined, everywhere)

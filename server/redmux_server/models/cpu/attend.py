@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from redmux_server.models.cpu.aligned import scratch
 from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.folds import LANES, largest, sum_squares, total
@@ -31,25 +32,25 @@ def _rotate(x, at, dim, cos, sin, turn, out, to):
 
 
 @compiled(inline="always")
-def _load_head(x, at, token, weight, eps, cos, sin, scratch, out, to):
+def _load_head(x, at, token, weight, eps, cos, sin, room, out, to):
     """As `_rotate` for one head of a token, normalised before if weight is not empty.
 
-    `scratch` is [head_dim].
+    `room` is [head_dim].
     """
-    dim = scratch.size
+    dim = room.size
     if weight.size > 0:
         head = x[at : at + dim]
         inverse = np.float32(1.0) / math.sqrt(sum_squares(head) / np.float32(dim) + eps)
         for d in range(dim):
-            scratch[d] = head[d] * inverse * weight[d]
-        _rotate(scratch, 0, dim, cos, sin, token * dim, out, to)
+            room[d] = head[d] * inverse * weight[d]
+        _rotate(room, 0, dim, cos, sin, token * dim, out, to)
     else:
         _rotate(x, at, dim, cos, sin, token * dim, out, to)
 
 
 @compiled
-def store(k, v, keys, values, places, token, heads, layout, k_weight, eps, cos, sin, scratch):
-    """Writes keys and values of one token into the cache; scratch: [2, head_dim].
+def store(k, v, keys, values, places, token, heads, layout, k_weight, eps, cos, sin, room):
+    """Writes keys and values of one token into the cache; room: [2, head_dim].
 
     `heads` is the first of the KV heads and the one behind the last.
     """
@@ -58,10 +59,10 @@ def store(k, v, keys, values, places, token, heads, layout, k_weight, eps, cos, 
     for head in range(heads[0], heads[1]):
         slot = places[0, token] * num_kv_heads + head
         at = layout[6] + token * layout[7] + head * dim
-        _load_head(k, at, token, k_weight, eps, cos, sin, scratch[0], scratch[1], 0)
+        _load_head(k, at, token, k_weight, eps, cos, sin, room[0], room[1], 0)
         column = keys[slot * dim * BLOCK + offset // PANEL * dim * PANEL + offset % PANEL :]
         for d in range(dim):
-            column[d * PANEL] = scratch[1, d]
+            column[d * PANEL] = room[1, d]
         at = layout[8] + token * layout[9] + head * dim
         row = values[slot * BLOCK * width + offset * PANEL :]
         for first in range(0, dim, PANEL):
@@ -135,16 +136,14 @@ def attend_tile(
     num_blocks = last // BLOCK - first_block + 1
     num_keys = num_blocks * BLOCK
     lines = rows * group
-    heads = np.empty(lines * dim, np.float32)
-    scratch = np.empty(dim, np.float32)
-    scores = np.empty(lines * num_keys, np.float32)
-    sums = np.empty(lines * width, np.float32)
-    inverse = np.empty(lines, np.float32)
+    heads, head_room = scratch(lines * dim), scratch(dim)
+    scores, sums = scratch(lines * num_keys), scratch(lines * width)
+    inverse = scratch(lines)
     for i in range(rows):
         for g in range(group):
             at = layout[4] + (row0 + i) * layout[5] + (head * group + g) * dim
             to = (i * group + g) * dim
-            _load_head(q, at, row0 + i, q_weight, eps, cos, sin, scratch, heads, to)
+            _load_head(q, at, row0 + i, q_weight, eps, cos, sin, head_room, heads, to)
     for p in range(num_blocks):
         slot = blocks[first_block + p] * num_kv_heads + head
         ahead = 0
@@ -205,14 +204,12 @@ def attend_token(
     num_blocks = position // BLOCK - first_block + 1
     num_keys, origin = num_blocks * BLOCK, first_block * BLOCK
     lines = num_heads * group
-    heads = np.empty(lines * dim, np.float32)
-    scratch = np.empty(dim, np.float32)
-    scores = np.empty(lines * num_keys, np.float32)
-    sums = np.empty(lines * width, np.float32)
-    inverse = np.empty(lines, np.float32)
+    heads, head_room = scratch(lines * dim), scratch(dim)
+    scores, sums = scratch(lines * num_keys), scratch(lines * width)
+    inverse = scratch(lines)
     for i in range(lines):
         at = layout[4] + row * layout[5] + (head0 * group + i) * dim
-        _load_head(q, at, row, q_weight, eps, cos, sin, scratch, heads, i * dim)
+        _load_head(q, at, row, q_weight, eps, cos, sin, head_room, heads, i * dim)
     for p in range(num_blocks):
         slot = blocks[first_block + p] * num_kv_heads + head0
         following = slot

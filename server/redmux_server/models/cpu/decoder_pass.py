@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
+from redmux_server.models.cpu.aligned import scratch
 from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.packed_linear import TALL, multiply_some
@@ -23,6 +24,7 @@ from redmux_server.models.cpu.row_kernels import (
     norm_some,
     pick_some,
 )
+from redmux_server.models.cpu.tiles import configure, release
 from redmux_server.models.cpu.vector import Array
 
 LINEARS_PER_LAYER = 4  # q k v, o, gate up, down
@@ -73,8 +75,8 @@ class Step(NamedTuple):
 class Room(NamedTuple):
     """What a pass computes on its way, for as many tokens as a step may have.
 
-    The narrow arrays are what products take; with products of fp32 they are the arrays that they
-    are rounded from.
+    The narrow arrays are what products take, with spare rows behind them, as `steps` has; with
+    products of fp32 they are the arrays that they are rounded from.
     """
 
     h: Array  # [tokens, hidden]
@@ -143,7 +145,8 @@ def _feed(
 
 @compiled
 def _walk(counters, thread, step, model, linears, room):
-    sums = np.empty(TALL * PANEL, np.float32)
+    sums = scratch(TALL * PANEL)
+    configure(linears.tiles)
     n, num_layers = len(step.x), len(model.scales)
     x, attended, steps, row_of = step.x, room.narrow_attended[:n], room.steps, step.row_of
     norm_some(
@@ -171,6 +174,7 @@ def _walk(counters, thread, step, model, linears, room):
             counters[len(counters) - 1], thread, room.narrow_h[: len(x)], room.steps, linears,
             num_layers * LINEARS_PER_LAYER, step.logits, sums,
         )  # fmt: skip
+    release(linears.tiles)
 
 
 @compiled(parallel=True)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from redmux_adapters.bases.sites import LAYER_NORM
 from redmux_server.engine.bank import SiteColumns
+from redmux_server.models.cpu import aligned
 from redmux_server.models.cpu.accelerate import joined
 from redmux_server.models.cpu.decoder_pass import SITES, Model, Room, Step, run
 from redmux_server.models.cpu.kvcache import NumbaKVCache
-from redmux_server.models.cpu.packed_linear import PackedLinear, Packing, num_parts
+from redmux_server.models.cpu.packed_linear import PackedLinear
+from redmux_server.models.cpu.packing import Packing, num_parts
 from redmux_server.models.cpu.vector import Array
 from redmux_server.models.editing import OwnedRows, StepRows
 from redmux_server.models.kvcache import LayerRule
@@ -22,7 +24,7 @@ from redmux_server.models.kvcache import LayerRule
 # Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
 # down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
 FUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_NO_ROWS = np.zeros((1, 0), np.float32)
+_NO_ROWS = aligned.zeros((1, 0), np.float32)
 _SMALLEST_ROOM = 64  # tokens
 
 
@@ -62,7 +64,8 @@ class FusedDecoder:
         self._embeddings = None if is_tied and packing.precision == "fp32" else embeddings
         self._model = _model(model, layers, rules, cache)
         self._layout: Mapping[str, SiteColumns] = {}
-        self._unedited = np.full((len(layers), len(SITES) + 1, 2), -1, np.int64)
+        self._unedited = aligned.zeros((len(layers), len(SITES) + 1, 2), np.int64)
+        self._unedited[...] = -1
         self._starts = self._unedited
         self._room = self._new_room(_SMALLEST_ROOM)
 
@@ -107,19 +110,20 @@ class FusedDecoder:
         assert index is not None, "the cache's step is not entered"
         x = self._embed(ids)
         cos, sin = self._rotary(x[None], positions[None])
-        rows, row_of, starts = _NO_ROWS, np.zeros(len(ids), np.int32), self._unedited
+        rows, row_of, starts = _NO_ROWS, aligned.zeros(len(ids), np.int32), self._unedited
         if edits is not None:
             assert isinstance(edits, OwnedRows), "kernels read the bank's own table"
             rows = edits.table.numpy()
             counts = [s.count for s in self._cache.segments]
-            row_of = np.repeat(np.array(edits.owners, np.int32), counts)
+            row_of = aligned.copied(np.repeat(np.array(edits.owners, np.int32), counts))
             starts = self._placed(layout)
         if len(ids) > len(self._room.h):
             self._room = self._new_room(len(ids))
+        # What comes from torch starts at a line already, unless it is a part of something.
+        embedded, cosines, sines, kept = (aligned.at_line(t.numpy()) for t in (x, cos, sin, last))
         step = Step(
-            x.numpy(), cos.numpy().reshape(-1), sin.numpy().reshape(-1),
-            index.places, index.table, index.tiles, rows, row_of, starts,
-            last.numpy(), logits.numpy(),
+            embedded, cosines.reshape(-1), sines.reshape(-1), index.places, index.table,
+            index.tiles, rows, row_of, starts, kept, logits.numpy(),
         )  # fmt: skip
         run(numba.get_num_threads(), step, self._model, self._packing.packed, self._room)
 
@@ -137,7 +141,7 @@ class FusedDecoder:
                 [f"model.layers.{layer}.{site}".rstrip(".") for site in SITES]
                 for layer in range(len(self._unedited))
             ]
-            self._starts = self._unedited.copy()
+            self._starts = aligned.copied(self._unedited)
             for layer, row in enumerate(paths):
                 for site, path in enumerate(row):
                     for part, end in enumerate(("", LAYER_NORM)):
@@ -151,21 +155,20 @@ class FusedDecoder:
         qkv, hidden, gate_up, inner = shapes[0][0], shapes[0][1], shapes[2][0], shapes[3][1]
 
         def rows(dim: int) -> Array:
-            return np.zeros((num_tokens, dim), np.float32)
+            return aligned.rows(num_tokens, dim, np.float32)
 
         def narrow(array: Array) -> Array:
             if packing.activation is np.float32:
                 return array
-            return np.zeros((num_tokens, packing.padded(array.shape[1])), packing.activation)
+            return aligned.rows(num_tokens, packing.padded(array.shape[1]), packing.activation)
 
         h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
-        narrow_attended = narrow(attended)
-        steps = rows(num_parts(max(hidden, inner, attended.shape[1])))
+        parts = num_parts(max(hidden, inner, attended.shape[1]))
         return Room(
             h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
-            narrow(h), narrow_attended, narrow(gated), steps,
-            rows(hidden), np.zeros_like(narrow_attended), np.zeros_like(steps),
-            np.zeros(num_tokens, np.int32),
+            narrow(h), narrow(attended), narrow(gated), rows(parts),
+            rows(hidden), narrow(rows(attended.shape[1])), rows(parts),
+            aligned.zeros(num_tokens, np.int32),
         )  # fmt: skip
 
 
@@ -213,15 +216,15 @@ def _model(
         np.float32(head_eps),
         keys.reshape(len(layers), -1),
         values.reshape(len(layers), -1),
-        paged.packed_layout,
-        np.array([query, key, key], np.int64),
-        np.array([rule.scale for rule in rules], np.float32),
-        np.array([rule.window for rule in rules], np.int64),
+        aligned.copied(paged.packed_layout),
+        aligned.copied(np.array([query, key, key], np.int64)),
+        aligned.copied(np.array([rule.scale for rule in rules], np.float32)),
+        aligned.copied(np.array([rule.window for rule in rules], np.int64)),
     )
 
 
 def _stacked(norms: Sequence[Any]) -> Array:
     """Returns the weights of these norms [norms, dim], with dim 0 where there are none."""
     if norms[0] is None:
-        return np.zeros((len(norms), 0), np.float32)
-    return torch.stack([norm.weight.data.float() for norm in norms]).numpy().copy()
+        return aligned.zeros((len(norms), 0), np.float32)
+    return aligned.copied(torch.stack([norm.weight.data.float() for norm in norms]).numpy())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redmux_server.models.cpu.aligned import copied, zeros
 from redmux_server.models.cpu.paged_attention import (
     TILE,
     PagedAttention,
@@ -59,7 +60,7 @@ def step_index(segments: Sequence[Segment]) -> StepIndex:
     """Returns where the tokens of these segments go and what they attend to."""
     count = np.array([s.count for s in segments])
     first = np.array([s.position for s in segments])
-    table = np.zeros((len(segments), max(len(s.blocks) for s in segments)), np.int32)
+    table = zeros((len(segments), max(len(s.blocks) for s in segments)), np.int32)
     for i, s in enumerate(segments):
         table[i, : len(s.blocks)] = s.blocks
     request = np.repeat(np.arange(len(segments)), count)
@@ -71,7 +72,7 @@ def step_index(segments: Sequence[Segment]) -> StepIndex:
     owner, begin = request[starts], position[starts]
     rows = np.minimum(TILE, (first + count)[owner] - begin)
     tiles = np.stack((owner, token[starts], rows, begin)).astype(np.int32)
-    return StepIndex(places, table, tiles)
+    return StepIndex(copied(places), table, copied(tiles))
 
 
 class _NumbaLayer:

@@ -16,6 +16,7 @@ import numba
 import numpy as np
 from numba import prange
 
+from redmux_server.models.cpu.aligned import scratch, zeros
 from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.attend import attend_tile, attend_token, store
 from redmux_server.models.cpu.compiled import compiled
@@ -44,13 +45,13 @@ def padded(head_dim: int) -> int:
 @compiled
 def _store_some(counters, thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin):
     """Writes keys and values token by token until all are taken."""
-    scratch = np.empty((2, layout[2]), np.float32)
+    room = scratch(2 * layout[2]).reshape(2, layout[2])
     num_tokens, num_done = places.shape[1], 0
     token = claim(counters, thread, num_tokens)
     while token < num_tokens:
         store(
             k, v, keys, values, places, token, (0, layout[1]), layout, k_weight, eps, cos, sin,
-            scratch,
+            room,
         )  # fmt: skip
         num_done += 1
         token = claim(counters, thread, num_tokens)
@@ -73,7 +74,7 @@ def attend_some(
         _store_some(
             counters[0], thread, k, v, keys, values, places, layout, k_weight, eps, cos, sin
         )
-    scratch = np.empty((2, layout[2]), np.float32)
+    room = scratch(2 * layout[2]).reshape(2, layout[2])
     # Requests enough for all threads leave a thread all heads of one.
     num_tiles = tiles.shape[1]
     heads = layout[1] if stores and num_tiles >= _MANY * num_threads_of(counters[1]) else 1
@@ -87,7 +88,7 @@ def attend_some(
         if stores:
             store(
                 k, v, keys, values, places, row0, (head, head + heads), layout, k_weight, eps, cos,
-                sin, scratch,
+                sin, room,
             )  # fmt: skip
         if rows == 1:
             attend_token(
@@ -126,8 +127,8 @@ def new_blocks(
     """
     shape = (num_layers, num_blocks, num_kv_heads)
     return (
-        np.zeros((*shape, BLOCK // PANEL, head_dim, PANEL), np.float32),
-        np.zeros((*shape, padded(head_dim) // PANEL, BLOCK, PANEL), np.float32),
+        zeros((*shape, BLOCK // PANEL, head_dim, PANEL), np.float32),
+        zeros((*shape, padded(head_dim) // PANEL, BLOCK, PANEL), np.float32),
     )
 
 

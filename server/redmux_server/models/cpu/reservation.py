@@ -8,7 +8,7 @@ import torch
 
 from redmux_server.device import Choices
 from redmux_server.models.cpu.fused_decoder import FUSABLE
-from redmux_server.models.cpu.packed_linear import Packing
+from redmux_server.models.cpu.packing import Packing
 
 
 class Reservation:

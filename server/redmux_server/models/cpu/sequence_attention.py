@@ -9,6 +9,7 @@ import numba
 import numpy as np
 from numba import prange
 
+from redmux_server.models.cpu.aligned import scratch, zeros
 from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.attend import softmax
 from redmux_server.models.cpu.compiled import compiled
@@ -46,9 +47,7 @@ def _attend_rows(q, row0, rows, head, keys, values, num_keys, bias, position0, s
     """
     dim, width = q.shape[2], values.shape[0] * PANEL
     room = _round_up(num_keys, LANES)
-    heads = np.empty(rows * dim, np.float32)
-    scores = np.empty(rows * room, np.float32)
-    sums = np.empty(rows * width, np.float32)
+    heads, scores, sums = scratch(rows * dim), scratch(rows * room), scratch(rows * width)
     for r in range(rows):
         for d in range(dim):
             heads[r * dim + d] = q[row0 + r, head, d]
@@ -74,8 +73,10 @@ def _attend_rows(q, row0, rows, head, keys, values, num_keys, bias, position0, s
 @compiled
 def _attend_sequence(q, k, v, start, stop, head, bias, scale, out):
     count, dim = stop - start, q.shape[2]
-    keys = np.zeros((_round_up(count, LANES) // PANEL, dim, PANEL), np.float32)
-    values = np.zeros((_round_up(dim, PANEL) // PANEL, count, PANEL), np.float32)
+    width, room = _round_up(dim, PANEL), _round_up(count, LANES)
+    keys = scratch(room * dim).reshape(room // PANEL, dim, PANEL)
+    values = scratch(count * width).reshape(width // PANEL, count, PANEL)
+    keys[...], values[...] = 0, 0
     for i in range(count):
         _store(k[start + i, head], v[start + i, head], i, keys, values)
     for first in range(0, count, _ROWS):
@@ -132,8 +133,8 @@ class Panels:
 
     def __init__(self, num_heads: int, dim: int, capacity: int) -> None:
         num_keys = -(-capacity // LANES) * LANES
-        self._keys = np.zeros((num_heads, num_keys // PANEL, dim, PANEL), np.float32)
-        self._values = np.zeros((num_heads, padded(dim) // PANEL, capacity, PANEL), np.float32)
+        self._keys = zeros((num_heads, num_keys // PANEL, dim, PANEL), np.float32)
+        self._values = zeros((num_heads, padded(dim) // PANEL, capacity, PANEL), np.float32)
 
     def store(self, position: int, k: Array, v: Array) -> None:
         """Writes keys and values [tokens, heads, dim] from this position on."""

@@ -49,7 +49,7 @@ def exp(x):
     return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
-def _data(
+def element(
     context: Any, builder: Any, sig: Any, args: Any, i: int, element: ir.Type, at: Any
 ) -> Any:
     """Returns where element `at`, counted in `element`s, of the array in argument i is."""
@@ -70,7 +70,8 @@ def _call_for(builder: Any, count: Any, make: Callable[[int], Any], arguments: l
     builder.position_at_end(end)
 
 
-def _integers(context: Any, builder: Any, sig: Any, args: Any, *indices: int) -> list[Any]:
+def integers(context: Any, builder: Any, sig: Any, args: Any, *indices: int) -> list[Any]:
+    """Returns the arguments at these indices as 64-bit integers."""
     return [context.cast(builder, args[i], sig.args[i], types.int64) for i in indices]
 
 
@@ -83,12 +84,12 @@ def _panel_product(
     word = FLOAT if arithmetic.group == 1 else INT32
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        count, *ints = _integers(context, builder, sig, args, 0, 2, 3, 5, 6, 8, 9, 10, 11)
+        count, *ints = integers(context, builder, sig, args, 0, 2, 3, 5, 6, 8, 9, 10, 11)
         group = INDEX(arithmetic.group)
         ints[0], ints[1], ints[3] = (builder.sdiv(ints[i], group) for i in (0, 1, 3))
-        x = _data(context, builder, sig, args, 1, word, ints[0])
-        panel = _data(context, builder, sig, args, 4, arithmetic.lane, ints[2])
-        sums = _data(context, builder, sig, args, 7, FLOAT, ints[4])
+        x = element(context, builder, sig, args, 1, word, ints[0])
+        panel = element(context, builder, sig, args, 4, arithmetic.lane, ints[2])
+        sums = element(context, builder, sig, args, 7, FLOAT, ints[4])
         arguments = [x, ints[1], panel, ints[3], sums, ints[5], ints[6], ints[7]]
         _call_for(builder, count, lambda r: kernel(builder.module, arithmetic, r), arguments)
         return context.get_dummy_value()
@@ -107,14 +108,14 @@ def _panel_step_product(
     arithmetic = INTEGERS[a.dtype]
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        count, *ints = _integers(context, builder, sig, args, 0, 2, 3, 5, 6, 7, 9, 11, 12, 14)
+        count, *ints = integers(context, builder, sig, args, 0, 2, 3, 5, 6, 7, 9, 11, 12, 14)
         group = INDEX(arithmetic.group)
         at, stride, n_groups, size_groups = (builder.sdiv(ints[i], group) for i in (0, 1, 3, 4))
-        x = _data(context, builder, sig, args, 1, INT32, at)
-        panel = _data(context, builder, sig, args, 4, arithmetic.lane, ints[2])
-        begin = _data(context, builder, sig, args, 8, INT32, ints[5])
-        widths = _data(context, builder, sig, args, 10, FLOAT, ints[6])
-        sums = _data(context, builder, sig, args, 13, FLOAT, ints[8])
+        x = element(context, builder, sig, args, 1, INT32, at)
+        panel = element(context, builder, sig, args, 4, arithmetic.lane, ints[2])
+        begin = element(context, builder, sig, args, 8, INT32, ints[5])
+        widths = element(context, builder, sig, args, 10, FLOAT, ints[6])
+        sums = element(context, builder, sig, args, 13, FLOAT, ints[8])
         arguments = [x, stride, panel, n_groups, size_groups, begin, widths, ints[7], sums]
         _call_for(builder, count, lambda r: step_kernel(builder.module, arithmetic, r), arguments)
         return context.get_dummy_value()
@@ -134,11 +135,11 @@ def store_panel(typing, rows, sums, scale, bias, column, out, out_at, out_stride
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        count, first, at, stride = _integers(context, builder, sig, args, 0, 4, 6, 7)
+        count, first, at, stride = integers(context, builder, sig, args, 0, 4, 6, 7)
         vector = ir.VectorType(FLOAT, PANEL)
 
         def lanes(i: int, index: Any) -> Any:
-            address = _data(context, builder, sig, args, i, FLOAT, index)
+            address = element(context, builder, sig, args, i, FLOAT, index)
             return builder.bitcast(address, vector.as_pointer())
 
         fma = declare(builder, f"llvm.fma.v{PANEL}f32", *[vector] * 4)

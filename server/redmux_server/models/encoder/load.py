@@ -51,7 +51,7 @@ def load_encoder(config: ServerConfig, choices: Choices) -> EncoderModel:
     Raises InvalidArgumentError if it cannot be found and FailedPreconditionError if its
     architecture cannot be served rightly.
     """
-    if config.quantization != "none":
+    if config.quantization not in ("none", "auto"):
         raise FailedPreconditionError(
             f"quantization is {config.quantization}, which serves decoders; use none for an encoder"
         )

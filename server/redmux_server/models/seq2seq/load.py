@@ -47,7 +47,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
             f"encoder-decoder models are served on cpu in float32, not on {choices.device} in "
             f"{choices.dtype}; set device and dtype"
         )
-    if config.quantization != "none":
+    if config.quantization not in ("none", "auto"):
         raise FailedPreconditionError(
             f"quantization is {config.quantization}, which serves decoders; use none for an "
             "encoder-decoder"

@@ -1,0 +1,40 @@
+"""Which products `--quantization` means on this CPU, and why."""
+
+import llvmlite.binding
+import numba
+
+from redmux_server.models.cpu.arithmetic import HAS_BF16
+from redmux_server.models.cpu.tile_permission import why_no_tiles
+
+# What `auto` may cost: the rise of perplexity on any text of docs/performance.md, 1.1 % in int8.
+MAX_LOSS = "1 % of perplexity"
+
+
+def choose_precision(quantization: str, is_fp32: bool) -> tuple[str, list[str]]:
+    """Returns none, bf16 or int8 for what was asked, and the reasons, if anything was.
+
+    `is_fp32` tells whether a model is computed in fp32, without which nothing is quantized.
+    """
+    if quantization == "none":
+        return "none", []
+    if not is_fp32:
+        return "none", [f"quantization none ({quantization}: only products of fp32 are quantized)"]
+    refusal = why_no_tiles()
+    tiles = "tiles: AMX" if refusal is None else f"tiles: none, {refusal}"
+    if quantization != "auto":
+        return quantization, [f"quantization {quantization} (set by configuration)", tiles]
+    within = f"the fastest within {MAX_LOSS}"
+    if refusal is None:
+        return "bf16", [f"quantization bf16 (auto: in tiles {within})", tiles]
+    if HAS_BF16 and _multiplies_bf16_at_twice_the_rate():
+        return "bf16", [f"quantization bf16 (auto: this CPU's vectors of it are {within})", tiles]
+    return "none", [f"quantization none (auto: without tiles fp32 is {within})", tiles]
+
+
+def _multiplies_bf16_at_twice_the_rate() -> bool:
+    """Whether vectors of bf16 are faster than those of fp32, as on AMD since Zen 4.
+
+    On Intel's CPUs with AMX they have less than half of fp32's rate.
+    """
+    name: str = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    return name.startswith("znver")

@@ -1,0 +1,73 @@
+"""Which products a quantization stands for on a CPU, and the reason that is told."""
+
+import numba
+import pytest
+import torch
+
+from redmux_server.config import ServerConfig
+from redmux_server.device import choose
+from redmux_server.models.cpu import precision
+from redmux_server.models.load_causal import load_causal
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Chooses as on another CPU."""
+
+    def chosen(quantization, refusal=None, has_bf16=True, cpu="sapphirerapids", is_fp32=True):
+        monkeypatch.setattr(precision, "why_no_tiles", lambda: refusal)
+        monkeypatch.setattr(precision, "HAS_BF16", has_bf16)
+        monkeypatch.setattr(numba.config, "CPU_NAME", cpu)
+        return precision.choose_precision(quantization, is_fp32)
+
+    return chosen
+
+
+def test_nothing_is_quantized_and_nothing_said_unless_asked_for(on):
+    assert on("none") == ("none", [])
+
+
+def test_what_is_set_is_taken_and_tiles_are_told(on):
+    name, reasons = on("int8", refusal="the system refuses AMX: why")
+    assert name == "int8"
+    assert reasons == [
+        "quantization int8 (set by configuration)",
+        "tiles: none, the system refuses AMX: why",
+    ]
+    assert on("bf16")[1][1] == "tiles: AMX"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected", "reason"),
+    [
+        ({}, "bf16", "auto: in tiles the fastest within 1 % of perplexity"),
+        ({"refusal": "no"}, "none", "auto: without tiles fp32 is the fastest within 1 %"),
+        ({"refusal": "no", "cpu": "znver5"}, "bf16", "auto: this CPU's vectors of it are"),
+        ({"refusal": "no", "cpu": "znver3", "has_bf16": False}, "none", "without tiles fp32"),
+        ({"is_fp32": False}, "none", "auto: only products of fp32 are quantized"),
+    ],
+    ids=str,
+)
+def test_auto_is_the_fastest_within_the_stated_loss(on, cpu, expected, reason):
+    name, reasons = on("auto", **cpu)
+    assert name == expected
+    assert reason in reasons[0]
+
+
+def test_a_server_tells_what_auto_chose(tiny_folder):
+    threads = torch.get_num_threads()
+    config = ServerConfig(model=str(tiny_folder), kv_cache_tokens=1024, quantization="auto")
+    loaded = load_causal(config, choose(config))
+    torch.set_num_threads(threads)
+    expected, reasons = precision.choose_precision("auto", True)
+    packed = {linear.packing.precision for linear in loaded.linears}
+    assert packed == {"fp32" if expected == "none" else expected}
+    assert set(reasons) <= set(loaded.reasons)
+
+
+def test_auto_with_another_dtype_quantizes_nothing(tiny_folder):
+    config = ServerConfig(
+        model=str(tiny_folder), kv_cache_tokens=1024, quantization="auto", dtype="bfloat16"
+    )
+    loaded = load_causal(config, choose(config))
+    assert "quantization none (auto: only products of fp32 are quantized)" in loaded.reasons
