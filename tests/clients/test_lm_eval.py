@@ -125,9 +125,7 @@ def test_local_completions_gives_the_numbers_of_a_direct_computation(
 
 
 @pytest.mark.parametrize("adapter", [None, "pirate"])
-def test_local_chat_completions_gives_what_plain_transformers_write(
-    evaluate, direct, url, adapter
-):
+def test_local_chat_completions_gives_what_plain_transformers_write(evaluate, direct, url, adapter):
     _, samples = evaluate(
         ["writing"], "--model", "local-chat-completions", "--apply_chat_template", "--model_args",
         f"model={adapter or 'smollm2'},base_url={url}/v1/chat/completions,num_concurrent=2",

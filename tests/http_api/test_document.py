@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from redmux_adapters import to_bytes
@@ -49,3 +50,80 @@ def test_every_field_is_in_the_document():
     for model in (completion.CompletionBody, chat.ChatBody):
         for name in sorted(set(model.model_fields) - {"prompt", "messages", "model"}):
             assert f"`{name}`" in DOCUMENT, name
+
+
+CHAT = [{"role": "user", "content": "hi"}]
+ASKED = [
+    ("POST", "/v1/completions", {"prompt": "ab", "max_tokens": 2}),
+    ("POST", "/v1/completions", {
+        "prompt": [[66, 67], [68]], "max_tokens": 2, "logprobs": 2, "prompt_logprobs": 1,
+        "return_token_ids": True, "echo": True, "n": 2, "temperature": 1,
+    }),
+    ("POST", "/v1/chat/completions", {"messages": CHAT, "max_tokens": 2}),
+    ("POST", "/v1/chat/completions", {
+        "messages": CHAT, "max_tokens": 2, "logprobs": True, "top_logprobs": 2,
+        "return_token_ids": True, "stop_token_ids": [*range(1, 200)], "model": "pirate",
+    }),
+    ("POST", "/v1/responses", {"input": "hi", "max_output_tokens": 2, "instructions": "x"}),
+    ("POST", "/v1/responses", {
+        "input": CHAT, "text": {"format": {"type": "json_schema", "name": "x", "schema": {
+            "enum": ["a"]}}}, "include": ["message.output_text.logprobs"], "top_logprobs": 1,
+    }),
+    ("POST", "/v1/embeddings", {"input": ["a", "b"]}),
+    ("POST", "/v1/embeddings", {"input": "a", "encoding_format": "base64", "model": "pirate"}),
+    ("POST", "/pooling", {"input": "a"}),
+    ("POST", "/score", {"text_1": "a", "text_2": ["b", "c"]}),
+    ("POST", "/tokenize", {"prompt": "a", "return_token_strs": True}),
+    ("POST", "/tokenize", {"messages": CHAT, "model": "pirate"}),
+    ("POST", "/detokenize", {"tokens": [66]}),
+    ("GET", "/v1/models", None),
+    ("GET", "/v1/models/pirate", None),
+    ("GET", "/v1/adapters", None),
+    ("GET", "/v1/adapters/pirate", None),
+    ("GET", "/version", None),
+    ("GET", "/health", None),
+    ("GET", "/ready", None),
+    ("POST", "/classify", {"input": "a"}),
+    ("POST", "/v1/completions", {"prompt": "a", "suffix": "b"}),
+    ("GET", "/v1/models/nobody", None),
+]  # fmt: skip
+
+
+def fits(document, operation, response):
+    """Fails unless a response is one that the document has."""
+    status = str(response.status_code)
+    found = operation["responses"].get(status) or operation["responses"][f"{status[0]}XX"]
+    schema = found["content"][response.headers["content-type"]]["schema"]
+    jsonschema.validate(
+        response.json(), {**schema, "components": document["components"]},
+        cls=jsonschema.Draft202012Validator,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ASKED)
+async def test_answers_are_what_the_document_of_the_door_says(http, put, base, method, path, body):
+    await put("pirate", base.adapter(1), replace=True)
+    document = (await http.get("/openapi.json")).json()
+    if body is None:
+        response = await http.get(path)
+    else:
+        body = {"model": "tiny", **body}
+        response = await http.post(path, json=body)
+        asked = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        jsonschema.validate(body, {**asked["schema"], "components": document["components"]})
+    name = "{name}" if "adapters" in path else "{model}"
+    operations = document["paths"][re.sub("(pirate|nobody)$", name, path)]
+    fits(document, operations[method.lower()], response)
+
+
+async def test_of_adapters_put_and_deleted_the_document_tells_as_well(http, base):
+    document = (await http.get("/openapi.json")).json()
+    operations = document["paths"]["/v1/adapters/{name}"]
+    header = {"content-type": "application/octet-stream"}
+    for _ in range(2):
+        response = await http.put(
+            "/v1/adapters/told", content=to_bytes(base.adapter(5)), headers=header
+        )
+        fits(document, operations["put"], response)
+    for _ in range(2):
+        fits(document, operations["delete"], await http.delete("/v1/adapters/told"))
