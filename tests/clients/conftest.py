@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from chat_templates import SMOLLM
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 PYTHON = os.environ.get("REDMUX_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
@@ -60,7 +62,7 @@ def url():
 
 
 @pytest.fixture(scope="session")
-def direct(tmp_path_factory):
+def direct():
     """Asks direct.py, see there."""
 
     def direct(**asked):
@@ -80,3 +82,18 @@ def tokenizer(direct, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     direct(save_tokenizer=str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tools_url(tokenizer, tmp_path_factory):
+    """The address of a server of the default model with a template that writes tools.
+
+    That of the default model writes none.
+    """
+    folder = tmp_path_factory.mktemp("tools")
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded.chat_template = SMOLLM
+    loaded.save_pretrained(folder)
+    serving = Serving("--tokenizer", str(folder))
+    yield serving.url
+    serving.stop()

@@ -14,8 +14,10 @@ ASKED = [ChatMessage(role="user", content="What is the capital of France?")]
 @pytest.fixture
 def llm(url):
     def llm(model="smollm2", **options):
-        options = {"temperature": 0, "max_tokens": 12, "max_retries": 0, **options}
-        return OpenAILike(model=model, api_base=f"{url}/v1", api_key="none", **options)
+        options = {
+            "temperature": 0, "max_tokens": 12, "max_retries": 0, "api_base": f"{url}/v1", **options
+        }  # fmt: skip
+        return OpenAILike(model=model, api_key="none", **options)
 
     return llm
 
@@ -27,8 +29,8 @@ def test_chats_whole_and_streamed(llm):
         whole = model.chat(ASKED).message.content
         *_, last = model.stream_chat(ASKED)
         assert last.message.content == whole
-        assert asyncio.run(model.achat(ASKED)).message.content == whole
         texts[name] = whole
+        assert asyncio.run(llm(name, is_chat_model=True).achat(ASKED)).message.content == whole
     assert texts["pirate"] != texts["smollm2"]
 
 
@@ -52,8 +54,9 @@ class City(pydantic.BaseModel):
     is_capital: bool
 
 
-def test_structured_answers_and_calls(llm):
+def test_structured_answers_and_calls(llm, tools_url):
     model = llm(
+        api_base=f"{tools_url}/v1",
         is_chat_model=True, is_function_calling_model=True, should_use_structured_outputs=True,
         max_tokens=80,
     )  # fmt: skip

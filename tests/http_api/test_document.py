@@ -110,7 +110,10 @@ async def test_answers_are_what_the_document_of_the_door_says(http, put, base, m
         body = {"model": "tiny", **body}
         response = await http.post(path, json=body)
         asked = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-        jsonschema.validate(body, {**asked["schema"], "components": document["components"]})
+        known = jsonschema.Draft202012Validator(
+            {**asked["schema"], "components": document["components"]}
+        )
+        assert known.is_valid(body) == ("suffix" not in body)  # which is not served
     name = "{name}" if "adapters" in path else "{model}"
     operations = document["paths"][re.sub("(pirate|nobody)$", name, path)]
     fits(document, operations[method.lower()], response)
