@@ -71,7 +71,6 @@ def test_structure_and_fields_of_vllm(chat):
         assert text.choices[0].message.content.startswith('{"city": "')
         one = chat(f"{provider}/smollm2", extra_body={"guided_choice": ["Rome", "Paris"]})
         assert one.choices[0].message.content in ("Rome", "Paris")
-    tool = {"type": "function", "function": {"name": "lookup", "parameters": SCHEMA}}
     assert chat("hosted_vllm/smollm2", top_k=3, n=2, seed=1, temperature=1).choices[1]
 
 

@@ -55,8 +55,10 @@ def evaluate(tasks, tmp_path):
     """Runs the command; returns the results and the samples of each task."""
 
     def evaluate(names, *options):
-        command = [sys.executable, "-m", "lm_eval", "run", "--tasks", *names, "--include_path",
-                   str(tasks), "--output_path", str(tmp_path), "--log_samples", *options]  # fmt: skip
+        command = [
+            sys.executable, "-m", "lm_eval", "run", "--tasks", *names, "--include_path", str(tasks),
+            "--output_path", str(tmp_path), "--log_samples", *options,
+        ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         (results,) = tmp_path.rglob("results_*.json")

@@ -11,7 +11,8 @@ import pytest
 
 from redmux_adapters import to_bytes
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "http.md").read_text()
 
 
 async def test_the_python_of_the_document_runs(url, base, put, capsys):
@@ -25,12 +26,13 @@ async def test_the_python_of_the_document_runs(url, base, put, capsys):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not there")
-async def test_the_calls_of_curl_in_the_document_are_answered(url, base, put, tmp_path):
+async def test_the_calls_of_curl_in_the_documents_are_answered(url, base, put, tmp_path):
     await put("pirate", base.adapter(1))
     (tmp_path / "pirate.safetensors").write_bytes(to_bytes(base.adapter(3)))
-    text = DOCUMENT.replace("\\\n", " ").replace("http://localhost:8000", url)
+    both = DOCUMENT + (ROOT / "README.md").read_text()
+    text = both.replace("\\\n", " ").replace("http://localhost:8000", url)
     calls = re.findall(r"^    (curl .*)$", text.replace("smollm2", "tiny"), re.MULTILINE)
-    assert len(calls) == 3
+    assert len(calls) == 4
     for call in calls:
         process = await asyncio.create_subprocess_exec(
             *shlex.split(call), "--silent", "--show-error", "--fail", cwd=tmp_path,
