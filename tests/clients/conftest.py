@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from chat_templates import SMOLLM
+from chat_templates import QWEN
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def tools_url(tokenizer, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("tools")
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    loaded.chat_template = SMOLLM
+    loaded.chat_template = QWEN
     loaded.save_pretrained(folder)
     serving = Serving("--tokenizer", str(folder))
     yield serving.url

@@ -113,6 +113,7 @@ def test_local_completions_gives_the_numbers_of_a_direct_computation(
     total, num_bytes = 0, 0
     for doc, sample in zip(DOCUMENTS, samples["rolling"], strict=True):
         expected, _ = next(scores)
+        print("SHAPE", sample["resps"], sample["filtered_resps"])
         ((ours,),) = sample["resps"][0] if isinstance(sample["resps"][0][0], list) else (
             sample["resps"][0],
         )  # fmt: skip

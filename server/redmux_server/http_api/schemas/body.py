@@ -9,6 +9,7 @@ from pydantic.json_schema import JsonSchemaValue
 from redmux_server.http_api.errors import Refusal
 
 Unserved = Mapping[str, tuple[tuple[Any, ...], str]]  # values that ask for nothing; the reason
+_TOLD = frozenset(("title", "description", "default"))  # of a field, whatever it takes
 
 
 def _complete(schema: JsonSchemaValue, cls: type[Any]) -> None:
@@ -29,7 +30,7 @@ def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
     null = {"type": "null"}
     if null in field.get("anyOf", ()):
         return field
-    told = {key: field[key] for key in ("title", "description", "default") if key in field}
+    told = {key: value for key, value in field.items() if key in _TOLD}
     rest = {key: value for key, value in field.items() if key not in told}
     return {"anyOf": [*(rest["anyOf"] if set(rest) == {"anyOf"} else [rest]), null], **told}
 
