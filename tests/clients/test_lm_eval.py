@@ -72,12 +72,12 @@ def evaluate(tasks, tmp_path):
     return evaluate
 
 
-@pytest.mark.parametrize("adapter", [None, "sentiment"])
+@pytest.mark.parametrize(("adapter", "batch_size"), [(None, "1"), ("sentiment", "3")])
 def test_local_completions_gives_the_numbers_of_a_direct_computation(
-    evaluate, direct, url, tokenizer, adapter
+    evaluate, direct, url, tokenizer, adapter, batch_size
 ):
     results, samples = evaluate(
-        list(TASKS), "--model", "local-completions", "--model_args",
+        list(TASKS), "--batch_size", batch_size, "--model", "local-completions", "--model_args",
         f"model={adapter or 'smollm2'},base_url={url}/v1/completions,tokenizer={tokenizer},"
         "tokenizer_backend=huggingface,num_concurrent=3,max_retries=1",
     )  # fmt: skip
@@ -113,10 +113,7 @@ def test_local_completions_gives_the_numbers_of_a_direct_computation(
     total, num_bytes = 0, 0
     for doc, sample in zip(DOCUMENTS, samples["rolling"], strict=True):
         expected, _ = next(scores)
-        print("SHAPE", sample["resps"], sample["filtered_resps"])
-        ((ours,),) = sample["resps"][0] if isinstance(sample["resps"][0][0], list) else (
-            sample["resps"][0],
-        )  # fmt: skip
+        (ours,) = sample["filtered_resps"]
         assert float(ours) == pytest.approx(expected, abs=TOLERANCE)
         total += expected
         num_bytes += len(f"{doc['question']} {doc['choices'][doc['gold']]}.".encode())

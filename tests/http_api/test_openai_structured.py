@@ -170,7 +170,7 @@ def is_object(text):
         ({"structured_outputs": {"grammar": LARK}}, is_list),
         ({"structured_outputs": {"json_object": True}}, is_object),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )  # fmt: skip
 async def test_completions_and_chats_have_the_form_that_was_asked_for(api, model, fields, check):
     asked = {"model": model, "n": 4, "extra_body": fields, "max_tokens": 64, **HOT}
