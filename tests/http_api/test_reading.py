@@ -147,3 +147,22 @@ async def test_an_encoder_generates_nothing_and_says_so(reading):
         response = await reading.post(path, json={"model": "bert", **body})
         assert response.status_code == 412, path
         assert "Embed" not in response.json()["error"]["message"]
+
+
+async def test_classes_and_scores_are_what_the_document_says(reading, fits):
+    document = (await reading.get("/openapi.json")).json()
+    pair = {"text_1": "a", "text_2": ["b", "c"]}
+    for path, model, body in (
+        ("/classify", "mood", {"input": ["a", "b"]}), ("/classify", "tags", {"input": "a"}),
+        ("/classify", "rating", {"input": "a"}), ("/score", "rating", pair),
+        ("/v1/score", "bare", pair), ("/score", "topic", pair),
+        ("/pooling", "topic", {"input": "a", "task": "classify"}),
+        ("/pooling", "bare", {"input": "a", "encoding_format": "base64"}),
+        ("/v1/completions", "bert", {"prompt": "a"}), ("/v1/models", "", None),
+    ):  # fmt: skip
+        if body is None:
+            operation, response = document["paths"][path]["get"], await reading.get(path)
+        else:
+            operation = document["paths"][path]["post"]
+            response = await reading.post(path, json={"model": model, **body})
+        fits(document, operation, response)
