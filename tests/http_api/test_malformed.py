@@ -118,3 +118,39 @@ async def test_paths_and_methods_that_are_not_there_have_openais_errors(http, me
     response = await http.request(method, path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_a_method_that_is_not_there_is_told_all_that_are(http):
+    for path, allowed in (("/v1/adapters/x", "DELETE, GET, PUT"), ("/v1/completions", "POST")):
+        response = await http.patch(path)
+        assert response.status_code == 405
+        assert response.headers["allow"] == allowed
+
+
+async def test_a_prompt_that_is_too_long_is_told_as_clients_look_for_it(http, model):
+    """LangChain goes by the code, litellm by the words."""
+    for path, field in (
+        ("/v1/completions", {"prompt": "a" * 300}),
+        ("/v1/completions", {"prompt": "a" * 99_999}),
+        ("/v1/completions", {"prompt": [66] * 300}),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 300}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 300}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 99_999}]}),
+        ("/v1/embeddings", {"input": "a" * 300}),
+        ("/v1/embeddings", {"input": "a" * 99_999}),
+        ("/v1/embeddings", {"input": [66] * 300}),
+    ):
+        response = await http.post(path, json={"model": model, **field})
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert error["code"] == "context_length_exceeded", field
+        assert error["message"].startswith("This model's maximum context length is 256 tokens: ")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, "", []])
+async def test_only_the_very_value_that_asks_for_nothing_is_taken(http, model, value):
+    """In Python 0 is False."""
+    body = {"model": model, "prompt": "a", "max_tokens": 1, "use_beam_search": value}
+    response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "use_beam_search"

@@ -166,3 +166,22 @@ async def test_vectors_wait_behind_requests_that_are_more_important(http, server
     refused = await http.post("/v1/embeddings", json=asked | {"priority": 101})
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "priority"
+
+
+async def test_classes_and_scores_are_what_the_document_says(reading, fits):
+    document = (await reading.get("/openapi.json")).json()
+    pair = {"text_1": "a", "text_2": ["b", "c"]}
+    for path, model, body in (
+        ("/classify", "mood", {"input": ["a", "b"]}), ("/classify", "tags", {"input": "a"}),
+        ("/classify", "rating", {"input": "a"}), ("/score", "rating", pair),
+        ("/v1/score", "bare", pair), ("/score", "topic", pair),
+        ("/pooling", "topic", {"input": "a", "task": "classify"}),
+        ("/pooling", "bare", {"input": "a", "encoding_format": "base64"}),
+        ("/v1/completions", "bert", {"prompt": "a"}), ("/v1/models", "", None),
+    ):  # fmt: skip
+        if body is None:
+            operation, response = document["paths"][path]["get"], await reading.get(path)
+        else:
+            operation = document["paths"][path]["post"]
+            response = await reading.post(path, json={"model": model, **body})
+        fits(document, operation, response)

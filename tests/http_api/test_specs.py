@@ -109,10 +109,11 @@ def test_a_chat_and_a_response_ask_for_the_same():
     spec = ResponseBody.model_validate({
         "model": "m", "input": "a", "max_output_tokens": 5, "temperature": 0.5, "top_p": 0.5,
         "include": ["message.output_text.logprobs"], "top_logprobs": 1, "instructions": "i",
+        "ignore_eos": True,
         "text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
     }).spec("x", None)  # fmt: skip
     assert [turn["content"] for turn in spec.prompt.messages] == ["i", "a"]
     assert (spec.max_tokens, spec.temperature, spec.top_p) == (5, 0.5, 0.5)
-    assert (spec.logprobs, spec.top_logprobs) == (True, 1)
+    assert (spec.logprobs, spec.top_logprobs, spec.ignore_eos) == (True, 1, True)
     assert spec.grammar.kind is GrammarKind.JSON_SCHEMA
     assert json.loads(spec.grammar.source) == SCHEMA

@@ -15,11 +15,21 @@ from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer, adapter_header
 from redmux_server.http_api.schemas.adapters import LoadBody, UnloadBody
+from redmux_server.http_api.schemas.other_answers import (
+    TEXT,
+    AdapterDeleted,
+    AdapterPut,
+    Adapters,
+    AdapterTold,
+    LoadedAdapters,
+)
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.registry.published import Published
 from redmux_server.registry.tenants import may_change, sees_all
 
 _BYTES = "application/octet-stream"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_FILE: dict[int | str, dict[str, Any]] = {200: {"content": {_BYTES: _BINARY}}}
 _DEFAULT_PAGE, _MAX_PAGE = 100, 1000
 
 
@@ -28,7 +38,7 @@ def router(offer: Offer) -> APIRouter:
     router = APIRouter(tags=["adapters"])
     registry = offer.registry
 
-    @router.get("/v1/adapters")
+    @router.get("/v1/adapters", response_model=Adapters)
     async def list_adapters(
         request: Request, after: str = "", limit: int = Query(_DEFAULT_PAGE, ge=1, le=_MAX_PAGE)
     ) -> Response:
@@ -43,7 +53,7 @@ def router(offer: Offer) -> APIRouter:
             "has_more": len(found) > limit,
         })  # fmt: skip
 
-    @router.get("/v1/adapters/{name:path}")
+    @router.get("/v1/adapters/{name:path}", response_model=AdapterTold, responses=_FILE)
     async def get_adapter(request: Request, name: str) -> Response:
         """Returns what is known of an adapter, or its file where that is what is accepted."""
         tenant = caller_of(request).tenant
@@ -60,8 +70,10 @@ def router(offer: Offer) -> APIRouter:
 
     @router.put(
         "/v1/adapters/{name:path}",
+        response_model=AdapterPut,
+        responses={201: {"model": AdapterPut, "description": "The name is new."}},
         openapi_extra={"requestBody": {"required": True, "content": {
-            _BYTES: {"schema": {"type": "string", "format": "binary"}},
+            _BYTES: _BINARY,
         }}},
     )  # fmt: skip
     async def put_adapter(request: Request, name: str, replace: bool = False) -> Response:
@@ -77,7 +89,7 @@ def router(offer: Offer) -> APIRouter:
         told = {**_told(published), "created_now": created}
         return json_response(told, adapter_header(published), 201 if created else 200)
 
-    @router.delete("/v1/adapters/{name:path}")
+    @router.delete("/v1/adapters/{name:path}", response_model=AdapterDeleted)
     async def delete_adapter(request: Request, name: str) -> Response:
         """Removes a name."""
         published = await registry.delete(name, caller_of(request).tenant)
@@ -114,25 +126,25 @@ def loading_router(offer: Offer) -> APIRouter:
             "loaded_adapters": {published.name: published.digest for published in page},
         }  # fmt: skip
 
-    @router.post("/v1/load_lora_adapter")
+    @router.post("/v1/load_lora_adapter", response_class=Response, responses=TEXT)
     async def load_lora_adapter(request: Request, body: LoadBody) -> Response:
         """Publishes an adapter that lies in an allowed folder, as vLLM does."""
         await load(request, body)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
-    @router.post("/v1/unload_lora_adapter")
+    @router.post("/v1/unload_lora_adapter", response_class=Response, responses=TEXT)
     async def unload_lora_adapter(request: Request, body: UnloadBody) -> Response:
         """Removes a name, as vLLM does."""
         await unload(request, body)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
-    @router.post("/load_lora_adapter")
+    @router.post("/load_lora_adapter", response_model=LoadedAdapters)
     async def load_as_sglang(request: Request, body: LoadBody) -> Response:
         """Publishes an adapter that lies in an allowed folder, as SGLang does."""
         await load(request, body)
         return json_response(loaded(request))
 
-    @router.post("/unload_lora_adapter")
+    @router.post("/unload_lora_adapter", response_model=LoadedAdapters)
     async def unload_as_sglang(request: Request, body: UnloadBody) -> Response:
         """Removes a name, as SGLang does."""
         await unload(request, body)

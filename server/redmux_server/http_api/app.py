@@ -1,12 +1,13 @@
 """The application of the HTTP door: its routers, and how errors look."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 import redmux
 from redmux.errors import NotFoundError, RedmuxError
@@ -33,11 +34,16 @@ from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.gate import App
 from redmux_server.http_api.multipart import FORM_BYTES
 from redmux_server.http_api.offer import Offer
+from redmux_server.http_api.schemas.answers import Failure
 from redmux_server.http_api.validated import refusal_of
 from redmux_server.internal_errors import told
 
 logger = logging.getLogger(__name__)
 
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Failure, "description": "The request is at fault."},
+    "5XX": {"model": Failure, "description": "The server is at fault, or has no time."},
+}
 _CONFIG_BYTES = 1 << 20  # of what comes with an adapter's file
 
 
@@ -47,7 +53,7 @@ def make_app(offer: Offer) -> App:
         title="redmux", version=redmux.__version__, redoc_url=None,
         description="Many RED adapters on one resident base model, in OpenAI's shapes.",
     )  # fmt: skip
-    for router in (
+    routers = (
         completions.router(offer),
         chat.router(offer),
         responses.router(offer),
@@ -64,8 +70,9 @@ def make_app(offer: Offer) -> App:
         status.router(offer),
         probes.router(offer),
         playground.router(),
-    ):
-        app.include_router(router)
+    )
+    for router in routers:
+        app.include_router(router, responses=_FAILURES)
 
     @app.exception_handler(RedmuxError)
     async def redmux_error(request: Request, err: RedmuxError) -> Any:
@@ -81,13 +88,21 @@ def make_app(offer: Offer) -> App:
             missing = NotFoundError(f"there is no {request.url.path[:256]}; see /docs")
             return error_response(missing)
         refusal = Refusal(str(err.detail), status=err.status_code, code="http_error")
-        return error_response(refusal, err.headers)
+        headers = {"allow": _methods(routers, request)} if err.status_code == 405 else err.headers
+        return error_response(refusal, headers)
 
     @app.exception_handler(Exception)
     async def internal(request: Request, err: Exception) -> Any:
         return error_response(told(err))
 
     return app
+
+
+def _methods(routers: Sequence[APIRouter], request: Request) -> str:
+    """Returns the methods of all routes of a path; each route knows its own alone."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
+    here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in here for method in route.methods or ()}))
 
 
 def body_limits(offer: Offer) -> Mapping[str, int]:

@@ -25,6 +25,7 @@ from redmux_server.http_api.generating import (
 )
 from redmux_server.http_api.logprobs import TokenNames, chat_logprobs
 from redmux_server.http_api.offer import Offer, adapter_header, applied
+from redmux_server.http_api.schemas.answers import EVENTS, ChatCompletion
 from redmux_server.http_api.schemas.chat import ChatBody
 from redmux_server.http_api.sse import Chunks, EventStream
 from redmux_server.http_api.validated import JsonRoute
@@ -38,7 +39,7 @@ def router(offer: Offer) -> APIRouter:
     """Returns the routes of chats."""
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS)
     async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         """Returns the assistant's next message."""
         caller = caller_of(request)

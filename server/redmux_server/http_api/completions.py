@@ -30,6 +30,7 @@ from redmux_server.http_api.logprobs import (
     prompt_logprobs,
 )
 from redmux_server.http_api.offer import Offer, adapter_header
+from redmux_server.http_api.schemas.answers import EVENTS, Completion
 from redmux_server.http_api.schemas.completion import CompletionBody
 from redmux_server.http_api.sse import Chunks, EventStream
 from redmux_server.http_api.validated import JsonRoute
@@ -43,7 +44,7 @@ def router(offer: Offer) -> APIRouter:
     """Returns the routes of completions."""
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", response_model=Completion, responses=EVENTS)
     async def create_completion(request: Request, body: CompletionBody) -> Response:
         """Completes prompts."""
         caller = caller_of(request)

@@ -12,6 +12,7 @@ from redmux_server.engine.request import Pooling
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer, adapter_header, applied
+from redmux_server.http_api.schemas.other_answers import EmbeddingList, PooledList
 from redmux_server.http_api.schemas.reading import EmbeddingBody, PoolingBody, encoded
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.services.reading import Classifications, Embeddings
@@ -34,7 +35,7 @@ def router(offer: Offer) -> APIRouter:
             body.priority or 0,
         )
 
-    @router.post("/v1/embeddings")
+    @router.post("/v1/embeddings", response_model=EmbeddingList)
     async def create_embeddings(request: Request, body: EmbeddingBody) -> Response:
         """Returns a vector of each input, of length 1 unless `normalize` is false."""
         done = await embed(request, body)
@@ -49,7 +50,7 @@ def router(offer: Offer) -> APIRouter:
         answer = {"object": "list", "data": data, **told(offer, body.model, done)}
         return json_response(answer, adapter_header(done.published))
 
-    @router.post("/pooling")
+    @router.post("/pooling", response_model=PooledList)
     async def pool(request: Request, body: PoolingBody) -> Response:
         """Returns a vector of each input as it is, or the scores of its classes."""
         done: Embeddings | Classifications

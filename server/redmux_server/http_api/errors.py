@@ -20,6 +20,7 @@ from redmux.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from redmux_server.models.too_long import TooLongError
 from redmux_server.services.spec import GenerationSpec, ScoreSpec
 
 DONE = b"data: [DONE]\n\n"  # the last event of a stream
@@ -32,6 +33,7 @@ _TYPES = (
 _CODES = (
     (UnauthenticatedError, "invalid_api_key"),
     (ResourceExhaustedError, "rate_limit_exceeded"),
+    (TooLongError, "context_length_exceeded"),
 )
 # Messages of the services speak of gRPC's methods.
 _CALLS = {
@@ -87,6 +89,8 @@ def body_of(err: RedmuxError) -> dict[str, Any]:
         param = begins[1] if begins and begins[1] in _FIELDS else None
         code = next((code for cls, code in _CODES if isinstance(err, cls)), None)
     message = _CALL.sub(lambda found: _CALLS[found[1]], err.message)
+    if isinstance(err, TooLongError):  # as clients look for it, in the code or in the words
+        message = f"This model's maximum context length is {err.max_context} tokens: {message}"
     code = code or err.status.name.lower()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

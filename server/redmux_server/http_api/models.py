@@ -10,6 +10,7 @@ from redmux.errors import PermissionDeniedError
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer
+from redmux_server.http_api.schemas.other_answers import Model, Models
 from redmux_server.registry.published import Published
 
 _PAGE = 1000
@@ -47,7 +48,7 @@ def router(offer: Offer) -> APIRouter:
             },
         }
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", response_model=Models)
     async def list_models(request: Request) -> Response:
         """Lists the base model, then adapters in order of name."""
         tenant = caller_of(request).tenant
@@ -56,7 +57,7 @@ def router(offer: Offer) -> APIRouter:
             found += page
         return json_response({"object": "list", "data": [base(), *map(adapter, found)]})
 
-    @router.get("/v1/models/{model:path}")
+    @router.get("/v1/models/{model:path}", response_model=Model)
     async def retrieve_model(request: Request, model: str) -> Response:
         """Returns what is known of the base model or of an adapter."""
         published = offer.names.resolve(model, caller_of(request).tenant)

@@ -13,6 +13,7 @@ from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.embeddings import head, told
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer, adapter_header
+from redmux_server.http_api.schemas.other_answers import Classes, Scores
 from redmux_server.http_api.schemas.reading import ClassifyBody, ScoreBody
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.services.reading import Classifications, Embeddings
@@ -24,7 +25,7 @@ def router(offer: Offer) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["reading"])
     reading = offer.services.reading
 
-    @router.post("/classify")
+    @router.post("/classify", response_model=Classes)
     async def classify(request: Request, body: ClassifyBody) -> Response:
         """Returns what an adapter's head makes of each input."""
         tenant = caller_of(request).tenant
@@ -44,8 +45,8 @@ def router(offer: Offer) -> APIRouter:
         answer = {**head("classify"), "data": data, **told(offer, body.model, done, **more)}
         return json_response(answer, adapter_header(done.published))
 
-    @router.post("/score")
-    @router.post("/v1/score")
+    @router.post("/score", response_model=Scores)
+    @router.post("/v1/score", response_model=Scores)
     async def score(request: Request, body: ScoreBody) -> Response:
         """Returns how well two texts go together, by an adapter's head or by their vectors."""
         tenant = caller_of(request).tenant

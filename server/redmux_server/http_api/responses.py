@@ -16,6 +16,7 @@ from redmux_server.http_api.deadline import within
 from redmux_server.http_api.generating import Whole, caller_of, complete, read, submit, timeout_of
 from redmux_server.http_api.logprobs import TokenNames, chat_logprobs
 from redmux_server.http_api.offer import Offer, adapter_header, applied
+from redmux_server.http_api.schemas.answers import EVENTS, ResponseObject
 from redmux_server.http_api.schemas.response import ResponseBody
 from redmux_server.http_api.sse import EventStream
 from redmux_server.http_api.validated import JsonRoute
@@ -28,7 +29,7 @@ def router(offer: Offer) -> APIRouter:
     """Returns the routes of responses."""
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", response_model=ResponseObject, responses=EVENTS)
     async def create_response(request: Request, body: ResponseBody) -> Response:
         """Returns the assistant's answer."""
         caller = caller_of(request)

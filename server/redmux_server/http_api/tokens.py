@@ -9,6 +9,7 @@ from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer, adapter_header
+from redmux_server.http_api.schemas.other_answers import Text, Tokens
 from redmux_server.http_api.schemas.tokens import DetokenizeBody, TokenizeBody
 from redmux_server.http_api.validated import JsonRoute
 
@@ -18,7 +19,7 @@ def router(offer: Offer) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["tokens"])
     decode = offer.codec.decoder(skip_special_tokens=False)
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", response_model=Tokens)
     async def tokenize(request: Request, body: TokenizeBody) -> Response:
         """Returns the tokens that a prompt becomes, as a completion of it begins with."""
         tenant = caller_of(request).tenant
@@ -42,7 +43,7 @@ def router(offer: Offer) -> APIRouter:
         names = [offer.codec.tokens.of(i)[0] for i in ids] if body.return_token_strs else None
         return json_response({**answer, "token_strs": names}, adapter_header(published))
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", response_model=Text)
     async def detokenize(request: Request, body: DetokenizeBody) -> Response:
         """Returns the text of tokens, special ones among them."""
         published = offer.names.resolve(body.model, caller_of(request).tenant)

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redmux.errors import InvalidArgumentError
 from redmux_adapters import PromptFormat
 from redmux_adapters.text.encoder import Encoded, TextEncoder
 from redmux_adapters.text.messages import Message
 from redmux_adapters.text.template import PLAIN, ChatOptions
 from redmux_adapters.text.tool_format import ToolFormat
 from redmux_server.models.token_bytes import TokenBytes
+from redmux_server.models.too_long import TooLongError
 
 MAX_BYTES_PER_TOKEN = 16  # more than any tokenizer packs into one on average
 _CHARS_PER_TOKEN = 4
@@ -20,7 +20,7 @@ class TextCodec:
     """Encodes prompts and decodes completions with the base model's tokenizer.
 
     Whatever encodes takes the most tokens that may come of it, None for any number, and raises
-    InvalidArgumentError for more, most of the time without tokenizing all of them.
+    TooLongError for more, most of the time without tokenizing all of them.
 
     Encoding mutates the tokenizer's settings, so it belongs to one thread; the rest to any.
     """
@@ -71,9 +71,10 @@ class TextCodec:
         """Returns the ids of a conversation; see TextEncoder.render."""
         chat = self._encoder.render(messages, prompt_format, options)
         if most is not None and (num_bytes := _num_bytes(chat.text)) > MAX_BYTES_PER_TOKEN * most:
-            raise InvalidArgumentError(
+            raise TooLongError(
                 f"the chat has {num_bytes} bytes with its turns; limit "
-                f"{MAX_BYTES_PER_TOKEN * most} for a context of {most} tokens"
+                f"{MAX_BYTES_PER_TOKEN * most} for a context of {most} tokens",
+                most,
             )
         self._check_length("prompt", chat.text, most)
         return self._encoder.encode(chat)
@@ -115,7 +116,7 @@ class TextCodec:
             return
         least = len(self._encoder.bare(text[: _CHARS_PER_TOKEN * most])) - _UNSURE
         if least > most:
-            raise InvalidArgumentError(f"{what} has more than {least} tokens; limit {most}")
+            raise TooLongError(f"{what} has more than {least} tokens; limit {most}", most)
 
 
 def _num_bytes(text: str) -> int:

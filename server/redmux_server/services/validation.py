@@ -10,6 +10,7 @@ from redmux_adapters import PromptFormat
 from redmux_server.engine.request import SamplingParams
 from redmux_server.engine.stop_pattern import StopPattern
 from redmux_server.models.text import MAX_BYTES_PER_TOKEN
+from redmux_server.models.too_long import TooLongError
 from redmux_server.services.chat import check_chat
 from redmux_server.services.grammar_source import MAX_BYTES as MAX_GRAMMAR_BYTES
 from redmux_server.services.spec import (
@@ -68,12 +69,18 @@ class Validator:
                 added = {r: _num_bytes("".join(t)) for r, t in prompt_format.turns.items()}
                 num_bytes += sum(added.get(str(m.get("role")), 0) for m in prompt.messages)
         else:
-            self._token_ids("token_ids" if name == "prompt" else f"{name}.token_ids", prompt)
+            name = "token_ids" if name == "prompt" else f"{name}.token_ids"
+            if len(prompt) > self.max_context:
+                raise TooLongError(
+                    f"{name} has {len(prompt)} tokens; limit {self.max_context}", self.max_context
+                )
+            self._token_ids(name, prompt)
             return
         if num_bytes > self.max_prompt_bytes:
-            raise InvalidArgumentError(
+            raise TooLongError(
                 f"{name} has {num_bytes} bytes; limit {self.max_prompt_bytes} for a context of "
-                f"{self.max_context} tokens"
+                f"{self.max_context} tokens",
+                self.max_context,
             )
 
     def inputs(self, inputs: Sequence[ReadInput], limit: int) -> None:
@@ -88,9 +95,10 @@ class Validator:
                 continue
             num_bytes = _num_bytes(item.first) + _num_bytes(item.second)
             if num_bytes > self.max_prompt_bytes:
-                raise InvalidArgumentError(
+                raise TooLongError(
                     f"inputs[{i}] has {num_bytes} bytes; limit {self.max_prompt_bytes} for a "
-                    f"context of {self.max_context} tokens"
+                    f"context of {self.max_context} tokens",
+                    self.max_context,
                 )
 
     def input_ids(self, index: int, ids: Sequence[int]) -> None:
@@ -98,8 +106,9 @@ class Validator:
         if not ids:
             raise InvalidArgumentError(f"inputs[{index}] is empty; give at least one token")
         if len(ids) > self.max_context:
-            raise InvalidArgumentError(
-                f"inputs[{index}] has {len(ids)} tokens; limit {self.max_context}"
+            raise TooLongError(
+                f"inputs[{index}] has {len(ids)} tokens; limit {self.max_context}",
+                self.max_context,
             )
 
     def sampling(self, spec: GenerationSpec) -> SamplingParams:
@@ -184,9 +193,10 @@ class Validator:
                 f"max_tokens is {requested}, must be at least 1, or 0 with prompt_logprobs"
             )
         if requested > left:
-            raise InvalidArgumentError(
+            raise TooLongError(
                 f"prompt has {num_prompt_tokens} tokens and max_tokens is {requested}; together "
-                f"they must be at most {self.max_context}"
+                f"they must be at most {self.max_context}",
+                self.max_context,
             )
         if (spec.min_tokens or 0) > requested:
             raise InvalidArgumentError(
@@ -220,8 +230,9 @@ class Validator:
         if num_prompt_tokens == 0:
             raise InvalidArgumentError("the prompt is empty; give at least one token")
         if num_prompt_tokens > self.max_context:
-            raise InvalidArgumentError(
-                f"prompt has {num_prompt_tokens} tokens, must be at most {self.max_context}"
+            raise TooLongError(
+                f"prompt has {num_prompt_tokens} tokens, must be at most {self.max_context}",
+                self.max_context,
             )
 
     def scored(self, num_prompt_tokens: int, continuations: Sequence[Sequence[int]]) -> None:
@@ -230,9 +241,10 @@ class Validator:
             if not continuation:
                 raise InvalidArgumentError(f"continuations[{i}] is empty; give at least one token")
             if num_prompt_tokens + len(continuation) > self.max_context:
-                raise InvalidArgumentError(
+                raise TooLongError(
                     f"prompt has {num_prompt_tokens} tokens and continuations[{i}] has "
-                    f"{len(continuation)}; together they must be at most {self.max_context}"
+                    f"{len(continuation)}; together they must be at most {self.max_context}",
+                    self.max_context,
                 )
         num_scored = sum(map(len, continuations))
         if num_scored > MAX_SCORED_TOKENS:

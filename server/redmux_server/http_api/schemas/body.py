@@ -9,18 +9,41 @@ from pydantic.json_schema import JsonSchemaValue
 from redmux_server.http_api.errors import Refusal
 
 Unserved = Mapping[str, tuple[tuple[Any, ...], str]]  # values that ask for nothing; the reason
+_TOLD = frozenset(("title", "description", "default"))  # of a field, whatever it takes
 
 
-def _with_others(schema: JsonSchemaValue, cls: type[Any]) -> None:
-    """Adds to a schema what is accepted without effect."""
+def _complete(schema: JsonSchemaValue, cls: type[Any]) -> None:
+    """Adds to a schema what is accepted besides: nulls, and fields that ask for nothing."""
+    needed = schema.get("required", ())
+    for name, field in schema["properties"].items():
+        if name not in needed:
+            schema["properties"][name] = _or_null(field)
+    for name, (neutral, reason) in sorted(cls.unserved.items()):
+        field = {"enum": [*neutral, None], "description": f"Not served: {reason}."}
+        schema["properties"].setdefault(name, field)
     for name in sorted(cls.no_effect):
         schema["properties"][name] = {"description": "Accepted without effect."}
+
+
+def _or_null(field: JsonSchemaValue) -> JsonSchemaValue:
+    """Returns the schema of a field that may be null."""
+    null = {"type": "null"}
+    if null in field.get("anyOf", ()):
+        return field
+    told = {key: value for key, value in field.items() if key in _TOLD}
+    rest = {key: value for key, value in field.items() if key not in told}
+    return {"anyOf": [*(rest["anyOf"] if set(rest) == {"anyOf"} else [rest]), null], **told}
+
+
+def _is_one_of(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Returns whether a value of JSON is one of these; in Python 0 is False, too."""
+    return any(type(value) is type(other) and value == other for other in neutral)
 
 
 class Body(BaseModel):
     """The body of a request; null is as if a field was left out, and nothing is converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_with_others)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_complete)
     no_effect: ClassVar[frozenset[str]] = frozenset()
     unserved: ClassVar[Unserved] = {}
 
@@ -35,7 +58,7 @@ class Body(BaseModel):
                 continue
             if name in cls.unserved:
                 neutral, reason = cls.unserved[name]
-                if value in neutral:
+                if _is_one_of(value, neutral):
                     continue
                 raise Refusal(
                     f"{name} is not served: {reason}", param=name, code="unsupported_parameter"

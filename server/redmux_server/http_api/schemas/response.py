@@ -75,6 +75,7 @@ class ResponseBody(Body):
     text: TextOptions = Field(default_factory=TextOptions)
     stream: bool = False
     seed: int | None = None
+    ignore_eos: bool = False
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
 
     @property
@@ -90,7 +91,8 @@ class ResponseBody(Body):
             messages.insert(0, {"role": "system", "content": self.instructions})
         return GenerationSpec(
             Chat(messages), adapter, temperature=self.temperature, top_p=self.top_p,
-            seed=self.seed, max_tokens=self.max_output_tokens, logprobs=self.tells_logprobs,
+            seed=self.seed, ignore_eos=self.ignore_eos, max_tokens=self.max_output_tokens,
+            logprobs=self.tells_logprobs,
             top_logprobs=self.top_logprobs if self.tells_logprobs else None,
             grammar=self.text.format.grammar(), timeout_s=timeout_s,
         )  # fmt: skip
