@@ -124,7 +124,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not set(self.scheduler.running) <= set(before):  # to others whose turn it is
             assert all(num_held[one.tenant] > 0 for one in gone)  # a tenant keeps one at least
         before = [r for r in before if r not in gone]
-        decoding = [r for r in decoding if r in before and len(r.blocks) * BLOCK >= len(r.token_ids)]
+        decoding = [
+            r for r in decoding if r in before and len(r.blocks) * BLOCK >= len(r.token_ids)
+        ]
         self.check_nobody_waits_in_vain(work, gone)
         assert [w.request for w in work[: len(decoding)]] == decoding
         assert all(w.count == 1 for w in work[: len(decoding)])
