@@ -132,8 +132,8 @@ def test_the_oldest_takes_blocks_of_tenants_that_hold_less_and_pays_for_them():
     engine.submit(oldest)
     while oldest.num_output < 20:
         step(engine)
-    for tenant in ("a", "b"):
-        engine.submit(request(4, 30, tenant))
+    for tenant in ("a", "b"):  # they need their blocks in other steps than the oldest
+        engine.submit(request(6, 30, tenant))
     num_taken = 0
     while oldest.num_output < 60:
         served, num_blocks = engine._served["large"], len(oldest.blocks)
