@@ -1,6 +1,7 @@
 """Requests get cache blocks as they grow: many run together, and everything still ends."""
 
 import random
+import time
 
 import pytest
 from engine.fake_engine import Caller, make_adapter, make_parts
@@ -8,6 +9,7 @@ from engine.test_engine_steps import run
 from engine.test_scheduler import BLOCK, check_blocks, request
 
 from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.giving_way import for_growth, for_turn
 from redmux_server.engine.room import Room
 from redmux_server.engine.scheduler import Scheduler
 
@@ -108,22 +110,48 @@ def test_nothing_is_expected_to_get_longer_than_it_may():
             one.token_ids.append(0)
 
 
+def running(tenant, num_blocks, is_decoding=True):
+    one = request(num_blocks * BLOCK, 9, tenant)
+    one.blocks = range(num_blocks)
+    if is_decoding:
+        one.num_computed = len(one.token_ids)
+        one.token_ids.append(0)
+    return one
+
+
 def test_of_the_tenant_that_holds_most_the_youngest_goes_and_the_tenant_pays_itself():
-    engine = make(num_blocks=26)
-    small = request(4, 40, "small")
-    flood = [request(12, 80, "flood") for _ in range(3)]
-    for one in (flood[0], small, *flood[1:]):
-        engine.submit(one)
-    served = {}
-    while not engine.sent_back:
-        served = dict(engine._served)
-        step(engine)
-    assert engine.sent_back == [flood[2]]
-    assert engine._served["small"] == served["small"] + 1
-    # What it loses, and a token of each of the others.
-    assert engine._served["flood"] == served["flood"] + flood[2].num_paid + 2
-    assert finish(engine) >= 0
-    assert small.num_output == 40
+    flood, small = [running("flood", n) for n in (2, 9, 2, 3)], running("small", 8)
+    served = {"flood": 0, "small": 9}
+    assert for_growth(small, [*flood, small], served) == (flood[3], "flood")
+    assert for_growth(flood[0], [*flood, small], served) == (flood[3], "flood")
+    assert for_growth(flood[3], [small, *flood], served) == (flood[3], "flood")
+
+
+def test_of_tenants_that_hold_the_same_the_one_most_served_gives_way():
+    each = [running(tenant, 3) for tenant in "abc"]
+    assert for_growth(each[0], each, {"a": 5, "b": 2, "c": 1}) == (each[1], "b")
+
+
+def test_the_oldest_and_prompts_under_way_keep_their_places_and_the_oldest_pays():
+    oldest, other, prompt = running("a", 9), running("b", 2), running("a", 4, is_decoding=False)
+    served = {"a": 0, "b": 0}
+    assert for_growth(oldest, [oldest, prompt, other], served) == (other, "a")
+    assert for_growth(oldest, [oldest, prompt], served) is None
+
+
+def test_whose_turn_it_is_gets_what_others_were_to_grow_by_as_well():
+    pool = BlockPool(100, BLOCK)
+    flood = [request(4, 100, "flood") for _ in range(3)]
+    for one in flood:
+        one.token_ids += [0] * 20
+        one.blocks = pool.allocate(24)  # 6 blocks, of 11 that it is expected to hold
+    late = request(20, 100, "late")
+    options = {"level": 0, "num_rows": 0}
+    for num_missing, num_victims in ((1, 1), (11, 1), (12, 2), (23, 0)):  # one may stay
+        victims = for_turn(
+            late, flood, {"flood": 0, "late": 0}, Room(pool), num_blocks=num_missing, **options
+        )
+        assert victims == flood[::-1][:num_victims]
 
 
 def test_the_oldest_takes_blocks_of_tenants_that_hold_less_and_pays_for_them():
@@ -167,9 +195,9 @@ def test_the_oldest_waits_while_all_others_are_prompts_that_are_scored():
 
 
 def test_whoever_lost_its_place_gets_further_each_time_that_it_runs():
-    engine = make(num_blocks=40, max_running=6)
+    engine = make(num_blocks=40, max_running=6, max_batch_tokens=8)
     rng = random.Random(1)
-    mine = [request(rng.randint(1, 40), 100, rng.choice("ab")) for _ in range(30)]
+    mine = [request(rng.randint(1, 40), 100) for _ in range(30)]
     for one in mine:
         engine.submit(one)
     outputs = dict.fromkeys(mine, 0)
@@ -177,8 +205,7 @@ def test_whoever_lost_its_place_gets_further_each_time_that_it_runs():
     while engine.running or engine.num_waiting:
         step(engine)
         for gone in engine.sent_back:
-            if gone.num_paid:
-                assert gone.num_output > outputs[gone]
+            assert gone.num_output > outputs[gone]
             outputs[gone] = gone.num_output
             num_sent_back += 1
     assert num_sent_back
@@ -257,3 +284,16 @@ def test_a_request_sent_back_for_lack_of_blocks_gets_the_tokens_that_it_would_ha
         assert caller.tokens == [(2 + n) % 4 for n in range(1, 71)]
     assert parts.runner.misreads == []
     assert parts.is_idle
+
+
+def test_one_that_waits_for_its_place_again_is_told_how_far_it_came_by_its_deadline():
+    parts = make_parts(max_open=40, num_blocks=20, max_running=4)
+    callers = [Caller([i, 1, 2], 70) for i in range(4)]
+    for caller in callers:
+        parts.engine.submit(caller.request)
+    while not parts.scheduler.sent_back:
+        parts.step()
+    (gone,) = [caller for caller in callers if caller.request in parts.scheduler.sent_back]
+    gone.request.deadline_s = time.monotonic()
+    parts.step()
+    assert f"after {len(gone.tokens)} tokens" in str(gone.error)
