@@ -36,7 +36,8 @@ class Metrics:
             registry=r,
         )  # fmt: skip
         self.sent_back = Counter(
-            "redmux_requests_sent_back", "Times that a request lost its place to another tenant's.",
+            "redmux_requests_sent_back",
+            "Times that a running request lost its place, to another tenant or for lack of cache.",
             registry=r,
         )  # fmt: skip
         self.first_token_s = Histogram(

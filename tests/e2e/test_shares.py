@@ -55,6 +55,29 @@ async def test_what_lost_its_row_to_another_tenant_has_the_same_bits(clients, ba
         assert (result.token_ids, result.logprobs) == (alone.token_ids, alone.logprobs)
 
 
+async def test_answers_that_outgrow_the_cache_have_the_same_bits_and_all_end(start_server, base):
+    """Nobody sets max_tokens, so every answer goes on to the end of the context."""
+    options = {"ignore_eos": True, "logprobs": True, "temperature": 0.7, "timeout_s": 300}
+    work = [(prompt, name, seed) for seed, prompt in enumerate(["abc", "x" * 40, "hello"])
+            for name in (None, "x", "y")]  # fmt: skip
+    answers = []
+    for tokens in (9 * 160, 448):  # the whole of each of them, or not even three
+        server = await start_server(
+            max_running=9, max_batch_tokens=48, max_context=160, kv_cache_tokens=tokens
+        )
+        async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+            for seed, name in enumerate("xy"):
+                await client.adapters.put(name, to_bytes(base.adapter(seed)))
+            asked = [client.generate(p, adapter=n, seed=s, **options) for p, n, s in work]
+            results = await asyncio.gather(*asked)
+        answers.append([(r.token_ids, r.logprobs) for r in results])
+        sent_back = server.metrics.registry.get_sample_value("redmux_requests_sent_back_total")
+        assert (sent_back > 0) == (tokens < 9 * 160)
+        assert server.engine.kv_used_ratio == 0
+    assert answers[0] == answers[1]
+    assert [len(ids) for ids, _ in answers[1]] == [160 - len(p) for p, _, _ in work]
+
+
 async def test_an_encoder_decoder_encodes_anew_what_lost_its_row(start_server, tmp_path):
     from transformers import AutoModelForSeq2SeqLM
 

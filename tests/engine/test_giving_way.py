@@ -52,15 +52,18 @@ def test_a_newcomer_gets_a_row_of_a_tenant_that_holds_them_all():
 
 
 def test_a_newcomer_gets_blocks_of_a_tenant_that_holds_them_all():
-    engine = scheduler(num_blocks=100)
+    engine = scheduler(num_blocks=100, max_running=8)
     for _ in range(4):
         engine.submit(request("flood", 4, 120))  # 31 blocks each
-    for _ in range(10):
+    for _ in range(45):
         step(engine)
-    assert len(engine.running) == 3
-    late = request("late", 4, 100)  # 26 blocks, where 7 are free
+    assert len(engine.running) == 4
+    late = request("late", 40, 100)  # 12 blocks to begin with, where all that are free may be used
     engine.submit(late)
-    assert steps_until_running(engine, late, 20) <= BUDGET / 3 + 2
+    step(engine)
+    assert late not in engine.running
+    assert steps_until_running(engine, late, 20) <= BUDGET / 4 + 2
+    assert engine.running[:3] == [r for r in engine.running if r.tenant == "flood"]
 
 
 def test_rows_end_up_divided_evenly_between_two_floods():

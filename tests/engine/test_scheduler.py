@@ -30,16 +30,39 @@ def request(num_prompt, max_tokens, tenant="t", num_source=0, **options):
     )  # fmt: skip
 
 
+def expected_blocks(request, block_size=BLOCK):
+    """What a request may be expected to hold: as much again, two blocks more at least."""
+    length = len(request.token_ids) + max(request.num_output, 2 * block_size)
+    length = request.max_length if request.source_ids else min(length, request.max_length)
+    return -(-length // block_size)
+
+
+def check_blocks(scheduler, before):
+    """Right behind a plan: everybody holds what is needed for what is known of it.
+
+    Only the oldest may lack a block, if nobody else can give way.
+    """
+    for running in scheduler.running:
+        needed = running.max_length if running.source_ids else len(running.token_ids)
+        lacks = scheduler._blocks.blocks_for(needed) - len(running.blocks)
+        if lacks:
+            assert (lacks, running, scheduler._blocks.num_free) == (1, before[0], 0)
+            assert not any(r.is_decoding for r in scheduler.running if r is not running)
+            assert scheduler.running[len(before) :] == []
+
+
 def commit(scheduler, work):
     """What the engine does after a step; returns the requests that ended."""
     ended = []
     for item in work:
-        samples = item.samples
-        item.request.num_computed += item.count
+        one, samples = item.request, item.samples
+        one.num_computed += item.count
         if samples:
-            item.request.token_ids.append(1)
-            if item.request.finish_reason() is not None:
-                ended.append(item.request)
+            one.token_ids.append(1)
+            if one.finish_reason() is not None:
+                ended.append(one)
+        elif not one.draws and one.num_computed == len(one.prompt_ids):
+            ended.append(one)  # scored
     for done in ended:
         scheduler.remove(done)
     return ended
@@ -60,11 +83,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open = []
 
     @rule(
-        num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 12),
+        num_prompt=st.integers(1, 20), max_tokens=st.integers(1, 12) | st.integers(20, 90),
         tenant=st.sampled_from("abc"), priority=st.sampled_from([-3, 0, 0, 0, 7]),
     )  # fmt: skip
     def submit(self, num_prompt, max_tokens, tenant, priority):
-        new = request(num_prompt, max_tokens, tenant, priority=priority)
+        most = self.pool.num_blocks * BLOCK - num_prompt
+        self.add(request(num_prompt, min(max_tokens, most), tenant, priority=priority))
+
+    @rule(num_prompt=st.integers(1, 32), tenant=st.sampled_from("abc"))
+    def score(self, num_prompt, tenant):
+        self.add(request(num_prompt, 0, tenant, targets=[1] * num_prompt))
+
+    def add(self, new):
         self.scheduler.submit(new)
         self.enqueue(new, is_first=False)
         self.open.append(new)
@@ -83,12 +113,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         work = self.scheduler.plan()
         assert bool(work) == bool(self.open)
         assert sum(w.count for w in work) <= self.budget
-        for gone in self.scheduler.sent_back:
-            num_held[gone.tenant] -= 1
-            assert num_held[gone.tenant] > 0  # a tenant keeps one at least
-            self.enqueue(gone, is_first=True)
-        before = [r for r in before if r not in self.scheduler.sent_back]
-        decoding = [r for r in decoding if r in before]
+        gone = self.scheduler.sent_back
+        check_blocks(self.scheduler, before)
+        if gone and set(self.scheduler.running) <= set(before):  # for lack of blocks
+            assert before[0] not in gone
+            assert all(r in decoding for r in gone)
+        for one in gone:
+            num_held[one.tenant] -= 1
+            self.enqueue(one, is_first=True)
+        if not set(self.scheduler.running) <= set(before):  # to others whose turn it is
+            assert all(num_held[one.tenant] > 0 for one in gone)  # a tenant keeps one at least
+        before = [r for r in before if r not in gone]
+        decoding = [
+            r for r in decoding if r in before and len(r.blocks) * BLOCK >= len(r.token_ids)
+        ]
+        self.check_nobody_waits_in_vain(work, gone)
         assert [w.request for w in work[: len(decoding)]] == decoding
         assert all(w.count == 1 for w in work[: len(decoding)])
         assert len({id(w.request) for w in work}) == len(work)
@@ -100,6 +139,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         for ended in commit(self.scheduler, work):
             assert ended.num_output == ended.max_tokens
             self.open.remove(ended)
+
+    def check_nobody_waits_in_vain(self, work, gone):
+        """Whoever's turn it is lacks a row, tokens of the step, or blocks that others may need."""
+        running, num_waiting = self.scheduler.running, self.scheduler.num_waiting
+        lacks_block = any(len(r.blocks) * BLOCK < len(r.token_ids) for r in running)
+        is_full = len(running) == self.max_running or sum(w.count for w in work) == self.budget
+        if gone or lacks_block or is_full or not num_waiting:
+            return
+        heads = [line.first for line in self.scheduler._waiting.values()]
+        needed = max(map(expected_blocks, heads)) + sum(map(expected_blocks, running))
+        assert needed > self.pool.num_blocks
+        # So one that waits would wait as well if each held its whole length.
+        whole = max(r.max_length for r in heads) + sum(r.max_length for r in running)
+        assert whole > (self.pool.num_blocks - len(running) - 1) * BLOCK
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -118,7 +171,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(held) == len(set(held))
         assert len(held) + self.pool.num_free == self.pool.num_blocks
         for running in self.scheduler.running:
-            assert len(running.blocks) * BLOCK >= running.max_length
+            least, most = running.num_computed, len(running.token_ids)
+            assert -(-least // BLOCK) <= len(running.blocks) <= -(-most // BLOCK)
 
     @invariant()
     def limits_hold(self):

@@ -44,17 +44,20 @@ class BlockPool:
 
         The first of them are `found`, just returned by `find`; only the others may be written.
         """
-        if self.num_missing(num_tokens, found):
+        needed = self.blocks_for(num_tokens)
+        if self.num_missing(needed, found):
             return None
         for block in found:
             self._use(block)
-        num_fresh = self.blocks_for(num_tokens) - len(found)
-        return [*found, *(self._take() for _ in range(num_fresh))]
+        return [*found, *(self._take() for _ in range(needed - len(found)))]
 
-    def num_missing(self, num_tokens: int, found: Sequence[int] = ()) -> int:
-        """Returns how many blocks would have to be free beside those that are, to allocate this."""
-        num_fresh = self.blocks_for(num_tokens) - len(found)
-        return max(0, num_fresh - self.num_free + sum(block in self._idle for block in found))
+    def num_missing(self, needed: int, found: Sequence[int] = ()) -> int:
+        """Returns how many blocks would have to be free beside those that are.
+
+        `needed` are all that are to be used, those that `find` has just returned included.
+        """
+        num_idle = sum(block in self._idle for block in found)
+        return max(0, needed - len(found) + num_idle - self.num_free)
 
     def num_sole(self, blocks: Iterable[int]) -> int:
         """Returns how many of a user's blocks nobody else uses."""

@@ -166,7 +166,9 @@ class Request:
     num_computed: int = 0  # tokens whose keys and values are in the cache
     num_cached: int = 0  # those of them that were there when the request was admitted
     num_paid: int = 0  # tokens that its tenant is not charged for again: they were lost to another
-    blocks: list[int] = field(default_factory=list)
+    # Of the cache, in order of position. Others come by assignment only, so whoever has kept what
+    # was here sees whether it still is.
+    blocks: Sequence[int] = ()
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as known
     slot: int | None = None  # row of the adapter bank while running
     states: list["Tensor"] = field(default_factory=list)  # of a reading, [tokens, hidden] a step
@@ -185,6 +187,15 @@ class Request:
     def max_length(self) -> int:
         """Most tokens the request can ever hold: source, prompt and output."""
         return len(self.source_ids) + len(self.prompt_ids) + self.max_tokens
+
+    @property
+    def num_placed(self) -> int:
+        """Tokens for which it holds place in the cache while it runs.
+
+        That is all there are so far; with a source all there can be, because what is kept of such
+        a request is made in one piece.
+        """
+        return self.max_length if self.source_ids else len(self.token_ids)
 
     @property
     def draws(self) -> bool:

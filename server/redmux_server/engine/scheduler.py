@@ -1,12 +1,13 @@
 """Scheduler: which tokens of which requests the next step computes. No torch in here."""
 
-from collections import Counter
 from collections.abc import Iterator
 
+from redmux_server.engine import giving_way
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.line import Line
 from redmux_server.engine.prefix import extend_keys
 from redmux_server.engine.request import Request, Work
+from redmux_server.engine.room import Room
 
 _MAX_LEAP = 4096  # tokens that whoever begins to wait may be behind the least served one
 
@@ -14,8 +15,10 @@ _MAX_LEAP = 4096  # tokens that whoever begins to wait may be behind the least s
 class Scheduler:
     """Continuous batching with chunked prefill, decodes first, fair over tenants.
 
-    A running request holds cache blocks for its whole length from the start, so nothing fails for
-    lack of memory. Admission picks the waiting tenant with the least service so far (virtual token
+    A running request holds cache blocks for the tokens that it has, and gets another one when it
+    needs it. Admission leaves some for that (see Room); where there are none all the same, others
+    are sent back, but never the oldest one, so nothing fails for lack of memory and everything
+    ends. Admission picks the waiting tenant with the least service so far (virtual token
     counters, Sheng et al. 2024), and of its requests that of the lowest priority which came first.
     Owned by the engine thread.
 
@@ -48,6 +51,7 @@ class Scheduler:
         if max_batch_tokens < max_running:
             raise ValueError("max_batch_tokens must be at least max_running: decodes go first")
         self._blocks = blocks
+        self._room = Room(blocks)
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
         self._prefix_cache = prefix_cache
@@ -117,8 +121,9 @@ class Scheduler:
         """
         self._extend_keys(request, request.num_computed)
         num_full = request.num_computed // self._blocks.block_size
-        for i, key in enumerate(request.block_keys[:num_full]):
-            request.blocks[i] = self._blocks.share(request.blocks[i], key)
+        keys = request.block_keys[:num_full]
+        shared = map(self._blocks.share, request.blocks, keys)
+        request.blocks = [*shared, *request.blocks[len(keys) :]]
 
     def remove(self, request: Request, *, is_sound: bool = True) -> None:
         """Forgets a request and gives its blocks back.
@@ -139,34 +144,43 @@ class Scheduler:
         elif request.num_computed >= len(request.prompt_ids):
             self.share(request)
         self._blocks.release(request.blocks)
-        request.blocks = []
+        request.blocks = ()
         request.kept = None
 
     def lend_blocks(self, request: Request) -> bool:
         """Gives blocks to a request that was not submitted; returns whether there were enough."""
-        request.blocks = self._blocks.allocate(request.max_length) or []
+        request.blocks = self._blocks.allocate(request.max_length) or ()
         return bool(request.blocks)
 
     def take_back(self, request: Request) -> None:
         """Takes the blocks back that were lent to a request."""
         self._blocks.release(request.blocks)
-        request.blocks = []
+        request.blocks = ()
 
     def plan(self) -> list[Work]:
         """Returns the work of the next step, decodes first, then prefills in order of admission.
 
         Admits waiting requests while the step's token budget, the running limit and the cache
-        allow it, which others may have to make room for: `sent_back`. Empty only if nothing can be
-        done.
+        allow it. `sent_back` are those that others took the places of. Empty only if nothing can
+        be done.
         """
-        first = self._make_room()
-        work = [self._charge(r, 1) for r in self.running if r.is_decoding]
-        budget = self._max_batch_tokens - len(work)
+        self.sent_back = []
+        stuck = self._grow()
+        # Nobody comes in the step in which somebody had to go.
+        can_admit = bool(self._waiting) and stuck is None and not self.sent_back
+        first = self._make_room() if can_admit else None
+        work, prefilling = [], []
         for request in self.running:
-            if budget and not request.is_decoding:
+            if not request.is_decoding:
+                prefilling.append(request)
+            elif request is not stuck:
+                work.append(self._charge(request, 1))
+        budget = self._max_batch_tokens - len(work)
+        for request in prefilling:
+            if budget:
                 work.append(self._prefill(request, budget))
                 budget -= work[-1].count
-        while budget and len(self.running) < self._max_running:
+        while can_admit and budget and len(self.running) < self._max_running:
             admitted = self._admit(first or self._next(), budget) if self._waiting else None
             if admitted is None:
                 break
@@ -176,14 +190,32 @@ class Scheduler:
             budget -= work[-1].count
         return work
 
+    def _grow(self) -> Request | None:
+        """Gives decoding requests the blocks that their newest tokens need, the oldest first.
+
+        Where none is free, others are sent back. Returns the one for which there was none all the
+        same: the oldest of all, whose turn it is once the prompts under way are computed. Every
+        other one that lacks a block can itself give way.
+        """
+        size = self._blocks.block_size
+        lacking = [r for r in self.running if len(r.blocks) * size < len(r.token_ids)]
+        for request in lacking:
+            while request.blocks:  # it has not been sent back itself
+                block = self._blocks.allocate(1)
+                if block is not None:
+                    request.blocks = [*request.blocks, *block]
+                    break
+                way = giving_way.for_growth(request, self.running, self._served)
+                if way is None:
+                    return request
+                self._send_back(*way)
+        return None
+
     def _make_room(self) -> Request | None:
         """Sends running requests back whose places the next waiting one has to have.
 
         Returns it if there were any: they are its places then.
         """
-        self.sent_back = []
-        if not self._waiting:
-            return None
         request = self._next()
         budget = self._max_batch_tokens
         budget -= sum(len(r.token_ids) - r.num_computed for r in self.running)
@@ -194,40 +226,14 @@ class Scheduler:
         return request if self.sent_back else None
 
     def _victims(self, request: Request) -> list[Request]:
-        """Returns the running requests that have to give way to this one, all or none.
-
-        A reading or a score is no victim: once its prompt is computed it ends by itself. Nor is a
-        prompt that is scored on the way, so that no score comes twice.
-        """
-        num_rows = int(len(self.running) == self._max_running)
-        num_blocks = self._blocks.num_missing(request.max_length, self._find_prefix(request))
-        if not num_rows and not num_blocks:
-            return []
-
-        lacks_blocks = num_blocks > 0
-
-        def size(running: Request) -> int:
-            return len(running.blocks) if lacks_blocks else 1
-
-        held: Counter[str] = Counter()
-        for running in self.running:
-            held[running.tenant] += size(running)
-        wanted = self._blocks.blocks_for(request.max_length) if lacks_blocks else 1
-        wanted += held[request.tenant]
         level = self._served[request.tenant] + self._max_batch_tokens
-        able = [r for r in reversed(self.running) if self._served[r.tenant] >= level]
-        victims: list[Request] = []
-        while num_rows > 0 or num_blocks > 0:
-            able = [r for r in able if r.gives_way and held[r.tenant] - size(r) >= wanted]
-            if not able:
-                return []
-            victim = max(able, key=lambda r: (held[r.tenant], -r.num_computed))
-            able.remove(victim)
-            held[victim.tenant] -= size(victim)
-            num_rows -= 1
-            num_blocks -= self._blocks.num_sole(victim.blocks)
-            victims.append(victim)
-        return victims
+        if all(self._served[r.tenant] < level for r in self.running):
+            return []
+        return giving_way.for_turn(
+            request, self.running, self._served, self._room, level=level,
+            num_rows=int(len(self.running) == self._max_running),
+            num_blocks=self._room.num_missing(request, self._find_prefix(request), self.running),
+        )  # fmt: skip
 
     def _send_back(self, victim: Request, payer: str) -> None:
         """Puts a running request in front of others of its priority, to be computed again.
@@ -262,9 +268,10 @@ class Scheduler:
         if self._num_uncut(request) > budget:
             return None
         found = self._find_prefix(request)
-        blocks = self._blocks.allocate(request.max_length, found)
-        if blocks is None:  # wait for it rather than let smaller requests starve it
-            return None
+        if self._room.num_missing(request, found, self.running):
+            return None  # wait for it rather than let smaller requests starve it
+        blocks = self._blocks.allocate(request.num_placed, found)
+        assert blocks is not None, "less is allocated than was free"
         self._waiting[request.tenant].remove(request)
         self._drop_empty(request.tenant)
         request.blocks = blocks

@@ -231,7 +231,8 @@ class Stepper:
 
 
 def _late(request: Request) -> DeadlineExceededError:
-    done = f"after {request.num_output} tokens" if request.blocks else "before it was its turn"
+    has_run = request.blocks or request.num_output  # and lost its place since
+    done = f"after {request.num_output} tokens" if has_run else "before it was its turn"
     return DeadlineExceededError(f"the request's time was up {done}; give it more, or try later")
 
 

@@ -221,6 +221,31 @@ def test_more_requests_than_captured_are_launched(tiny_folder, base):
     torch.testing.assert_close(got[2], plain(base, requests[2].token_ids), **TOLERANCE)
 
 
+def test_a_batch_reads_the_blocks_that_its_requests_have_now(rig, base):
+    """They grow, become those of a twin, and are others once a request was sent back."""
+    requests = mixed_requests(rig, base, 3)
+    size = rig.cache.block_size
+    for request in requests:
+        rig.pool.release(request.blocks)
+        request.blocks = rig.pool.allocate(len(request.token_ids))
+    rig.prefill(*requests)
+    for number in range(2 * size + 1):
+        for request in requests:
+            if len(request.blocks) * size < len(request.token_ids) + 1:
+                request.blocks = [*request.blocks, *rig.pool.allocate(1)]
+        got = rig.decode(*requests)
+        assert rig.log[-1] == "replay"
+        if number == size + 1:  # everything of the first one moves
+            others = rig.pool.allocate(len(requests[0].blocks) * size)
+            for layer in rig.cache.layers:
+                for pages in (layer.keys, layer.values):
+                    pages[others] = pages[requests[0].blocks]
+                    pages[requests[0].blocks] = float("nan")
+            requests[0].blocks = others
+    for row, r in zip(got, requests, strict=True):
+        torch.testing.assert_close(row, plain(base, r.token_ids, r.adapter), **TOLERANCE)
+
+
 def test_contexts_up_to_the_limit_are_replayed(rig, base):
     request = rig.request([1 + i % 200 for i in range(94)], base.adapter(3), max_tokens=2)
     rig.prefill(request)

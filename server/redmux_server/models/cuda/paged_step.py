@@ -88,6 +88,29 @@ def block_table(blocks: Sequence[Sequence[int]]) -> Ints:
     return table
 
 
+class BlockTable:
+    """The block table of the steps of a batch, of which each makes anew only what has changed."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Sequence[int]] = []
+        self._table: Ints = np.zeros((0, 0), np.int32)
+
+    def of(self, blocks: Sequence[Sequence[int]]) -> Ints:
+        """Returns what `block_table` returns, perhaps wider, until the next call.
+
+        The blocks of a request must not change in place: others are another list.
+        """
+        if len(blocks) != len(self._table) or max(map(len, blocks)) > self._table.shape[1]:
+            self._table = block_table(blocks)
+        else:
+            for row, known, own in zip(self._table, self._blocks, blocks, strict=True):
+                if own is not known:
+                    row[: len(own)] = own
+                    row[len(own) :] = 0
+        self._blocks = list(blocks)
+        return self._table
+
+
 def to_device(arrays: Sequence[Ints], device: torch.device) -> list[Tensor]:
     """Copies int32 arrays to the device in one transfer and returns them in their shapes."""
     flat = staged(arrays, device).to(device, non_blocking=True)

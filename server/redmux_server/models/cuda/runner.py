@@ -15,7 +15,7 @@ from redmux_server.models.cuda.decode_ways import Seconds, cuda_seconds, summary
 from redmux_server.models.cuda.decoder import DeviceDecoder, StepTensors
 from redmux_server.models.cuda.graphed_decode import Capture, GraphedDecode, batch_sizes
 from redmux_server.models.cuda.paged_cache import PagedKVCache
-from redmux_server.models.cuda.paged_step import HostIndex, Ints, PagedStep, block_table, to_device
+from redmux_server.models.cuda.paged_step import BlockTable, HostIndex, Ints, PagedStep, to_device
 from redmux_server.models.kvcache import KVCache, Segment
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class DeviceRunner:
         self._graphs = graphs
         self._decode: GraphedDecode | None = None
         self._table: Tensor | None = None  # for which hooks and graphs were made
-        self._batch: tuple[list[Request], Ints] = [], np.zeros((0, 0), np.int32)
+        self._blocks = BlockTable()
 
     def enter_thread(self) -> None:
         """Sets the number of compute threads, which is a property of the calling thread."""
@@ -126,14 +126,11 @@ class DeviceRunner:
             logger.exception("capturing CUDA graphs failed; steps are launched eagerly from now on")
 
     def _replay(self, decode: GraphedDecode, requests: list[Request]) -> Tensor:
-        # A request's blocks are its own from admission to its end: the table is made anew only
-        # when the composition of the batch changes.
-        if self._batch[0] != requests:
-            self._batch = requests, block_table([r.blocks for r in requests])
+        blocks = self._blocks.of([r.blocks for r in requests])
         positions = np.array([r.num_computed for r in requests], np.int32)
         ids = np.array([r.token_ids[r.num_computed] for r in requests], np.int32)
         rows = np.array(self._bank.table_rows(_slots(requests)), np.int32)
-        index = HostIndex.of_decodes(positions, self._batch[1], self.cache.block_size)
+        index = HostIndex.of_decodes(positions, blocks, self.cache.block_size)
         return decode.run(ids, positions, rows, index)
 
     def _host_step(self, work: Sequence[Work]) -> _HostStep:
