@@ -93,7 +93,7 @@ def _by_task() -> Iterator[str]:
     yield "## By task\n"
     yield "| to | HTTP | gRPC | Python |\n|---|---|---|---|"
     for task, *cells in TASKS:
-        yield f"| {task} | {' | '.join(', '.join(map(_link, _names(cell))) for cell in cells)} |"
+        yield f"| {task} | {' | '.join('<br>'.join(map(_link, _names(cell))) for cell in cells)} |"
     yield ""
 
 

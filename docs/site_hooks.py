@@ -24,7 +24,7 @@ OUTSIDE = (
         for path in sorted(ROOT.glob("adapters/redmux_adapters/zoo/**/README.md"))
     ),
 )
-_LINK = re.compile(r"\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"\[([^][]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -40,11 +40,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     here = _in_repository(path)
 
     def moved(link: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(posixpath.dirname(here), link[1]))
+        text, path_there, anchor = link.groups("")
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(here), path_there))
+        if text == path_there:  # a path says little on the site
+            text = _title(ROOT / target)
         shown = posixpath.relpath(_on_site(target), posixpath.dirname(path) or ".")
-        return f"]({shown}{link[2] or ''})"
+        return f"[{text}]({shown}{anchor})"
 
     return _LINK.sub(moved, markdown)
+
+
+def _title(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def _on_site(path: str) -> str:
