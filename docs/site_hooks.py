@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,9 @@ OUTSIDE = (
     ),
 )
 _LINK = re.compile(r"\[([^][]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+_ASSET = re.compile(
+    r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*"
+)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -48,6 +52,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"[{text}]({shown}{anchor})"
 
     return _LINK.sub(moved, markdown)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> None:
+    """Refuses a page that fetches anything from another server."""
+    if found := _ASSET.search(output):
+        raise PluginError(f"{page.file.src_uri} fetches {found[0]}")
 
 
 def _title(path: Path) -> str:
