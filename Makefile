@@ -76,7 +76,7 @@ api: .venv/dev        ## write docs/api.md from the code
 	$(BIN)/python docs/generate_api.py
 
 docs: .venv-docs/done ## build the site of the documents into site/, links and anchors checked
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 
 bench: .venv/dev      ## measure on this machine: make bench ARGS="sweep --adapters 0,64"
 	$(BIN)/redmux bench $(ARGS)
