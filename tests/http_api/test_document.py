@@ -1,5 +1,6 @@
 """What docs/http.md promises; its code is run by tests/test_documents.py."""
 
+import re
 from pathlib import Path
 
 import jsonschema
