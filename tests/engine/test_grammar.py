@@ -273,3 +273,20 @@ def test_masks_bar_the_same_tokens_in_every_way_of_applying_them(dtype):
         barred = torch.from_numpy(bits[:, :width] == 0)
         barred[1] = False
         assert torch.equal(logits, before.masked_fill(barred, -torch.inf))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2, VOCAB]))
+def test_greedy_in_a_grammar_is_the_first_of_the_largest_that_it_allows(seed, num_allowed):
+    """Also among equal values, and where the likeliest token of all is barred."""
+    source = np.random.default_rng(seed)
+    row = source.integers(0, 3, VOCAB).astype(np.float32)
+    may = np.zeros(VOCAB, bool)
+    may[source.choice(VOCAB, num_allowed, replace=False)] = True
+    request = constrained("a+").request
+    request.matcher.mask = np.packbits(np.pad(may, (0, -VOCAB % 32)), bitorder="little")
+    (drawn,) = sample(torch.from_numpy(row)[None], [request])
+    if num_allowed:
+        assert drawn.token_id == int(np.where(may, row, -np.inf).argmax())
+    else:
+        assert isinstance(drawn, Exhausted)
