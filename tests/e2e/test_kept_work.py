@@ -87,7 +87,7 @@ async def test_a_batch_goes_on_after_kill_9_and_answers_every_line_once(serve, t
 @pytest.mark.parametrize(
     ("number", "message"),
     [(signal.SIGKILL, "the server ended before the job did"),
-     (signal.SIGTERM, "the server was shut down")],
+     pytest.param(signal.SIGTERM, "the server was shut down", marks=pytest.mark.slow)],
 )  # fmt: skip
 async def test_a_job_that_an_end_cut_short_has_failed_and_batches_go_on(serve, number, message):
     row = {"prompt": "a", "completion": "b"}
@@ -119,6 +119,7 @@ async def test_a_job_that_an_end_cut_short_has_failed_and_batches_go_on(serve, n
         assert (await api.files.retrieve(file.id)).bytes == len(data)
 
 
+@pytest.mark.slow
 async def test_two_servers_on_one_data_folder_are_refused(serve, tiny_folder, tmp_path):
     async with serve() as (server, _):
         flags = ("--model", str(tiny_folder), "--data-dir", str(tmp_path / "data"))
