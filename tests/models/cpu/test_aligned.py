@@ -25,7 +25,12 @@ SHAPE = {
     "hidden_size": 54, "intermediate_size": 70, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 20, "max_position_embeddings": 256,
 }  # fmt: skip
-PRECISIONS = ["fp32"] + ["int8"] * HAS_AVX2 + ["bf16"] * HAS_BF16
+SLOW = pytest.mark.slow  # kernels of another precision take a minute to compile
+PRECISIONS = [
+    "fp32",
+    *[pytest.param("int8", marks=SLOW)] * HAS_AVX2,
+    *[pytest.param("bf16", marks=SLOW)] * HAS_BF16,
+]
 
 
 def offset(array):
