@@ -34,7 +34,6 @@ from redmux_server.registry.folder_lock import FolderLock
 from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.registry.tenants import sees_all
-from redmux_server.services.validation import Validator
 from redmux_server.wiring import (
     make_desk,
     make_engine,
@@ -188,8 +187,7 @@ class Server:
         return Offer(
             config, self.services, self.desk, self.engine, self.metrics, self.registry, self.names,
             model.codec, self.doors.health, model.fingerprint,
-            Validator(model.vocab_size, model.max_context), int(time.time()),
-            self._count_adapters,
+            int(time.time()), self._count_adapters,
         )  # fmt: skip
 
     @property

@@ -36,6 +36,7 @@ class Services:
     generation: GenerationService | None
     scoring: ScoringService | None
     reading: ReadingService
+    validator: Validator
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,11 @@ def make_services(
     parts = engine, registry, model.codec, validator, metrics, tokenizing
     reading = ReadingService(readable(model), *parts)
     if not isinstance(model, BaseModel):
-        return Services(None, None, reading)
+        return Services(None, None, reading, validator)
     grammars = Grammars(model.codec, model.vocab_size, compiling)
     generation = GenerationService(*parts, grammars, model.decoder_start)
-    return Services(generation, ScoringService(engine, generation, validator, metrics), reading)
+    scoring = ScoringService(engine, generation, validator, metrics)
+    return Services(generation, scoring, reading, validator)
 
 
 def make_training(

@@ -87,6 +87,16 @@ class MaskThread:
             matcher.fill(row.view(np.uint8))
 
 
+def allows(mask: Mask, token_id: int) -> bool:
+    """Returns whether a token may follow."""
+    return bool(mask[token_id >> 3] >> (token_id & 7) & 1)
+
+
+def allowed_ids(mask: Mask, vocab_size: int) -> NDArray[np.int64]:
+    """Returns the ids of all tokens that may follow, in their order."""
+    return np.flatnonzero(np.unpackbits(mask, bitorder="little", count=vocab_size))
+
+
 def apply_masks(logits: "Tensor", masks: Sequence[Mask | None]) -> None:
     """Makes -inf of the logits [rows, vocab] of tokens that the row's mask bars, in place.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.candidates import candidates
-from redmux_server.engine.grammar import apply_masks
+from redmux_server.engine.grammar import allowed_ids, allows, apply_masks
 from redmux_server.engine.logit_edits import edited
 from redmux_server.engine.request import Request, Token
 
@@ -69,10 +69,9 @@ def _greedy_in_grammar(row: Tensor, likeliest_id: int, request: Request) -> int 
     on_cpu = row.device.type == "cpu" and row.dtype == torch.float32
     if not (is_plain and on_cpu) or matcher is None or matcher.mask is None:
         return None
-    if matcher.mask[likeliest_id >> 3] >> (likeliest_id & 7) & 1:
+    if allows(matcher.mask, likeliest_id):
         return likeliest_id
-    bits = np.unpackbits(matcher.mask, bitorder="little", count=len(row))
-    allowed = np.flatnonzero(bits)
+    allowed = allowed_ids(matcher.mask, len(row))
     if not len(allowed):
         return None
     values = row.numpy()[allowed]

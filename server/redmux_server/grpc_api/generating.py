@@ -139,12 +139,7 @@ class Whole:
 
     def add(self, delta: Delta) -> None:
         """Adds the next delta."""
-        whole = self._choices.setdefault(delta.index, Delta(delta.index))
-        whole.text += delta.text
-        whole.token_ids += delta.token_ids
-        whole.logprobs += delta.logprobs
-        whole.top_logprobs += delta.top_logprobs
-        whole.finish = delta.finish
+        self._choices.setdefault(delta.index, Delta(delta.index)).add(delta)
 
     def response(
         self, generation: Generation, published: Published | None

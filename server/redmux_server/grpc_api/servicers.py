@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from redmux.errors import FailedPreconditionError, InvalidArgumentError
+from redmux.errors import InvalidArgumentError
 from redmux.v1 import adapter_service_pb2 as adapter_pb
 from redmux.v1 import admin_service_pb2 as admin_pb
 from redmux.v1 import inference_service_pb2 as inference_pb
@@ -25,7 +25,7 @@ from redmux_server.grpc_api.generating import (
 )
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.generation import GenerationService
+from redmux_server.services.generation import GenerationService, generates_nothing
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
 from redmux_server.services.spec import ReadInput, ScoreSpec, TextPair
@@ -152,19 +152,13 @@ class InferenceServicer(InferenceServiceServicer):
 
     def _generates(self) -> GenerationService:
         if self._generation is None:
-            raise _generates_nothing()
+            raise generates_nothing()
         return self._generation
 
     def _scores(self) -> ScoringService:
         if self._scoring is None:
-            raise _generates_nothing()
+            raise generates_nothing()
         return self._scoring
-
-
-def _generates_nothing() -> FailedPreconditionError:
-    return FailedPreconditionError(
-        "the model is an encoder, which generates nothing; use Classify or Embed"
-    )
 
 
 class AdapterServicer(AdapterServiceServicer):

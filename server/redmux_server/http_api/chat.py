@@ -13,7 +13,6 @@ from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.deadline import within
 from redmux_server.http_api.generating import (
     Used,
-    Whole,
     caller_of,
     complete,
     read,
@@ -95,7 +94,7 @@ class _Answer:
             answer["prompt_token_ids"] = self._generation.prompt_ids
         return answer
 
-    def _choice(self, index: int, whole: Whole) -> dict[str, Any]:
+    def _choice(self, index: int, whole: Delta) -> dict[str, Any]:
         assert whole.finish is not None
         message: dict[str, Any] = {"role": "assistant", "content": whole.text, "refusal": None}
         parser = self._generation.tool_parser()
@@ -115,7 +114,7 @@ class _Answer:
             choice["token_ids"] = whole.token_ids
         return choice
 
-    def _logprobs(self, part: Whole | Delta) -> dict[str, Any] | None:
+    def _logprobs(self, part: Delta) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
         return chat_logprobs(

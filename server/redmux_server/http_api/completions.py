@@ -13,7 +13,6 @@ from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.deadline import within
 from redmux_server.http_api.generating import (
     Used,
-    Whole,
     caller_of,
     complete,
     read,
@@ -35,6 +34,7 @@ from redmux_server.http_api.schemas.completion import CompletionBody
 from redmux_server.http_api.sse import Chunks, EventStream
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.registry.published import Published
+from redmux_server.services.choice import Delta
 from redmux_server.services.generation import Generation
 
 _OBJECT = "text_completion"
@@ -114,7 +114,7 @@ class _Answer:
             "redmux": told_of(self._published, wholes[0].finish),
         }
 
-    def _choice(self, index: int, whole: Whole) -> dict[str, Any]:
+    def _choice(self, index: int, whole: Delta) -> dict[str, Any]:
         body, finish = self._body, whole.finish
         generation = self._generations[index // self._num_choices]
         assert finish is not None

@@ -3,18 +3,16 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 
-from redmux.errors import FailedPreconditionError
 from redmux_server.engine.request import FinishReason
 from redmux_server.http_api.gate import Caller
 from redmux_server.http_api.offer import Offer, applied
 from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta, Finish
-from redmux_server.services.generation import Generation
+from redmux_server.services.generation import Generation, generates_nothing
 from redmux_server.services.spec import GenerationSpec
 
 _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -52,9 +50,7 @@ async def submit(
     """
     service = offer.services.generation
     if service is None:
-        raise FailedPreconditionError(
-            "the model is an encoder, which generates nothing; use Classify or Embed"
-        )
+        raise generates_nothing()
     generations: list[Generation] = []
     published = None
     try:
@@ -115,28 +111,12 @@ async def _read_many(generations: Sequence[Generation]) -> AsyncGenerator[tuple[
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@dataclass(slots=True)
-class Whole:
-    """A choice that is complete."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    finish: Finish | None = None
-
-
-async def complete(generations: Sequence[Generation], num_choices: int) -> list[Whole]:
+async def complete(generations: Sequence[Generation], num_choices: int) -> list[Delta]:
     """Returns all choices of all generations in their order."""
-    wholes = [Whole() for _ in range(len(generations) * num_choices)]
+    wholes = [Delta() for _ in range(len(generations) * num_choices)]
     async with contextlib.aclosing(read(generations)) as deltas:
         async for index, delta in deltas:
-            whole = wholes[index * num_choices + delta.index]
-            whole.text += delta.text
-            whole.token_ids += delta.token_ids
-            whole.logprobs += delta.logprobs
-            whole.top_logprobs += delta.top_logprobs
-            whole.finish = delta.finish or whole.finish
+            wholes[index * num_choices + delta.index].add(delta)
     return wholes
 
 

@@ -28,7 +28,7 @@ def router(offer: Offer) -> APIRouter:
             "owned_by": "redmux",
             "root": offer.config.model,
             "parent": None,
-            "max_model_len": offer.validator.max_context,
+            "max_model_len": offer.services.validator.max_context,
             "redmux": {"base_fingerprint": offer.fingerprint},
         }
 
@@ -40,7 +40,7 @@ def router(offer: Offer) -> APIRouter:
             "owned_by": "redmux",
             "root": published.digest,
             "parent": offer.names.base,
-            "max_model_len": offer.validator.max_context,
+            "max_model_len": offer.services.validator.max_context,
             "redmux": {
                 "digest": published.digest,
                 "base_match": published.base_match,

@@ -12,7 +12,6 @@ from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.validation import Validator
 from redmux_server.wiring import Desk, Services
 
 
@@ -30,7 +29,6 @@ class Offer:
     codec: TextCodec
     health: Health
     fingerprint: str  # of the base model
-    validator: Validator
     created_s: int  # when the base model was loaded, since the epoch
     on_change: Callable[[], None]  # told of every change of adapters
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from redmux_server.engine.request import FinishReason
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.deadline import within
-from redmux_server.http_api.generating import Whole, caller_of, complete, read, submit, timeout_of
+from redmux_server.http_api.generating import caller_of, complete, read, submit, timeout_of
 from redmux_server.http_api.logprobs import TokenNames, chat_logprobs
 from redmux_server.http_api.offer import Offer, adapter_header, applied
 from redmux_server.http_api.schemas.answers import EVENTS, ResponseObject
@@ -68,7 +68,7 @@ class _Answer:
         (whole,) = await complete([self._generation], 1)
         return self._response(whole)
 
-    def _response(self, whole: Whole | None) -> dict[str, Any]:
+    def _response(self, whole: Delta | None) -> dict[str, Any]:
         """Returns the response as it is with this answer, None where it has just begun."""
         body = self._body
         return {
@@ -103,7 +103,7 @@ class _Answer:
             "redmux": applied(self._published),
         }
 
-    def _item(self, whole: Whole | None) -> dict[str, Any]:
+    def _item(self, whole: Delta | None) -> dict[str, Any]:
         return {
             "id": self._item_id,
             "type": "message",
@@ -112,7 +112,7 @@ class _Answer:
             "content": [] if whole is None else [self._part(whole)],
         }
 
-    def _part(self, whole: Whole | None) -> dict[str, Any]:
+    def _part(self, whole: Delta | None) -> dict[str, Any]:
         return {
             "type": "output_text",
             "text": "" if whole is None else whole.text,
@@ -120,7 +120,7 @@ class _Answer:
             "logprobs": [] if whole is None else self._logprobs(whole),
         }
 
-    def _logprobs(self, part: Whole | Delta) -> list[dict[str, Any]]:
+    def _logprobs(self, part: Delta) -> list[dict[str, Any]]:
         if not self._body.tells_logprobs:
             return []
         told: list[dict[str, Any]] = chat_logprobs(
@@ -139,13 +139,9 @@ class _Answer:
             + self._event("response.output_item.added", **item_place, item=self._item(None))
             + self._event("response.content_part.added", **place, part=self._part(None))
         )
-        whole = Whole()
+        whole = Delta()
         async for _, delta in read([self._generation]):
-            whole.text += delta.text
-            whole.token_ids += delta.token_ids
-            whole.logprobs += delta.logprobs
-            whole.top_logprobs += delta.top_logprobs
-            whole.finish = delta.finish
+            whole.add(delta)
             if delta.text or (self._body.tells_logprobs and delta.token_ids):
                 yield self._event(
                     "response.output_text.delta", **place, delta=delta.text,
@@ -168,15 +164,15 @@ class _Answer:
         return b"event: %s\ndata: %s\n\n" % (kind.encode(), msgspec.json.encode(data))
 
 
-def _is_cut(whole: Whole) -> bool:
+def _is_cut(whole: Delta) -> bool:
     return whole.finish is not None and whole.finish.reason is FinishReason.LENGTH
 
 
-def _status(whole: Whole) -> str:
+def _status(whole: Delta) -> str:
     return "incomplete" if _is_cut(whole) else "completed"
 
 
-def _usage(whole: Whole) -> dict[str, Any]:
+def _usage(whole: Delta) -> dict[str, Any]:
     finish = whole.finish
     assert finish is not None
     return {

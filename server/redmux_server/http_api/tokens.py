@@ -39,7 +39,11 @@ def router(offer: Offer) -> APIRouter:
                     "ends it", param="add_special_tokens",
                 )  # fmt: skip
             ids = ids[prepared.num_added :]
-        answer = {"count": len(ids), "max_model_len": offer.validator.max_context, "tokens": ids}
+        answer = {
+            "count": len(ids),
+            "max_model_len": offer.services.validator.max_context,
+            "tokens": ids,
+        }
         names = [offer.codec.tokens.of(i)[0] for i in ids] if body.return_token_strs else None
         return json_response({**answer, "token_strs": names}, adapter_header(published))
 
@@ -47,7 +51,7 @@ def router(offer: Offer) -> APIRouter:
     async def detokenize(request: Request, body: DetokenizeBody) -> Response:
         """Returns the text of tokens, special ones among them."""
         published = offer.names.resolve(body.model, caller_of(request).tenant)
-        offer.validator.prompt(body.tokens, name="tokens")
+        offer.services.validator.prompt(body.tokens, name="tokens")
         return json_response({"prompt": decode(body.tokens)}, adapter_header(published))
 
     return router

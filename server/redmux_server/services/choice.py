@@ -35,6 +35,14 @@ class Delta:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     finish: Finish | None = None
 
+    def add(self, following: "Delta") -> None:
+        """Takes in the next delta of the same choice."""
+        self.text += following.text
+        self.token_ids += following.token_ids
+        self.logprobs += following.logprobs
+        self.top_logprobs += following.top_logprobs
+        self.finish = following.finish
+
 
 class Choice:
     """Turns the tokens of one request into text, up to where it ends."""

@@ -5,7 +5,12 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from redmux.errors import InvalidArgumentError, RedmuxError, RequestCancelledError
+from redmux.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RedmuxError,
+    RequestCancelledError,
+)
 from redmux_adapters import Adapter, PromptFormat
 from redmux_adapters.text.encoder import Encoded
 from redmux_adapters.text.tool_format import ToolFormat
@@ -36,6 +41,13 @@ from redmux_server.services.spec import Chat, GenerationSpec, Prompt
 from redmux_server.services.tool_grammar import with_tools
 from redmux_server.services.tools import ToolCallParser
 from redmux_server.services.validation import Validator
+
+
+def generates_nothing() -> FailedPreconditionError:
+    """Returns what is raised where a generation is asked of a model without this service."""
+    return FailedPreconditionError(
+        "the model is an encoder, which generates nothing; use Classify or Embed"
+    )
 
 
 @dataclass(slots=True)
