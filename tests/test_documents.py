@@ -17,10 +17,10 @@ import tomllib
 
 import pytest
 from chat_templates import QWEN, tokenizer_of
-from conftest import load_reference, save_tiny_model
+from conftest import load_reference
 from documents import PAGES, ROOT, anchors, blocks, commands
 from google.protobuf import json_format
-from tokenizers_at_hand import BOS, EOS
+from tokenizers_at_hand import save_model_with
 
 from redmux import Client, cli
 from redmux._completion_command import whole_parser
@@ -80,15 +80,7 @@ def test_every_block_is_of_a_language_that_is_checked():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A tiny model whose template writes tools."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
-        eos_token_id=EOS, bos_token_id=BOS, pad_token_id=EOS,
-    )  # fmt: skip
-    folder = save_tiny_model(tmp_path_factory.mktemp("documents"), config)
-    tokenizer_of(QWEN).save_pretrained(folder)
+    folder = save_model_with(tokenizer_of(QWEN), tmp_path_factory.mktemp("documents"), 1024)
     return load_reference(folder)
 
 

@@ -1,5 +1,6 @@
 """Small tokenizers of the usual kinds, with special tokens and frames of every sort."""
 
+from conftest import save_tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -86,3 +87,18 @@ def make(kind="bytes", frame="none", template=CHATML, **flags):
     )
     fast.chat_template = template
     return fast
+
+
+def save_model_with(tokenizer, folder, max_positions):
+    """A small random Llama with this tokenizer, in a folder."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=max_positions, eos_token_id=EOS, bos_token_id=BOS,
+        pad_token_id=EOS,
+    )  # fmt: skip
+    folder = save_tiny_model(folder, config)
+    tokenizer.save_pretrained(folder)
+    return folder

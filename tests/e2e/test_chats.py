@@ -2,8 +2,8 @@
 
 import pytest
 from chat_templates import CALLED, CLOCK, LLAMA, QWEN, RESULT, TOOLS, tokenizer_of
-from conftest import load_reference, save_tiny_model
-from tokenizers_at_hand import BOS, CHATML, EOS
+from conftest import load_reference
+from tokenizers_at_hand import CHATML, save_model_with
 
 import redmux
 from redmux import AsyncClient
@@ -16,16 +16,7 @@ TURNS = PromptFormat(user=Turn("Q: ", "\n"), assistant=Turn("A: ", "\n"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
-        eos_token_id=EOS, bos_token_id=BOS, pad_token_id=EOS,
-    )  # fmt: skip
-    folder = save_tiny_model(tmp_path_factory.mktemp("chats"), config)
-    tokenizer_of(QWEN).save_pretrained(folder)
-    return folder
+    return save_model_with(tokenizer_of(QWEN), tmp_path_factory.mktemp("chats"), 2048)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pydantic
 import pytest
 import pytest_asyncio
 from chat_templates import CALLED, QWEN, RESULT, WEATHER, tokenizer_of
-from conftest import load_reference, save_tiny_model
-from tokenizers_at_hand import BOS, EOS
+from conftest import load_reference
+from tokenizers_at_hand import save_model_with
 
 ASKED = [{"role": "user", "content": "the weather"}]
 # The tiny model knows nothing of ends: at this temperature its texts end within its context.
@@ -40,18 +40,10 @@ class Weather(pydantic.BaseModel):
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def server(tmp_path_factory):
     """A server whose model's template knows tools."""
-    from transformers import LlamaConfig
-
     from redmux_server.app import Server
     from redmux_server.config import ServerConfig
 
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=2048,
-        eos_token_id=EOS, bos_token_id=BOS, pad_token_id=EOS,
-    )  # fmt: skip
-    folder = save_tiny_model(tmp_path_factory.mktemp("chats"), config)
-    tokenizer_of(QWEN).save_pretrained(folder)
+    folder = save_model_with(tokenizer_of(QWEN), tmp_path_factory.mktemp("chats"), 2048)
     config = ServerConfig(
         model=str(folder), port=0, http_port=0, metrics_port=0, threads=2, max_running=16,
         served_model_name=("tiny",),
