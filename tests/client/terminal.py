@@ -47,6 +47,19 @@ class Terminal:
     def type(self, text):
         os.write(self._master, text.encode())
 
+    def interrupt_until(self, text):
+        """Presses Ctrl-C until `text` comes.
+
+        Where it meets readline at work on a key, Python heeds it with the next key alone.
+        """
+        end_s = time.monotonic() + _LIMIT_S
+        while text not in self._text:
+            assert time.monotonic() < end_s, f"no {text!r} in {self._text!r}"
+            self.type("\x03")
+            while select.select([self._master], [], [], 1)[0] and text not in self._text:
+                assert self._read(), f"it ended without {text!r}: {self._text!r}"
+        self._text = self._text.partition(text)[2]
+
     def ended(self):
         """Returns the exit code, and what was left to read."""
         while self._read():

@@ -227,8 +227,7 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_tells_how_to_leave(terminal, se
     chat.until("> ")
     chat.type("nonsense")
     chat.until("nonsense")  # it is being read
-    chat.type("\x03")
-    chat.until("Ctrl-D leaves\r\n> ")
+    chat.interrupt_until("Ctrl-D leaves\r\n> ")
     chat.type("\x04")
     assert chat.ended()[0] == 0
     assert not server.calls
