@@ -55,6 +55,8 @@ def command_parser() -> _Parser:
          "the matrix products of all layers, alone"),
         ("engine", "engine", _engine, load,
          "the engine alone against the same load over gRPC and HTTP"),
+        ("constrained", "constrained", _constrained, load,
+         "what requests with a grammar cost the others of their batch"),
         ("nlg", "nlg", _nlg, [common], "score generated texts as the E2E NLG challenge does"),
         ("train", "training", _train, [common],
          "adapters trained together against one after the other"),
@@ -140,6 +142,14 @@ def _products(parser: _Parser) -> None:
 
 def _engine(parser: _Parser) -> None:
     _add(parser, "--concurrency", positive, 32, "requests per wave, all at once")
+    _add_rounds(parser, 5)
+
+
+def _constrained(parser: _Parser) -> None:
+    _add(
+        parser, "--concurrency", positive, 32,
+        "requests per wave, all at once, of which every second one has a grammar",
+    )  # fmt: skip
     _add_rounds(parser, 5)
 
 

@@ -13,18 +13,13 @@ from redmux_adapters.bases.load import DEFAULT_MODEL
 from redmux_bench import report
 from redmux_bench.http_load import HttpLoad
 from redmux_bench.load import LoadGenerator, Wave
+from redmux_bench.lone_engine import LoneEngine
 from redmux_bench.rounds import median_ratio
 from redmux_bench.server_process import ServerProcess, serve_flags, start
-from redmux_bench.steps import greedy_request
 from redmux_bench.summary import summarize
 from redmux_bench.tables import print_table
 from redmux_bench.workload import Planned, Workload
-from redmux_server.config import ServerConfig, load_config
-from redmux_server.device import choose
-from redmux_server.engine.request import Event, Failed, Token
-from redmux_server.metrics import Metrics
-from redmux_server.models.load_causal import load_causal
-from redmux_server.wiring import make_engine
+from redmux_server.config import load_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,39 +30,6 @@ class _Turn:
     own_cpu_ms: float
     server_cpu_ms: float
     first_token_ms: float = 0.0
-
-
-class LoneEngine:
-    """An engine in this process, with nothing between the caller and its events."""
-
-    def __init__(self, config: ServerConfig) -> None:
-        model = load_causal(config, choose(config))
-        self.vocab_size = model.vocab_size
-        self.engine = make_engine(config, model, Metrics())
-
-    async def run(self, planned: Sequence[Planned]) -> int:
-        """Submits all requests at once; returns their tokens once all have ended.
-
-        Raises the error of a request that fails.
-        """
-        num_tokens, num_open = 0, len(planned)
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def take(event: Event) -> None:
-            nonlocal num_tokens, num_open
-            if isinstance(event, Token):
-                num_tokens += 1
-                return
-            num_open -= 1
-            if isinstance(event, Failed) and not ended.done():
-                ended.set_exception(event.error)
-            elif not num_open and not ended.done():
-                ended.set_result(None)
-
-        for request in planned:
-            self.engine.submit(greedy_request(request.prompt_ids, request.output_tokens, sink=take))
-        await ended
-        return num_tokens
 
 
 def run(options: argparse.Namespace) -> int:

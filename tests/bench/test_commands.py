@@ -155,6 +155,16 @@ def test_engine_gets_the_same_tokens_all_ways(bench):
     assert row["http_first_token_ms"] > 0
 
 
+def test_constrained_measures_every_grammar_and_none_before_and_behind_them(bench):
+    code, got = bench("constrained", *LOAD, "--concurrency", "5", "--rounds", "2")
+    assert code == 0
+    kinds = [row["grammar"] for row in got["rows"]]
+    assert kinds == ["none", "objects", "text", "regex", "lark", "all of these", "none again"]
+    assert [row["constrained_rows"] for row in got["rows"]] == [0, 2, 2, 2, 2, 2, 0]
+    assert got["rows"][0]["ratio"] == 1
+    assert min(rate for row in got["rows"] for rate in row["rounds"]) > 0
+
+
 def test_train_compares_adapters_together_with_one_after_the_other(bench, capsys):
     code, got = bench(
         "train", "--tasks", "3", "--batch-sizes", "1,2", "--steps", "2", "--rounds", "2",

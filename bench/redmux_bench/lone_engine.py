@@ -1,0 +1,53 @@
+"""The engine of a server, in this process."""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+
+from redmux_bench.steps import greedy_request
+from redmux_bench.workload import Planned
+from redmux_server.config import ServerConfig
+from redmux_server.device import choose
+from redmux_server.engine.grammar import Matcher
+from redmux_server.engine.request import Event, Failed, Token
+from redmux_server.metrics import Metrics
+from redmux_server.models.load_causal import load_causal
+from redmux_server.wiring import make_engine
+
+
+class LoneEngine:
+    """An engine in this process, with nothing between the caller and its events."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.model = load_causal(config, choose(config))
+        self.vocab_size = self.model.vocab_size
+        self.engine = make_engine(config, self.model, Metrics())
+
+    async def run(self, planned: Sequence[Planned], matchers: Sequence[Matcher] = ()) -> int:
+        """Submits all requests at once; returns their tokens once all have ended.
+
+        Every second one takes one of the matchers, in turn, and what it may write follows its
+        grammar. Raises the error of a request that fails.
+        """
+        turn = itertools.cycle(matchers)
+        num_tokens, num_open = 0, len(planned)
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def take(event: Event) -> None:
+            nonlocal num_tokens, num_open
+            if isinstance(event, Token):
+                num_tokens += 1
+                return
+            num_open -= 1
+            if isinstance(event, Failed) and not ended.done():
+                ended.set_exception(event.error)
+            elif not num_open and not ended.done():
+                ended.set_result(None)
+
+        for i, one in enumerate(planned):
+            request = greedy_request(one.prompt_ids, one.output_tokens, sink=take)
+            if matchers and i % 2:
+                request.matcher = next(turn).copy()
+            self.engine.submit(request)
+        await ended
+        return num_tokens
