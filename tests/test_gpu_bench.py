@@ -25,6 +25,7 @@ def run(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, where it is installed
 def test_every_part_runs_on_a_tiny_model(run, tmp_path, capsys):
     assert run.main(["--cpu-smoke", "--out", str(tmp_path / "out.json")]) == 0
@@ -52,6 +53,7 @@ def test_the_server_runs_beside_its_engine(run):
     assert rows[0]["wire_tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_reported_and_the_others_still_run(run, monkeypatch, tmp_path, capsys):
     def fail(*args):
         raise RuntimeError("no kernel")

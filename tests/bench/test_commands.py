@@ -179,6 +179,7 @@ def test_train_compares_adapters_together_with_one_after_the_other(bench, capsys
     assert "3 together tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # a process that trains has to import and to load, twice
 def test_jobs_compares_latencies_with_and_without_training(bench, serving, capsys):
     code, got = bench(

@@ -117,6 +117,7 @@ def write_glue(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_glue_runs_to_the_scores_of_served_adapters(paper, tmp_path, monkeypatch, capsys):
     model = save_tiny_encoder(tmp_path / "encoder", "bert")
     out = tmp_path / "glue.json"

@@ -108,6 +108,7 @@ async def test_sigterm_ends_a_process_whose_step_hangs(serve):
     assert code == 70
 
 
+@pytest.mark.slow
 async def test_a_second_sigterm_ends_a_process_whose_step_hangs_without_draining(serve):
     async with serve(HANG, "--drain-s", "3600") as server:
         async with AsyncClient(await server.ready()) as client:
@@ -155,6 +156,7 @@ async def test_when_the_engine_dies_nobody_is_told_that_they_cancelled(serve):
     assert set(outcomes) <= {None, AbortedError, UnavailableError}
 
 
+@pytest.mark.slow
 async def test_calls_that_a_stopping_server_gives_up_are_unavailable(serve):
     """A text that is being tokenized for longer than the server drains, and a health watch."""
     slow = (

@@ -87,8 +87,9 @@ async def test_a_batch_goes_on_after_kill_9_and_answers_every_line_once(serve, t
 @pytest.mark.parametrize(
     ("number", "message"),
     [(signal.SIGKILL, "the server ended before the job did"),
-     pytest.param(signal.SIGTERM, "the server was shut down", marks=pytest.mark.slow)],
+     (signal.SIGTERM, "the server was shut down")],
 )  # fmt: skip
+@pytest.mark.slow
 async def test_a_job_that_an_end_cut_short_has_failed_and_batches_go_on(serve, number, message):
     row = {"prompt": "a", "completion": "b"}
     async with serve() as (server, api):

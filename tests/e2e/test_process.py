@@ -42,7 +42,7 @@ async def test_sigterm_lets_running_streams_end_and_takes_no_more(serve):
         code, text = await server.ended()
     assert code == 0
     assert "draining" in text
-    assert "stopped" in text
+    assert text.splitlines()[-1].endswith("redmux_server.app: stopped")
 
 
 async def keep_asking(client):
@@ -102,13 +102,6 @@ async def test_two_servers_on_one_adapter_folder_are_one_too_many(serve, base, t
         assert f"(pid {first.process.pid} on " in text.splitlines()[-1]
         async with AsyncClient(target) as client:
             await client.adapters.put("x", to_bytes(base.adapter(1)))
-        first.process.kill()
-        await first.process.wait()
-    async with (
-        serve("--adapter-dir", folder) as third,
-        AsyncClient(await third.ready()) as client,
-    ):
-        assert [a.name async for a in client.adapters.list()] == ["x"]
 
 
 async def test_adapters_are_loaded_from_folders_and_files_at_start(serve, base, tmp_path):
@@ -205,15 +198,6 @@ async def test_a_signal_that_comes_with_the_end_of_the_start_is_not_lost(tiny_fo
     assert "draining" in text
 
 
-async def test_the_last_line_of_a_stop_says_so(serve):
-    async with serve() as server:
-        await server.ready()
-        server.process.send_signal(signal.SIGTERM)
-        code, text = await server.ended()
-    assert code == 0
-    assert text.splitlines()[-1].endswith("redmux_server.app: stopped")
-
-
 async def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(serve, tmp_path):
     path = tmp_path / "keys"
     path.write_text("the-first-key\n")
@@ -257,6 +241,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 async def test_signals_that_come_when_all_is_over_do_not_change_how_it_ended(tiny_folder, tmp_path):
     path = tmp_path / "keys"
     path.write_text("the-first-key\n")
@@ -362,6 +347,7 @@ async def test_a_mistake_in_the_environment_ends_a_process_before_it_loads_anyth
     assert text == "redmux serve: REDMUX_THREADS is 'many', must be a number (int)\n"
 
 
+@pytest.mark.slow
 async def test_garbage_is_collected_once_it_serves_and_not_before(serve, tmp_path):
     """A start makes half a million objects that stay; looking through them would take a second."""
     (tmp_path / "sitecustomize.py").write_text(

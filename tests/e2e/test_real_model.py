@@ -154,6 +154,7 @@ def test_scoring_an_answer_gives_the_bits_that_generating_it_gave(target, alone,
     assert scores(target, alone, work) == [answer.logprobs for answer in alone]
 
 
+@pytest.mark.slow
 def test_int8_finds_the_same_answers_about_as_likely(alone, work):
     with serving("--quantization", "int8") as target:
         rounded = scores(target, alone[::2], work[::2])

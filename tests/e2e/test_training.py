@@ -272,6 +272,7 @@ async def test_training_is_stopped_for_most_of_the_time_while_requests_run(monke
     assert ran / (times[-2 if len(times) % 2 == 0 else -1] - times[0]) < 0.25
 
 
+@pytest.mark.slow
 async def test_training_does_not_outlive_a_server_that_is_killed(tiny_folder):
     serving = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "redmux", "serve", "--model", str(tiny_folder), "--port", "0",

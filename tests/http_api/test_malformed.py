@@ -55,7 +55,7 @@ def fields(server):
 async def test_no_value_of_any_field_is_an_error_of_the_servers(http, fields, path):
     """A field at a time, and several at once."""
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.dictionaries(st.sampled_from(fields[path]), VALUES, min_size=1, max_size=3))
     def collect(changed):
         cases.append(changed)

@@ -115,8 +115,14 @@ def run(rig, adapters):
 WAYS = ["separate kernels", "few-row products"]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        pytest.param(kind, way, marks=[pytest.mark.slow] * (i % 2 != j and kind != "llama"))
+        for i, kind in enumerate(MODELS)
+        for j, way in enumerate(WAYS)
+    ],
+)
 def test_mixed_steps_equal_plain_transformers(kind, way):
     plain, rig = make_model(kind), Rig(make_model(kind), way)
     linears = {site: dim for site, dim in rig.sites.items() if site.endswith("_proj")}
