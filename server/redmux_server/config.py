@@ -57,6 +57,11 @@ class ServerConfig:
     quantization: str = _option(
         "none", "none, bf16, int8 or auto: how linears on a CPU are multiplied"
     )
+    kv_dtype: str = _option(
+        "auto",
+        "auto, float32 or bfloat16: how a CPU keeps keys and values; auto is bfloat16 where "
+        "products are quantized",
+    )
     threads: int = _option(0, "CPU threads of the engine; 0 takes every core")
     max_running: int = _option(64, "most requests in one forward pass")
     max_batch_tokens: int = _option(256, "most tokens in one forward pass")
@@ -177,6 +182,7 @@ _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": ("none", "bf16", "int8", "auto"),
+    "kv_dtype": ("auto", "float32", "bfloat16"),
     "log_level": ("debug", "info", "warning", "error"),
 }
 

@@ -23,7 +23,7 @@ def choose(config: ServerConfig) -> Choices:
     """Returns the choices for this machine.
 
     Raises FailedPreconditionError if the configuration asks for a device that is not there or
-    for a quantization that device and dtype have not.
+    for a quantization or a kv_dtype that device and dtype have not.
     """
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
@@ -41,12 +41,18 @@ def choose(config: ServerConfig) -> Choices:
         dtype, why = torch.float32, "auto: exact, and the fastest on CPUs without bf16 products"
     else:
         dtype, why = torch.bfloat16, "auto: the native precision of current GPUs"
-    reasons.append(f"dtype {str(dtype).removeprefix('torch.')} ({why})")
+    dtype_name = str(dtype).removeprefix("torch.")
+    reasons.append(f"dtype {dtype_name} ({why})")
 
     if config.quantization not in ("none", "auto") and (name, dtype) != ("cpu", torch.float32):
         raise FailedPreconditionError(
             f"quantization is {config.quantization}, which needs device cpu and dtype float32, "
-            f"not {name} and {str(dtype).removeprefix('torch.')}; use quantization none here"
+            f"not {name} and {dtype_name}; use quantization none here"
+        )
+    if config.kv_dtype not in ("auto", dtype_name) and (name, dtype) != ("cpu", torch.float32):
+        raise FailedPreconditionError(
+            f"kv_dtype is {config.kv_dtype}, which needs device cpu and dtype float32, not {name} "
+            f"and {dtype_name}; use kv_dtype auto here"
         )
 
     cores = len(os.sched_getaffinity(0))

@@ -38,6 +38,8 @@ class Rule:
 def make_cache(kind, shape: LayerShape, num_blocks: int, poison: float | None = None):
     if kind == "numba":
         cache = NumbaKVCache([shape], num_blocks)
+    elif kind == "rounded":
+        cache = NumbaKVCache([shape], num_blocks, torch.bfloat16)
     elif kind == "paged":
         cache = make_paged_cache([shape], num_blocks)
     else:
@@ -45,6 +47,14 @@ def make_cache(kind, shape: LayerShape, num_blocks: int, poison: float | None = 
     if poison is not None:
         cache.poison(range(num_blocks), poison)
     return cache
+
+
+def as_kept(kind, sequence: Sequence) -> Sequence:
+    """The sequence as a cache of this kind keeps it."""
+    if kind != "rounded":
+        return sequence
+    k, v = (torch.from_numpy(x).bfloat16().float().numpy() for x in (sequence.k, sequence.v))
+    return Sequence(sequence.q, k, v, sequence.blocks)
 
 
 def make_paged_cache(shapes, num_blocks) -> PagedKVCache:

@@ -45,7 +45,7 @@ def test_every_field_can_be_set_in_each_of_the_three_places(field, write):
     extra = {"tls_cert": {"tls_key": "k"}, "tls_key": {"tls_cert": "c"}}.get(field.name, {})
     choices = {
         "device": "cpu", "dtype": "float32", "quantization": "int8", "log_level": "debug",
-        "host": "::1", "admin_key": "a-long-key",
+        "kv_dtype": "bfloat16", "host": "::1", "admin_key": "a-long-key",
     }  # fmt: skip
     if isinstance(field.default, tuple):
         text = "a-long-key"

@@ -26,7 +26,7 @@ from redmux_server.models.causal.room import (
 )
 from redmux_server.models.causal.runner import CachedRunner, CausalRunner
 from redmux_server.models.causal.selfcheck import reference
-from redmux_server.models.cpu.precision import choose_precision
+from redmux_server.models.cpu.precision import choose_kv_dtype, choose_precision
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.cuda.runtime import DeviceRuntime
 from redmux_server.models.kvcache import BLOCK
@@ -119,10 +119,12 @@ def _on_cpu(
     packing, expected = pack_and_run(model, choices, reservation)
     shapes, rules = discover(model)
     limit = context_limit(model.config, rules)
-    max_context, num_tokens = context_and_cache(config, model, shapes, limit)
-    cache, attention_reason = make_cache(shapes, num_tokens // BLOCK, choices)
     is_fp32 = choices.dtype == torch.float32
     quantization, why = choose_precision(config.quantization, is_fp32)
+    kv_dtype, kv_reason = choose_kv_dtype(config.kv_dtype, quantization, choices.dtype)
+    per_token = kv_bytes_per_token(shapes, kv_dtype)
+    max_context, num_tokens = context_and_cache(config, choices.device, per_token, limit)
+    cache, attention_reason = make_cache(shapes, num_tokens // BLOCK, choices, kv_dtype)
     checked = fuse(model, packing, rules, cache, sites, expected, choices, quantization) or keep(
         model, cache, sites, expected, choices, quantization
     )
@@ -134,11 +136,21 @@ def _on_cpu(
         min_slots=config.max_running + 1,
     )
     runner = CausalRunner(checked.decoder, cache, bank, choices.device, choices.num_threads)
-    reasons = (context_reason(max_context, limit), attention_reason, checked.reason, *why)
     return _Parts(
-        runner, bank, checked.linears, kv_bytes_per_token(shapes, choices.dtype), max_context,
-        checked.bit_identical, reasons,
-    )  # fmt: skip
+        runner,
+        bank,
+        checked.linears,
+        per_token,
+        max_context,
+        checked.bit_identical,
+        (
+            context_reason(max_context, limit),
+            attention_reason,
+            kv_reason,
+            checked.reason,
+            *why,
+        ),
+    )
 
 
 def _on_device(
@@ -148,8 +160,9 @@ def _on_device(
     shapes, rules = discover(model)
     limit = context_limit(model.config, rules)
     runtime = DeviceRuntime.choose(shapes, choices.device, choices.dtype, choices.num_threads)
+    per_token = kv_bytes_per_token(shapes, choices.dtype)
     max_context, num_tokens = context_and_cache(
-        config, model, shapes, limit, runtime.attention.block_size
+        config, choices.device, per_token, limit, runtime.attention.block_size
     )
     cache = runtime.make_cache(shapes, num_tokens)
     attach(model, cache)
@@ -158,8 +171,8 @@ def _on_device(
         max_running=config.max_running, max_context=max_context, bank_bytes=config.bank_bytes,
     )  # fmt: skip
     return _Parts(
-        engine.runner, engine.bank, linears_of(model),
-        kv_bytes_per_token(shapes, choices.dtype), max_context, engine.bit_identical,
+        engine.runner, engine.bank, linears_of(model), per_token, max_context,
+        engine.bit_identical,
         (
             context_reason(max_context, limit),
             *engine.reasons,

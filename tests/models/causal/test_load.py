@@ -46,7 +46,8 @@ def memory(monkeypatch):
 def sizes(base=None, **options):
     base = base or model()
     limit = context_limit(base.config, [])
-    return room.context_and_cache(ServerConfig(**options), base, SHAPES, limit)
+    per_token = room.kv_bytes_per_token(SHAPES, base.dtype)
+    return room.context_and_cache(ServerConfig(**options), base.device, per_token, limit)
 
 
 def test_the_context_is_the_models_by_default():
@@ -154,13 +155,14 @@ def choices(**options):
 
 
 def test_fp32_on_the_cpu_has_the_exact_kernel():
-    cache, reason = on_cpu.make_cache(SHAPES, 2, choices())
+    cache, reason = on_cpu.make_cache(SHAPES, 2, choices(), torch.float32)
     assert type(cache) is NumbaKVCache
     assert "exact" in reason
 
 
 def test_everything_else_has_torchs_attention_and_says_why():
-    cache, told = on_cpu.make_cache([LayerShape(2, 1, 8)], 2, choices(dtype=torch.bfloat16))
+    shapes, dtype = [LayerShape(2, 1, 8)], torch.bfloat16
+    cache, told = on_cpu.make_cache(shapes, 2, choices(dtype=dtype), dtype)
     assert type(cache) is TorchKVCache
     assert "not fp32" in told
     assert cache.layers[0].cache.dtype is torch.bfloat16
@@ -179,6 +181,41 @@ def test_a_model_is_loaded_checked_and_free_of_hooks(tiny_folder, base):
     assert loaded.bit_identical
     assert any("checked at start" in reason for reason in loaded.reasons)
     assert not any(m._forward_hooks for m in loaded.linears)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_keys_and_values_in_bf16_are_checked_and_exact_in_any_batch(
+    tiny_folder, monkeypatch, is_fused
+):
+    if not is_fused:
+        monkeypatch.setattr(on_cpu, "why_not_fusable", lambda model: "not now")
+    threads, loaded = torch.get_num_threads(), {}
+    try:
+        for dtype in ("float32", "bfloat16"):
+            config = ServerConfig(model=str(tiny_folder), kv_cache_tokens=1024, kv_dtype=dtype)
+            loaded[dtype] = load_causal(config, choices())
+    finally:
+        torch.set_num_threads(threads)
+    exact, rounded = loaded.values()
+    assert rounded.runner.cache.dtype is torch.bfloat16
+    assert rounded.bit_identical
+    assert rounded.kv_bytes_per_token * 2 == exact.kv_bytes_per_token
+    assert rounded.num_blocks == exact.num_blocks
+    assert "keys and values bfloat16 (set by configuration)" in rounded.reasons
+
+
+def test_rounded_keys_do_not_hide_a_wrong_attention(tiny_folder, monkeypatch):
+    def attach(model, cache):
+        load_attach(model, cache)
+        for module in attention_modules(model):
+            module.scaling *= 1.02
+
+    load_attach = on_cpu.attach
+    monkeypatch.setattr(on_cpu, "why_not_fusable", lambda model: "not now")
+    monkeypatch.setattr(on_cpu, "attach", attach)
+    config = ServerConfig(model=str(tiny_folder), kv_cache_tokens=1024, kv_dtype="bfloat16")
+    with pytest.raises(FailedPreconditionError, match="differs from the plain model by"):
+        load_causal(config, choices())
 
 
 @pytest.fixture

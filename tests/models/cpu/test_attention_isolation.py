@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models.naive_attention import Rule, make_cache, make_sequences, naive, run_chunks, run_step
+from models.naive_attention import (
+    Rule,
+    as_kept,
+    make_cache,
+    make_sequences,
+    naive,
+    run_chunks,
+    run_step,
+)
 
 from redmux_server.models.kvcache import LayerShape, Segment
 
-CACHES = ("numba", "torch", "paged")
+EXACT = ("numba", "rounded")
+CACHES = (*EXACT, "torch", "paged")
 RULES = [Rule(0.3), Rule(0.3, 20), Rule(0.3, 0, 5.0), Rule(0.3, 33, 5.0)]
 NAN = float("nan")
 
@@ -21,25 +30,27 @@ rules = st.sampled_from(RULES)
 seeds = st.integers(0, 2**20)
 
 
-def alone(shape, sequence, num_blocks, rule):
-    return run_chunks(make_cache("numba", shape, num_blocks), sequence, [], rule)
+def alone(shape, sequence, num_blocks, rule, kind="numba"):
+    return run_chunks(make_cache(kind, shape, num_blocks), sequence, [], rule)
 
 
+@pytest.mark.parametrize("kind", EXACT)
 @settings(max_examples=20, deadline=None)
 @given(shapes, rules, st.integers(1, 80), st.sets(st.integers(1, 79)), seeds)
-def test_no_chunking_changes_a_bit(shape, rule, length, cuts, seed):
+def test_no_chunking_changes_a_bit(kind, shape, rule, length, cuts, seed):
     (sequence,), num_blocks = make_sequences(seed, shape, [length])
     cuts = [cut for cut in cuts if cut < length]
-    got = run_chunks(make_cache("numba", shape, num_blocks), sequence, cuts, rule)
-    np.testing.assert_array_equal(got, alone(shape, sequence, num_blocks, rule))
+    got = run_chunks(make_cache(kind, shape, num_blocks), sequence, cuts, rule)
+    np.testing.assert_array_equal(got, alone(shape, sequence, num_blocks, rule, kind))
 
 
+@pytest.mark.parametrize("kind", EXACT)
 @settings(max_examples=10, deadline=None)
 @given(shapes, rules, st.lists(st.integers(1, 60), min_size=2, max_size=5), seeds, st.randoms())
-def test_no_neighbour_and_no_order_changes_a_bit(shape, rule, lengths, seed, random):
+def test_no_neighbour_and_no_order_changes_a_bit(kind, shape, rule, lengths, seed, random):
     """Steps of random composition, each request advancing by random chunks."""
     sequences, num_blocks = make_sequences(seed, shape, lengths)
-    cache = make_cache("numba", shape, num_blocks)
+    cache = make_cache(kind, shape, num_blocks)
     done = [0] * len(sequences)
     got = [[] for _ in sequences]
     while any(n < len(s) for n, s in zip(done, sequences, strict=True)):
@@ -51,7 +62,7 @@ def test_no_neighbour_and_no_order_changes_a_bit(shape, rule, lengths, seed, ran
             got[i].append(rows)
             done[i] = stop
     for rows, sequence in zip(got, sequences, strict=True):
-        expected = alone(shape, sequence, num_blocks, rule)
+        expected = alone(shape, sequence, num_blocks, rule, kind)
         np.testing.assert_array_equal(np.concatenate(rows), expected)
 
 
@@ -120,7 +131,7 @@ def test_blocks_left_of_the_window_are_never_seen(kind):
     run_step(cache, [(sequence, 0, 99)], rule)
     cache.poison(sequence.blocks[:2], 1e30)
     got = run_step(cache, [(sequence, 99, 100)], rule)[0]
-    np.testing.assert_allclose(got, naive(sequence, rule)[99:], atol=1e-5)
+    np.testing.assert_allclose(got, naive(as_kept(kind, sequence), rule)[99:], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CACHES)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models.naive_attention import (
     Rule,
+    as_kept,
     make_cache,
     make_paged_cache,
     make_sequences,
@@ -21,7 +22,7 @@ from redmux_server.models.cpu.kvcache import NumbaKVCache
 from redmux_server.models.cpu.vector import exp as _exp
 from redmux_server.models.kvcache import LayerShape, Segment
 
-CACHES = ("numba", "torch", "paged")
+CACHES = ("numba", "rounded", "torch", "paged")
 HEAD_DIMS = (4, 6, 12, 64, 80, 128)
 TOLERANCE = 2e-5  # of values around 1, from scores up to some dozens
 
@@ -61,7 +62,8 @@ def test_mixed_decodes_and_prefills_equal_the_formula(kind, shape, rule, lengths
     now = [(s, n, len(s)) for s, n in zip(sequences, known, strict=True)]
     now.sort(key=lambda part: part[2] - part[1] > 1)  # decodes first
     for (sequence, start, _), got in zip(now, run_step(cache, now, rule), strict=True):
-        np.testing.assert_allclose(got, naive(sequence, rule)[start:], atol=TOLERANCE)
+        expected = naive(as_kept(kind, sequence), rule)[start:]
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -70,7 +72,7 @@ def test_every_head_size_equals_the_formula_token_by_token(kind, head_dim):
     shape, rule = LayerShape(4, 2, head_dim), Rule(head_dim**-0.5)
     (sequence,), num_blocks = make_sequences(1, shape, [40])
     got = run_chunks(make_cache(kind, shape, num_blocks), sequence, range(40), rule)
-    np.testing.assert_allclose(got, naive(sequence, rule), atol=TOLERANCE)
+    np.testing.assert_allclose(got, naive(as_kept(kind, sequence), rule), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -79,7 +81,7 @@ def test_a_window_counts_the_keys_that_a_row_sees(kind, window):
     shape, rule = LayerShape(2, 1, 4), Rule(0.5, window)
     (sequence,), num_blocks = make_sequences(2, shape, [100])
     got = run_chunks(make_cache(kind, shape, num_blocks), sequence, [7, 50, 51], rule)
-    np.testing.assert_allclose(got, naive(sequence, rule), atol=TOLERANCE)
+    np.testing.assert_allclose(got, naive(as_kept(kind, sequence), rule), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -87,7 +89,7 @@ def test_a_window_of_one_key_returns_the_values_themselves(kind):
     shape = LayerShape(2, 2, 4)
     (sequence,), num_blocks = make_sequences(3, shape, [70])
     got = run_chunks(make_cache(kind, shape, num_blocks), sequence, [], Rule(0.5, 1))
-    np.testing.assert_array_equal(got, sequence.v)
+    np.testing.assert_array_equal(got, as_kept(kind, sequence).v)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -106,14 +108,16 @@ def test_scores_far_apart_neither_overflow_nor_vanish(kind):
     shape, rule = LayerShape(2, 1, 4), Rule(50.0)
     (sequence,), num_blocks = make_sequences(5, shape, [40])
     got = run_chunks(make_cache(kind, shape, num_blocks), sequence, [], rule)
-    np.testing.assert_allclose(got, naive(sequence, rule), atol=2e-4)  # scores are in the hundreds
+    expected = naive(as_kept(kind, sequence), rule)
+    np.testing.assert_allclose(got, expected, atol=2e-4)  # scores are in the hundreds
 
 
 @pytest.mark.parametrize("kind", CACHES)
 def test_each_layer_keeps_its_own_keys_and_values(kind):
     shapes = [LayerShape(2, 1, 4), LayerShape(4, 2, 12)]
-    if kind == "numba":
-        cache = NumbaKVCache(shapes, 3)
+    if kind in ("numba", "rounded"):
+        dtype = torch.float32 if kind == "numba" else torch.bfloat16
+        cache = NumbaKVCache(shapes, 3, dtype)
     elif kind == "paged":
         cache = make_paged_cache(shapes, 3)
     else:
@@ -128,7 +132,8 @@ def test_each_layer_keeps_its_own_keys_and_values(kind):
                 )
                 got[i].append(cache.layers[i](q, k, v, rule.scale, 0, 0.0)[0].numpy())
     for rows, sequence in zip(got, sequences, strict=True):
-        np.testing.assert_allclose(np.concatenate(rows), naive(sequence, rule), atol=TOLERANCE)
+        expected = naive(as_kept(kind, sequence), rule)
+        np.testing.assert_allclose(np.concatenate(rows), expected, atol=TOLERANCE)
 
 
 @njit

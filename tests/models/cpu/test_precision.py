@@ -4,6 +4,7 @@ import numba
 import pytest
 import torch
 
+from redmux.errors import FailedPreconditionError
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.models.cpu import precision
@@ -52,6 +53,39 @@ def test_auto_is_the_fastest_within_the_stated_loss(on, cpu, expected, reason):
     name, reasons = on("auto", **cpu)
     assert name == expected
     assert reason in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "quantization", "dtype", "expected", "reason"),
+    [
+        ("auto", "none", torch.float32, torch.float32, "auto: as the rest"),
+        ("auto", "int8", torch.float32, torch.bfloat16, "auto: products are rounded, too"),
+        ("auto", "none", torch.float16, torch.float16, "auto: as the rest"),
+        ("float32", "bf16", torch.float32, torch.float32, "set by configuration"),
+        ("bfloat16", "none", torch.float32, torch.bfloat16, "set by configuration"),
+    ],
+)
+def test_keys_and_values_are_rounded_where_products_are(
+    kv_dtype, quantization, dtype, expected, reason
+):
+    got, why = precision.choose_kv_dtype(kv_dtype, quantization, dtype)
+    assert got is expected
+    assert why.startswith(f"keys and values {str(expected).removeprefix('torch.')} ")
+    assert reason in why
+
+
+@pytest.mark.parametrize("options", [{"quantization": "int8"}, {"kv_dtype": "bfloat16"}], ids=str)
+def test_what_only_decoders_round_is_refused_for_others(options):
+    precision.check_not_rounded(ServerConfig(), "an encoder")
+    with pytest.raises(FailedPreconditionError, match=r"which serves decoders; use .* for an enc"):
+        precision.check_not_rounded(ServerConfig(**options), "an encoder")
+
+
+def test_keys_of_another_dtype_than_the_models_are_refused_where_nothing_rounds_them():
+    config = ServerConfig(device="cpu", dtype="bfloat16", kv_dtype="float32")
+    with pytest.raises(FailedPreconditionError, match="kv_dtype is float32, which needs device cp"):
+        choose(config)
+    choose(ServerConfig(device="cpu", dtype="bfloat16", kv_dtype="bfloat16"))
 
 
 def test_a_server_tells_what_auto_chose(tiny_folder):

@@ -17,6 +17,7 @@ from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.causal.attention import attach
 from redmux_server.models.causal.runner import CausalRunner, Decoder, TransformersDecoder
 from redmux_server.models.causal.selfcheck import (
+    MIN_CACHE_TOKENS,
     ROUNDED_TOLERANCE,
     Reference,
     SelfCheck,
@@ -30,7 +31,7 @@ from redmux_server.models.cpu.packed_linear import PackedLinear
 from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.phases import counters_of
 from redmux_server.models.cpu.reservation import Reservation
-from redmux_server.models.kvcache import KVCache, LayerRule, LayerShape
+from redmux_server.models.kvcache import BLOCK, KVCache, LayerRule, LayerShape
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +64,14 @@ def pack_and_run(
 
 
 def make_cache(
-    shapes: Sequence[LayerShape], num_blocks: int, choices: Choices
+    shapes: Sequence[LayerShape], num_blocks: int, choices: Choices, kv_dtype: torch.dtype
 ) -> tuple[KVCache, str]:
     """Returns the cache of these layers, and what computes attention with it."""
     cache: KVCache
     if choices.dtype != torch.float32:
         cache = TorchKVCache(shapes, num_blocks, choices.device, choices.dtype)
         return cache, "attention: torch over gathered blocks (not fp32)"
-    cache = NumbaKVCache(shapes, num_blocks)
+    cache = NumbaKVCache(shapes, num_blocks, kv_dtype)
     return cache, "attention: exact-length paged kernel"
 
 
@@ -92,15 +93,18 @@ def fuse(
     if packing is None:
         return None
     assert isinstance(cache, NumbaKVCache), "only fp32 is packed"
-    decoder = FusedDecoder(model, rules, cache, packing)
+    exact = cache.exact(MIN_CACHE_TOKENS // BLOCK)
+    decoder = FusedDecoder(model, rules, exact, packing)
     try:
-        error, bit_identical = _check(decoder, cache, sites, expected, choices)
+        error, bit_identical = _check(decoder, exact, sites, expected, choices)
     except FailedPreconditionError as err:
         logger.warning("not fused: %s", err)
         return None
-    if quantization != "none":  # only now: rounded weights would hide what else is wrong
-        decoder = FusedDecoder(model, rules, cache, pack(model, quantization))
-        tolerance = ROUNDED_TOLERANCE[quantization]
+    tolerance = _tolerance(quantization, cache)
+    if tolerance:  # only now: what is rounded would hide what else is wrong
+        if quantization != "none":
+            packing = pack(model, quantization)
+        decoder = FusedDecoder(model, rules, cache, packing)
         error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     linears = decoder.linears
     model.model.layers = nn.ModuleList()
@@ -117,21 +121,35 @@ def keep(
     quantization: str,
 ) -> Checked:  # fmt: skip
     """Returns the model as transformers runs it; raises FailedPreconditionError if it cannot be."""
-    attach(model, cache)
     decoder = TransformersDecoder(model)
     tolerance = None
     if choices.dtype != torch.float32:
         reason = "linears: torch's own (not fp32)"
     else:
-        if quantization != "none":
-            _check(decoder, cache, sites, expected, choices)
-            tolerance = ROUNDED_TOLERANCE[quantization]
+        tolerance = _tolerance(quantization, cache)
+        if tolerance:
+            exact = _exact(cache)
+            attach(model, exact)
+            _check(decoder, exact, sites, expected, choices)
         count = pack_linears(model, "fp32" if quantization == "none" else quantization)
         reason = f"linears: {count} packed, {_PRECISIONS[quantization]}"
+    attach(model, cache)
     error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     # No product of torch's promises that, whatever a few steps show.
     bit_identical &= not decoder.computes_in_torch
     return Checked(decoder, linears_of(model), bit_identical, f"{reason}, {_off_by(error)}")
+
+
+def _tolerance(quantization: str, cache: KVCache) -> float | None:
+    """Returns by how much logits may differ where something is rounded, None where nothing is."""
+    if quantization != "none":
+        return ROUNDED_TOLERANCE[quantization]
+    return ROUNDED_TOLERANCE["bf16"] if _exact(cache) is not cache else None
+
+
+def _exact(cache: KVCache) -> KVCache:
+    """Returns what the check needs of a cache that does not round: this one where it does not."""
+    return cache.exact(MIN_CACHE_TOKENS // BLOCK) if isinstance(cache, NumbaKVCache) else cache
 
 
 def _off_by(error: float) -> str:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -17,25 +16,27 @@ _DEFAULT_IDLE_BYTES = 128 << 20
 
 
 def context_and_cache(
-    config: ServerConfig, model: Any, shapes: Sequence[LayerShape], limit: ContextLimit,
+    config: ServerConfig, device: torch.device, per_token: int, limit: ContextLimit,
     block_size: int = BLOCK,
 ) -> tuple[int, int]:  # fmt: skip
-    """Returns (most tokens of a request, tokens in the cache, a multiple of `block_size`)."""
+    """Returns (most tokens of a request, tokens in the cache, a multiple of `block_size`).
+
+    `per_token` is what the keys and values of a token take, in bytes.
+    """
     context = config.max_context or limit.num_tokens
     if context > limit.num_tokens:
         raise InvalidArgumentError(
             f"max_context is {context}, but can be {limit.num_tokens} at most: {limit.reason}"
         )
-    per_token = kv_bytes_per_token(shapes, model.dtype)
     tokens = config.kv_cache_tokens
     if not tokens:
-        num_bytes = _free_bytes(model.device) // 4
-        if model.device.type == "cpu":
+        num_bytes = _free_bytes(device) // 4
+        if device.type == "cpu":
             num_bytes = min(_DEFAULT_CACHE_BYTES, num_bytes)
         whole_requests = config.max_running * -(-context // block_size) * block_size
         tokens = max(min(num_bytes // per_token, whole_requests), min_cache_tokens(block_size))
     tokens = -(-tokens // block_size) * block_size
-    check_memory(config.kv_cache_tokens, tokens, per_token, model.device)
+    check_memory(config.kv_cache_tokens, tokens, per_token, device)
     return min(context, tokens), tokens
 
 

@@ -77,6 +77,11 @@ def _fp32(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     return builder.call(fma, [word, lanes, totals])
 
 
+def _fp32_by_bf16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
+    high = builder.shl(builder.zext(lanes, ir.VectorType(INT32, PANEL)), splat(builder, INT32(16)))
+    return _fp32(builder, totals, word, builder.bitcast(high, totals.type))
+
+
 def _int8(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     register = ir.VectorType(INT32, 16)
     dot = declare(builder, "llvm.x86.avx512.vpdpbusd.512", *[register] * 4)
@@ -101,12 +106,14 @@ def _int16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     return builder.add(totals, _by_registers(builder, 8, call, word, widened))
 
 
-# By the type of `a`: fp32; bf16, as the bits of its numbers; unsigned 8-bit by signed 8-bit;
-# 16-bit by 8-bit integers, for CPUs whose products of 8 bits saturate.
+# By the types of `a` and `b`, where bf16 is the bits of its numbers, and in `b` two of them.
 FLOATS = {
-    types.float32: _Arithmetic("fp32", 1, FLOAT, FLOAT, _fp32),
-    types.uint16: _Arithmetic("bf16", 2, INT32, FLOAT, _bf16),
+    (types.float32, types.float32): _Arithmetic("fp32", 1, FLOAT, FLOAT, _fp32),
+    (types.float32, types.uint16): _Arithmetic("fp32_bf16", 1, _INT16, FLOAT, _fp32_by_bf16),
+    (types.uint16, types.uint32): _Arithmetic("bf16", 2, INT32, FLOAT, _bf16),
 }
+# By the type of `a`: unsigned 8-bit by signed 8-bit; 16-bit by 8-bit integers, for CPUs whose
+# products of 8 bits saturate.
 INTEGERS = {
     types.uint8: _Arithmetic("int8", 4, INT32, INT32, _int8),
     types.int16: _Arithmetic("int16", 2, _INT16, INT32, _int16),

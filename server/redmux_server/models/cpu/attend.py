@@ -8,6 +8,7 @@ from redmux_server.models.cpu.aligned import scratch
 from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.folds import LANES, largest, sum_squares, total
+from redmux_server.models.cpu.narrow import kept
 from redmux_server.models.cpu.vector import exp, product
 from redmux_server.models.kvcache import BLOCK
 
@@ -62,13 +63,13 @@ def store(k, v, keys, values, places, token, heads, layout, k_weight, eps, cos, 
         _load_head(k, at, token, k_weight, eps, cos, sin, room[0], room[1], 0)
         column = keys[slot * dim * BLOCK + offset // PANEL * dim * PANEL + offset % PANEL :]
         for d in range(dim):
-            column[d * PANEL] = room[1, d]
+            column[d * PANEL] = kept(room[1, d], keys)
         at = layout[8] + token * layout[9] + head * dim
         row = values[slot * BLOCK * width + offset * PANEL :]
         for first in range(0, dim, PANEL):
             source, target = v[at + first : at + dim], row[first * BLOCK :]
             for d in range(min(PANEL, dim - first)):
-                target[d] = source[d]
+                target[d] = kept(source[d], values)
 
 
 @compiled

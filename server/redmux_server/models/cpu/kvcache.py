@@ -18,19 +18,30 @@ from redmux_server.models.cpu.paged_attention import (
 from redmux_server.models.cpu.vector import Array
 from redmux_server.models.kvcache import BLOCK, KVCache, LayerShape, Segment
 
+_KEPT_AS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
 
 class NumbaKVCache(KVCache):
     """Cache and attention for fp32 on the CPU, exact in any batch: see `paged_attention`."""
 
-    def __init__(self, shapes: Sequence[LayerShape], num_blocks: int) -> None:
+    def __init__(
+        self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`dtype` is what keys and values are rounded to, float32 or bfloat16.
+
+        What is computed with them is fp32.
+        """
         super().__init__(num_blocks)
+        self.dtype = dtype
+        self._shapes = shapes
         self.index: StepIndex | None = None
         # Layers of one shape lie in one array, neighbours of equal shape side by side.
         self.stacks: list[tuple[Array, Array]] = []
         self.paged: list[PagedAttention] = []
         for shape, group in itertools.groupby(shapes):
             keys, values = new_blocks(
-                len(list(group)), num_blocks, shape.num_kv_heads, shape.head_dim
+                len(list(group)), num_blocks, shape.num_kv_heads, shape.head_dim, _KEPT_AS[dtype]
             )
             self.stacks.append((keys, values))
             self.paged += [
@@ -38,6 +49,10 @@ class NumbaKVCache(KVCache):
                 for layer in zip(keys, values, strict=True)
             ]
         self.layers = [_NumbaLayer(self, paged) for paged in self.paged]
+
+    def exact(self, num_blocks: int) -> "NumbaKVCache":
+        """Returns a cache that rounds nothing: itself, or another one of `num_blocks` blocks."""
+        return self if self.dtype == torch.float32 else NumbaKVCache(self._shapes, num_blocks)
 
     @contextmanager
     def step(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -51,9 +66,10 @@ class NumbaKVCache(KVCache):
 
     def poison(self, blocks: Sequence[int], value: float) -> None:
         """See KVCache.poison."""
+        poison = torch.tensor(value, dtype=self.dtype).view(_BITS[self.dtype]).numpy()
         for layer in self.paged:
-            layer.keys[list(blocks)] = value
-            layer.values[list(blocks)] = value
+            for array in (layer.keys, layer.values):
+                array.view(poison.dtype)[list(blocks)] = poison
 
 
 def step_index(segments: Sequence[Segment]) -> StepIndex:

@@ -38,13 +38,18 @@ def _to_whole(x, out, steps, offset):
 
 
 @compiled
+def _bf16_bits(u):
+    """Returns the bits of the bf16 that is nearest to the fp32 of these bits."""
+    even = u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))
+    is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.uint16(0x7FC0) if is_nan else np.uint16(even >> np.uint32(16))
+
+
+@compiled
 def _to_bf16(x, out, steps):
     bits = x.view(np.uint32)
     for d in range(x.size):
-        u = bits[d]
-        even = u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))
-        is_nan = (u & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[d] = np.uint16(0x7FC0) if is_nan else np.uint16(even >> np.uint32(16))
+        out[d] = _bf16_bits(bits[d])
 
 
 def narrow_row(x, out, steps):
@@ -77,3 +82,15 @@ def _is_narrowed(out):
     if out.dtype is types.float32:
         return lambda out: False
     return lambda out: True
+
+
+def kept(value, array):
+    """Returns an fp32 value as an array of fp32, or of the bits of bf16, keeps it."""
+    raise NotImplementedError("this is for compiled code")
+
+
+@overload(kept)
+def _kept(value, array):
+    if array.dtype == types.float32:
+        return lambda value, array: value
+    return lambda value, array: _bf16_bits(np.float32(value).view(np.uint32))

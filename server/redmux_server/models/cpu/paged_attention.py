@@ -119,16 +119,18 @@ def _attend(
 
 
 def new_blocks(
-    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int
+    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: type
 ) -> tuple[Array, Array]:
     """Returns room for keys and values: [layers, blocks, kv_heads, panels, rows, PANEL].
+
+    `dtype` is np.float32, or np.uint16 for the bits of bf16.
 
     Memory is committed as blocks are first used, which torch.zeros would not do.
     """
     shape = (num_layers, num_blocks, num_kv_heads)
     return (
-        zeros((*shape, BLOCK // PANEL, head_dim, PANEL), np.float32),
-        zeros((*shape, padded(head_dim) // PANEL, BLOCK, PANEL), np.float32),
+        zeros((*shape, BLOCK // PANEL, head_dim, PANEL), dtype),
+        zeros((*shape, padded(head_dim) // PANEL, BLOCK, PANEL), dtype),
     )
 
 

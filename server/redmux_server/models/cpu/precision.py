@@ -2,12 +2,27 @@
 
 import llvmlite.binding
 import numba
+import torch
 
+from redmux.errors import FailedPreconditionError
+from redmux_server.config import ServerConfig
 from redmux_server.models.cpu.arithmetic import HAS_BF16
 from redmux_server.models.cpu.tile_permission import why_no_tiles
 
 # What `auto` may cost: the rise of perplexity on any text of docs/performance.md, 1.1 % in int8.
 MAX_LOSS = "1 % of perplexity"
+
+
+def check_not_rounded(config: ServerConfig, kind: str) -> None:
+    """Raises FailedPreconditionError where what only decoders round is asked for; `kind` is not."""
+    if config.quantization not in ("none", "auto"):
+        raise FailedPreconditionError(
+            f"quantization is {config.quantization}, which serves decoders; use none for {kind}"
+        )
+    if config.kv_dtype not in ("float32", "auto"):
+        raise FailedPreconditionError(
+            f"kv_dtype is {config.kv_dtype}, which serves decoders; use auto for {kind}"
+        )
 
 
 def choose_precision(quantization: str, is_fp32: bool) -> tuple[str, list[str]]:
@@ -29,6 +44,23 @@ def choose_precision(quantization: str, is_fp32: bool) -> tuple[str, list[str]]:
     if HAS_BF16 and _multiplies_bf16_at_twice_the_rate():
         return "bf16", [f"quantization bf16 (auto: this CPU's vectors of it are {within})", tiles]
     return "none", [f"quantization none (auto: without tiles fp32 is {within})", tiles]
+
+
+def choose_kv_dtype(
+    kv_dtype: str, quantization: str, dtype: torch.dtype
+) -> tuple[torch.dtype, str]:
+    """Returns what keys and values of a model of this dtype are rounded to, and the reason.
+
+    `quantization` is what `choose_precision` gives for it.
+    """
+    why = "set by configuration"
+    if kv_dtype != "auto":
+        dtype = getattr(torch, kv_dtype)
+    elif quantization != "none":
+        dtype, why = torch.bfloat16, "auto: products are rounded, too"
+    else:
+        why = "auto: as the rest"
+    return dtype, f"keys and values {str(dtype).removeprefix('torch.')} ({why})"
 
 
 def _multiplies_bf16_at_twice_the_rate() -> bool:

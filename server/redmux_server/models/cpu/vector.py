@@ -80,7 +80,7 @@ def _panel_product(
     typing, rows, a, a_at, a_stride, b, b_at, n, out, out_at, out_stride, add, ahead
 ):
     """out[:rows, :PANEL] (+)= a[:rows, :n] @ b[:n, :PANEL] for 1 to ROWS rows; see `product`."""
-    arithmetic = FLOATS[a.dtype]
+    arithmetic = FLOATS[a.dtype, b.dtype]
     word = FLOAT if arithmetic.group == 1 else INT32
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -165,9 +165,9 @@ def product(
     the next; `columns` is a multiple of PANEL. `ahead` is the distance from b to what the next
     product will take as b, which is fetched meanwhile; 0 for nothing.
 
-    With a and b of fp32 each element is one chain of fused multiply-adds in the order of n. With a
-    of uint16, the bits of bf16, n and a_stride are even and b holds two inputs side by side for
-    each column; indices and distances of b count such pairs.
+    With a of fp32 each element is one chain of fused multiply-adds in the order of n; b is fp32 or
+    uint16, the bits of bf16. With a of uint16, n and a_stride are even and b holds two inputs side
+    by side for each column; indices and distances of b count such pairs.
     """
     # Even tiles: 9 rows are 5 and 4, where 8 and 1 would pass over b for a single row.
     num_tiles = (rows + ROWS - 1) // ROWS

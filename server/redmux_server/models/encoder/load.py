@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from redmux.errors import FailedPreconditionError, InvalidArgumentError
+from redmux.errors import InvalidArgumentError
 from redmux_adapters import editable_sites, fingerprint, with_layer_norms
 from redmux_adapters.bases.load import load_encoder as load_plain
 from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.cpu.accelerate import computes_in_torch, pack_linears, unmap
+from redmux_server.models.cpu.precision import check_not_rounded
 from redmux_server.models.encoder.check import EncoderCheck, reference
 from redmux_server.models.encoder.heads import Heads
 from redmux_server.models.encoder.packed_sequences import attach_packed
@@ -51,10 +52,7 @@ def load_encoder(config: ServerConfig, choices: Choices) -> EncoderModel:
     Raises InvalidArgumentError if it cannot be found and FailedPreconditionError if its
     architecture cannot be served rightly.
     """
-    if config.quantization not in ("none", "auto"):
-        raise FailedPreconditionError(
-            f"quantization is {config.quantization}, which serves decoders; use none for an encoder"
-        )
+    check_not_rounded(config, "an encoder")
     model, tokenizer = load_plain(config.model, choices.dtype, config.tokenizer)
     identity = fingerprint(model)
     sites = with_layer_norms(editable_sites(model))

@@ -23,6 +23,7 @@ from redmux_server.engine.request import Request, SamplingParams, Work
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.cpu.accelerate import pack_linears
 from redmux_server.models.cpu.packed_linear import PackedLinear
+from redmux_server.models.cpu.precision import check_not_rounded
 from redmux_server.models.editing import Editing
 from redmux_server.models.kvcache import BLOCK, check_memory, total_bytes
 from redmux_server.models.proving import random_edits, relative_error
@@ -47,11 +48,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
             f"encoder-decoder models are served on cpu in float32, not on {choices.device} in "
             f"{choices.dtype}; set device and dtype"
         )
-    if config.quantization not in ("none", "auto"):
-        raise FailedPreconditionError(
-            f"quantization is {config.quantization}, which serves decoders; use none for an "
-            "encoder-decoder"
-        )
+    check_not_rounded(config, "an encoder-decoder")
     model, tokenizer = load_seq2seq_base(config.model, choices.dtype, config.tokenizer)
     if model.config.model_type not in ("t5", "mt5"):
         raise FailedPreconditionError(
