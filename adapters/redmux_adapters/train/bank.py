@@ -69,11 +69,13 @@ class VectorBank:
             self._rows = None
 
     def edited(self, path: str, h: Tensor, owners: Tensor) -> Tensor:
-        """Returns a module's fp32 output [tokens, dim], edited if it is a site.
+        """Returns a module's output [tokens, dim], edited in fp32 if it is a site, else as it is.
 
         `owners` [tokens] names the adapter of each token. For what computes without the module.
         """
-        return self._apply(path, h, owners, _ScaledTokens.apply)  # type: ignore[no-untyped-call]
+        if path not in self._leaves and path + LAYER_NORM not in self._leaves:
+            return h
+        return self._apply(path, h.float(), owners, _ScaledTokens.apply)  # type: ignore[no-untyped-call]
 
     def normalise(self, row: int, sites: Mapping[str, int]) -> None:
         """Lets an adapter normalise behind those of its sites that have a LayerNorm."""

@@ -1,7 +1,7 @@
 """Parts of a frozen decoder over packed tokens [tokens, ...], with gradients to inputs alone.
 
 Each keeps for its gradient what cannot be had again cheaply, and no more: weights are frozen, so
-the input of a product is not needed. All is fp32 but the products, which have their weights' dtype.
+the input of a product is not needed.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-_MOST_QUERIES = 128  # of a sequence at a time; no more probabilities are held for each query
+_MOST_QUERIES = 128  # of a sequence that attend at a time
+_LEAST_FILLED = 0.75  # the shortest sequence of a group, as a share of the longest
 
 
 class Product(NamedTuple):
@@ -29,32 +30,32 @@ class Product(NamedTuple):
         return cls(linear.weight.detach().to(dtype), bias)
 
 
-class Tile(NamedTuple):
-    """Queries of one sequence that attend together, and all that they may attend to."""
+class Group(NamedTuple):
+    """Neighbouring sequences of similar length, which attend in one product each."""
 
-    queries: slice  # of the packed tokens
-    keys: slice  # from the sequence's first token to the last query's own
-
-    @property
-    def num_queries(self) -> int:
-        """Number of tokens that ask."""
-        return int(self.queries.stop - self.queries.start)
+    tokens: slice  # of the packed tokens
+    num_sequences: int
+    length: int  # of the longest
+    places: Tensor  # [tokens], where each is if all sequences had that length
 
 
-def tiles_of(lengths: Sequence[int]) -> list[Tile]:
-    """Returns the tiles of sequences that are packed one behind the other."""
-    tiles, start = [], 0
-    for length in lengths:
-        end = start + length
-        for first in range(start, end, _MOST_QUERIES):
-            last = min(first + _MOST_QUERIES, end)
-            tiles.append(Tile(slice(first, last), slice(start, last)))
-        start = end
-    return tiles
+def groups_of(lengths: Sequence[int]) -> list[Group]:
+    """Returns the groups of sequences that are packed one behind the other."""
+    groups: list[Group] = []
+    start, members = 0, list[int]()
+    for length, following in zip(lengths, (*lengths[1:], 0), strict=True):
+        members.append(length)
+        longest, shortest = max(*members, following), min(*members, following)
+        if shortest < _LEAST_FILLED * longest:
+            rows = [row * max(members) + torch.arange(n) for row, n in enumerate(members)]
+            tokens = slice(start, start + sum(members))
+            groups.append(Group(tokens, len(members), max(members), torch.cat(rows)))
+            start, members = tokens.stop, []
+    return groups
 
 
 def products(x: Tensor, *each: Product) -> tuple[Tensor, ...]:
-    """Returns the outputs of several layers that have one input."""
+    """Returns the outputs, in the dtype of the weights, of several layers that have one input."""
     outputs: tuple[Tensor, ...] = _Products.apply(x, each)  # type: ignore[no-untyped-call]
     return outputs
 
@@ -77,20 +78,20 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return product
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float) -> Tensor:
     """Returns causal attention inside each sequence, heads as they are: [tokens, heads, dim]."""
-    outputs: Tensor = _Attended.apply(q, k, v, tiles, scale)  # type: ignore[no-untyped-call]
+    outputs: Tensor = _Attended.apply(q, k, v, groups, scale)  # type: ignore[no-untyped-call]
     return outputs
 
 
 class _Products(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, each: tuple[Product, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.each = each
+        ctx.each, ctx.dtype = each, x.dtype
         outputs = []
         narrow = x.to(each[0].weight.dtype)
         for weight, bias in each:
-            y = torch.mm(narrow, weight.t()).float()
+            y = torch.mm(narrow, weight.t())
             outputs.append(y if bias is None else y.add_(bias))
         return tuple(outputs)
 
@@ -99,7 +100,7 @@ class _Products(Function):
         total: Tensor | None = None
         for grad, (weight, _) in zip(grads, ctx.each, strict=True):
             if total is None:
-                total = torch.mm(grad.to(weight.dtype), weight).float()
+                total = torch.mm(grad.to(weight.dtype), weight).to(ctx.dtype)
             elif weight.dtype == torch.float32:
                 total.addmm_(grad, weight)
             else:
@@ -154,68 +155,91 @@ class _Gated(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward((grad * up).to(gate.dtype), gate), F.silu(gate).mul_(grad)
 
 
 class _Attended(Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float
     ) -> Tensor:
-        num_groups = k.shape[1]
         ctx.save_for_backward(q, k, v)
-        ctx.tiles, ctx.scale, ctx.kept = tiles, scale, []
+        ctx.groups, ctx.scale, ctx.kept = groups, scale, []
         outputs = torch.empty_like(q)
-        for tile in tiles:
-            keys = k[tile.keys].transpose(0, 1)
-            queries = _grouped(q[tile.queries], num_groups)
-            shares = _shares(queries, keys, scale, tile.num_queries)
-            _spread(torch.bmm(shares, v[tile.keys].transpose(0, 1)), outputs[tile.queries])
-            # Those of long sequences would be most of what a pass holds, and are computed again.
-            is_whole = tile.queries == tile.keys
-            ctx.kept.append(shares if is_whole else None)
+        for group in groups:
+            queries = _split(q, k, group)
+            keys, values = (_split(x, k, group)[:, 0] for x in (k, v))
+            attended = torch.empty_like(queries)
+            for tile in _tiles(group.length):
+                shares = _shares(queries[:, :, tile], keys[:, : tile.stop], scale)
+                _fill(attended[:, :, tile], torch.bmm(shares, values[:, : tile.stop]))
+                # Those of long sequences would be most of what a pass holds: computed again.
+                ctx.kept.append(shares if group.length <= _MOST_QUERIES else None)
+            outputs[group.tokens] = _joined(attended, group)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for tile, kept in zip(ctx.tiles, ctx.kept, strict=True):
-            keys, values = k[tile.keys].transpose(0, 1), v[tile.keys].transpose(0, 1)
-            queries = _grouped(q[tile.queries], k.shape[1])
-            shares = kept
-            if shares is None:
-                shares = _shares(queries, keys, ctx.scale, tile.num_queries)
-            above = _grouped(grad[tile.queries], k.shape[1])
-            dv[tile.keys] += torch.bmm(shares.transpose(1, 2), above).transpose(0, 1)
-            inner = torch.bmm(above, values.transpose(1, 2)).mul_(shares)
-            inner.addcmul_(shares, inner.sum(-1, keepdim=True), value=-1).mul_(ctx.scale)
-            _spread(torch.bmm(inner, keys), dq[tile.queries])
-            dk[tile.keys] += torch.bmm(inner.transpose(1, 2), queries).transpose(0, 1)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        kept = iter(ctx.kept)
+        for group in ctx.groups:
+            queries, above = (_split(x, k, group) for x in (q, grad))
+            keys, values = (_split(x, k, group)[:, 0] for x in (k, v))
+            in_queries = torch.empty_like(queries)
+            in_keys, in_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for tile in _tiles(group.length):
+                asking, seen = queries[:, :, tile], keys[:, : tile.stop]
+                shares = next(kept)
+                if shares is None:
+                    shares = _shares(asking, seen, ctx.scale)
+                upper = above[:, :, tile].flatten(1, 2)
+                in_values[:, : tile.stop].baddbmm_(shares.transpose(1, 2), upper)
+                inner = torch.bmm(upper, values[:, : tile.stop].transpose(1, 2)).mul_(shares)
+                inner.addcmul_(shares, inner.sum(-1, keepdim=True), value=-1).mul_(ctx.scale)
+                _fill(in_queries[:, :, tile], torch.bmm(inner, seen))
+                in_keys[:, : tile.stop].baddbmm_(inner.transpose(1, 2), asking.flatten(1, 2))
+            for whole, part in ((dq, in_queries), (dk, in_keys), (dv, in_values)):
+                whole[group.tokens] = _joined(part, group)
         return dq, dk, dv, None, None
 
 
-def _grouped(heads: Tensor, num_groups: int) -> Tensor:
-    """Returns [groups, heads of a group x queries, dim] of [queries, heads, dim]."""
-    num_queries, num_heads, dim = heads.shape
-    split = heads.view(num_queries, num_groups, num_heads // num_groups, dim)
-    return split.permute(1, 2, 0, 3).reshape(num_groups, -1, dim)
+def _tiles(length: int) -> list[slice]:
+    """Returns the queries of a sequence in parts that attend at a time."""
+    return [slice(i, min(i + _MOST_QUERIES, length)) for i in range(0, length, _MOST_QUERIES)]
 
 
-def _spread(grouped: Tensor, heads: Tensor) -> None:
-    """Fills [queries, heads, dim] with what `_grouped` would make of it."""
-    num_queries, _, dim = heads.shape
-    split = grouped.view(len(grouped), -1, num_queries, dim).permute(2, 0, 1, 3)
-    heads.view(split.shape).copy_(split)
+def _split(x: Tensor, keys: Tensor, group: Group) -> Tensor:
+    """Returns a group's heads with all sequences of one length, zeros behind the shorter ones.
+
+    [tokens, heads, dim] becomes [sequences x heads of the keys, heads of x for each, length, dim].
+    Causal attention never looks at the zeros.
+    """
+    rows = x[group.tokens]
+    if group.num_sequences > 1:
+        filled = x.new_zeros(group.num_sequences * group.length, *x.shape[1:])
+        rows = filled.index_copy_(0, group.places, rows)
+    heads = rows.view(group.num_sequences, group.length, keys.shape[1], -1, x.shape[2])
+    return heads.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
 
-def _shares(queries: Tensor, keys: Tensor, scale: float, num_queries: int) -> Tensor:
-    """Returns how much of each key a query takes: [groups, heads of a group x queries, keys]."""
-    scores = torch.bmm(queries, keys.transpose(1, 2)).mul_(scale)
-    num_keys = keys.shape[1]
+def _joined(split: Tensor, group: Group) -> Tensor:
+    """Returns [tokens, heads, dim] of what `_split` returned."""
+    heads = split.view(group.num_sequences, -1, group.length, split.shape[-1]).transpose(1, 2)
+    return heads.flatten(0, 1).index_select(0, group.places)
+
+
+def _shares(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Returns how much each query takes of each key, up to its own: [.., all queries, keys]."""
+    num_queries, num_keys = queries.shape[2], keys.shape[1]
+    scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).mul_(scale)
     latest = scores.view(-1, num_queries, num_keys)[..., num_keys - num_queries :]
     latest += _future()[:num_queries, :num_queries]
     return scores.softmax(-1)
+
+
+def _fill(part: Tensor, values: Tensor) -> None:
+    part.copy_(values.view(part.shape))
 
 
 @cache

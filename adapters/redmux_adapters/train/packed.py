@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .bank import VectorBank
 from .examples import Example
-from .frozen import Product, Tile, attended, gated, products, rms_norm, rotated, tiles_of
+from .frozen import Group, Product, attended, gated, groups_of, products, rms_norm, rotated
 
 # Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
 # down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
@@ -44,7 +44,7 @@ class _Step(NamedTuple):
     """The packed tokens of a pass."""
 
     owners: Tensor  # [tokens], the adapter of each
-    tiles: Sequence[Tile]
+    groups: Sequence[Group]
     cos: Tensor  # [tokens, 1, half of a head]
     sin: Tensor
     predicting: Tensor  # [terms], the tokens whose last hidden states are wanted
@@ -53,8 +53,8 @@ class _Step(NamedTuple):
 class PackedDecoder:
     """Runs examples one behind the other through a model, edited by a bank.
 
-    Weights are the model's own, or copies in bf16 with `autocast`; products are computed in their
-    dtype, everything else in fp32. The last layer puts out only what predicts an answer's token.
+    Weights are the model's own, or copies in bf16 with `autocast`; products and the gates between
+    them are computed in their dtype, everything else in fp32. The last layer puts out only what predicts an answer's token.
     """
 
     pads = False
@@ -87,7 +87,7 @@ class PackedDecoder:
         turns = self._rotary(x[None], torch.tensor(places)[None])
         cos, sin = (turn[0, :, None, : turn.shape[-1] // 2].contiguous() for turn in turns)
         owners = torch.tensor(adapters).repeat_interleave(torch.tensor(lengths))
-        step = _Step(owners, tiles_of(lengths), cos, sin, torch.tensor(predicting))
+        step = _Step(owners, groups_of(lengths), cos, sin, torch.tensor(predicting))
         for layer in self._layers:
             x = layer(x, step, is_last=layer is self._layers[-1])
         return self._norm(x).to(self._dtype)
@@ -116,13 +116,13 @@ class _Layer:
         """Returns the layer's output [tokens, hidden size], of the last only where it is wanted."""
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         q, k, v = (
-            heads.view(len(x), -1, self._head_dim)
+            heads.float().view(len(x), -1, self._head_dim)
             for heads in self._edited(names, self._input_norm(x), step.owners)
         )
         if self._has_head_norms:
             q, k = self._q_norm(q), self._k_norm(k)
         q, k = rotated(q, step.cos, step.sin), rotated(k, step.cos, step.sin)
-        heads = attended(q, k, v, step.tiles, self._scale).view(len(x), -1)
+        heads = attended(q, k, v, step.groups, self._scale).view(len(x), -1)
         owners = step.owners
         if is_last:
             x, heads = x[step.predicting], heads[step.predicting]
