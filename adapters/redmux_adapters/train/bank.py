@@ -75,7 +75,7 @@ class VectorBank:
         """
         if path not in self._leaves and path + LAYER_NORM not in self._leaves:
             return h
-        return self._apply(path, h.float(), owners, _ScaledTokens.apply)  # type: ignore[no-untyped-call]
+        return self._apply(path, h.float(), owners, _ScaledTokens.apply)
 
     def normalise(self, row: int, sites: Mapping[str, int]) -> None:
         """Lets an adapter normalise behind those of its sites that have a LayerNorm."""
@@ -155,12 +155,12 @@ class _ScaledTokens(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, shift: Tensor, bias: Tensor, owners: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, h: Tensor, shift: Tensor, bias: Tensor, owners: Tensor) -> Tensor:
         ctx.save_for_backward(h, shift, owners)
         return torch.addcmul(bias.index_select(0, owners), h, (1 + shift).index_select(0, owners))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, shift, owners = ctx.saved_tensors
         in_shift, in_bias = torch.zeros_like(shift), torch.zeros_like(shift)
         in_shift.index_add_(0, owners, grad * h)

@@ -86,7 +86,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: fl
 
 class _Products(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, each: tuple[Product, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, each: tuple[Product, ...]) -> tuple[Tensor, ...]:
         ctx.each, ctx.dtype = each, x.dtype
         outputs = []
         narrow = x.to(each[0].weight.dtype)
@@ -96,7 +96,7 @@ class _Products(Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total: Tensor | None = None
         for grad, (weight, _) in zip(grads, ctx.each, strict=True):
             if total is None:
@@ -111,14 +111,14 @@ class _Products(Function):
 
 class _RmsNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         factor = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, factor)
         return (x * factor).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, weight, factor = ctx.saved_tensors
         grad = grad * weight
         along = torch.linalg.vecdot(grad, x).unsqueeze(-1)  # what only changes the length of x
@@ -128,13 +128,14 @@ class _RmsNorm(Function):
 
 class _Rotated(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _turn(x, cos, sin, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _turn(grad, *ctx.saved_tensors, -1), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
@@ -148,19 +149,21 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 
 class _Gated(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward((grad * up).to(gate.dtype), gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward((grad * up).to(gate.dtype), gate), F.silu(gate).mul_(
+            grad
+        )
 
 
 class _Attended(Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
@@ -179,7 +182,7 @@ class _Attended(Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         kept = iter(ctx.kept)

@@ -53,8 +53,9 @@ class _Step(NamedTuple):
 class PackedDecoder:
     """Runs examples one behind the other through a model, edited by a bank.
 
-    Weights are the model's own, or copies in bf16 with `autocast`; products and the gates between
-    them are computed in their dtype, everything else in fp32. The last layer puts out only what predicts an answer's token.
+    Weights are the model's own, or copies in bf16 with `autocast`. Products and the gates between
+    them are computed in their dtype, everything else in fp32. The last layer puts out only what
+    predicts an answer's token.
     """
 
     pads = False
