@@ -24,7 +24,7 @@ from redmux_adapters.train import Example, Task, TrainingBase
 from redmux_adapters.train.examples import ExampleReader
 from redmux_adapters.train.job import read_job
 from redmux_adapters.train.learner import Learner
-from redmux_adapters.train.objectives import attention_mask, padded
+from redmux_adapters.train.padded import attention_mask, padded
 from redmux_adapters.train.preparation import prepare
 from redmux_adapters.train.prompts import PromptWriter
 from redmux_bench.lora import LoraTrainer

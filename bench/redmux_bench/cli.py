@@ -176,6 +176,7 @@ def _train(parser: _Parser) -> None:
         "the same of answers, which only decoders learn", "N|A:B",
     )  # fmt: skip
     _add(parser, "--max-pass-tokens", positive, 2048, "as for redmux train")
+    parser.add_argument("--autocast", action="store_true", help="as for redmux train")
     _add(parser, "--threads", count, 0, "of torch; 0 is its own choice")
     _add(parser, "--seed", count, 0, "of everything that is drawn")
     _add_rounds(parser, 3)

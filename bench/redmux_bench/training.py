@@ -52,13 +52,13 @@ def _measure(options: argparse.Namespace, base: TrainingBase, batch_size: int) -
     """
     tasks = [_task(options, base, number, batch_size) for number in range(options.tasks)]
     # The first steps, in which libraries set themselves up, are measured in no round.
-    _rate(base, [tasks], 1, options.max_pass_tokens)
-    _rate(base, [[tasks[0]]], 1, options.max_pass_tokens)
+    _rate(options, base, [tasks], 1)
+    _rate(options, base, [[tasks[0]]], 1)
     with report.progress(2 * options.rounds, "turn") as bar:
 
         def rate(runs: Sequence[Sequence[Task]]) -> float:
             bar.update()
-            return _rate(base, runs, options.steps, options.max_pass_tokens)
+            return _rate(options, base, runs, options.steps)
 
         together, apart = in_turn(
             options.rounds, lambda: rate([tasks]), lambda: rate([[t] for t in tasks]), warm_ups=0
@@ -74,12 +74,14 @@ def _measure(options: argparse.Namespace, base: TrainingBase, batch_size: int) -
 
 
 def _rate(
-    base: TrainingBase, runs: Sequence[Sequence[Task]], steps: int, max_pass_tokens: int
+    options: argparse.Namespace, base: TrainingBase, runs: Sequence[Sequence[Task]], steps: int
 ) -> float:
     """Returns the tokens per second of some steps of each run, one run after the other."""
     num_tokens, duration_s = 0, 0.0
     for tasks in runs:
-        trainer = Trainer(base, tasks, max_pass_tokens=max_pass_tokens)
+        trainer = Trainer(
+            base, tasks, max_pass_tokens=options.max_pass_tokens, autocast=options.autocast
+        )
         start = time.perf_counter()
         for _ in range(steps):
             events = trainer.step()

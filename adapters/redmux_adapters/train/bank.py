@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from ..bases.sites import LAYER_NORM
 from ..format.adapter import Edit
 
+# (h, shift, bias, owners) to h * (1 + shift) + bias, each with the values of its owner.
+_Scaled = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _EPS = 1e-5  # of the LayerNorm behind an edit, as servers compute it
 
 
@@ -37,19 +40,17 @@ class VectorBank:
         self._places: dict[str, tuple[slice, slice]] = {}
         # Of each LayerNorm, which adapters have it, [K] of bool.
         self._has_norm: dict[str, Tensor] = {}
-        leaves: dict[str, tuple[Tensor, Tensor]] = {}
+        self._leaves: dict[str, tuple[Tensor, Tensor]] = {}
         start = 0
         for site, dim in self.sites.items():
             scale, bias = slice(start, start + dim), slice(start + dim, start + 2 * dim)
             self._places[site] = scale, bias
-            leaves[site] = self._leaf(scale), self._leaf(bias)
+            self._leaves[site] = self._leaf(scale), self._leaf(bias)
             if site.endswith(LAYER_NORM):
                 self._has_norm[site] = torch.zeros(num_adapters, dtype=torch.bool, device=device)
             start += 2 * dim
         self._handles = [
-            model.get_submodule(path).register_forward_hook(
-                self._hook(leaves.get(path), leaves.get(path + LAYER_NORM), path + LAYER_NORM)
-            )
+            model.get_submodule(path).register_forward_hook(self._hook(path))
             for path in dict.fromkeys(site.removesuffix(LAYER_NORM) for site in self.sites)
         ]
 
@@ -66,6 +67,15 @@ class VectorBank:
             yield
         finally:
             self._rows = None
+
+    def edited(self, path: str, h: Tensor, owners: Tensor) -> Tensor:
+        """Returns a module's output [tokens, dim], edited in fp32 if it is a site, else as it is.
+
+        `owners` [tokens] names the adapter of each token. For what computes without the module.
+        """
+        if path not in self._leaves and path + LAYER_NORM not in self._leaves:
+            return h
+        return self._apply(path, h.float(), owners, _ScaledTokens.apply)
 
     def normalise(self, row: int, sites: Mapping[str, int]) -> None:
         """Lets an adapter normalise behind those of its sites that have a LayerNorm."""
@@ -108,9 +118,7 @@ class VectorBank:
         leaf.register_post_accumulate_grad_hook(collect)  # type: ignore[no-untyped-call]
         return leaf
 
-    def _hook(
-        self, own: tuple[Tensor, Tensor] | None, norm: tuple[Tensor, Tensor] | None, norm_site: str
-    ) -> Callable[[nn.Module, Any, Any], Any]:
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], Any]:
         def edit(_module: nn.Module, _args: Any, h: Any) -> Any:
             if isinstance(h, tuple):  # T5's attentions put out their biases as well
                 return edit(_module, _args, h[0]), *h[1:]
@@ -118,19 +126,44 @@ class VectorBank:
             if rows is None:
                 return h
             # Some models fold batch and positions into one axis before their FFN.
-            edited = h.reshape(len(rows), -1, h.shape[-1]).float()
-            if own is not None:
-                edited = _scaled(edited, own, rows)
-            if norm is not None:
-                normed = _scaled(F.layer_norm(edited, edited.shape[-1:], eps=_EPS), norm, rows)
-                edited = torch.where(self._has_norm[norm_site][rows, None, None], normed, edited)
-            return edited.to(h.dtype).view(h.shape)
+            shaped = h.reshape(len(rows), -1, h.shape[-1]).float()
+            return self._apply(path, shaped, rows, _scaled).to(h.dtype).view(h.shape)
 
         return edit
 
+    def _apply(self, path: str, h: Tensor, owners: Tensor, scaled: _Scaled) -> Tensor:
+        own, norm = self._leaves.get(path), self._leaves.get(path + LAYER_NORM)
+        if own is not None:
+            h = scaled(h, *own, owners)
+        if norm is not None:
+            normed = scaled(F.layer_norm(h, h.shape[-1:], eps=_EPS), *norm, owners)
+            has_norm = self._has_norm[path + LAYER_NORM][owners]
+            h = torch.where(has_norm.view(-1, *(1,) * (h.dim() - 1)), normed, h)
+        return h
 
-def _scaled(h: Tensor, vectors: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+
+def _scaled(h: Tensor, shift: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
     """Returns h [batch, positions, dim] times 1 + shift, plus bias, of each row's own adapter."""
-    shift, bias = vectors
     scale = (1 + shift.index_select(0, rows))[:, None]  # [batch, 1, dim]
     return torch.addcmul(bias.index_select(0, rows)[:, None], h, scale)
+
+
+class _ScaledTokens(Function):
+    """h [tokens, dim] times 1 + shift, plus bias, of each token's own adapter.
+
+    Unlike what autograd would do, no row of a token is held for the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, shift: Tensor, bias: Tensor, owners: Tensor) -> Tensor:
+        ctx.save_for_backward(h, shift, owners)
+        return torch.addcmul(bias.index_select(0, owners), h, (1 + shift).index_select(0, owners))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, shift, owners = ctx.saved_tensors
+        in_shift, in_bias = torch.zeros_like(shift), torch.zeros_like(shift)
+        in_shift.index_add_(0, owners, grad * h)
+        in_bias.index_add_(0, owners, grad)
+        in_h = (1 + shift).index_select(0, owners).mul_(grad) if ctx.needs_input_grad[0] else None
+        return in_h, in_shift, in_bias, None

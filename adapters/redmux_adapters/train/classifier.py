@@ -12,7 +12,8 @@ from redmux.errors import InvalidArgumentError
 from ..format.head import KINDS, Head, HeadConfig
 from .bank import VectorBank
 from .base import TrainingBase
-from .objectives import Row, attention_mask, padded, precision
+from .objectives import Row
+from .padded import attention_mask, padded, precision
 
 _FIRST_TOKEN_DENSE = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl")
 _SCORE_NAME = "score"  # of the one output of a head that scores
@@ -88,6 +89,8 @@ class TrainedHead:
 
 class ClassifierObjective:
     """Cross-entropy over labels, or squared error of scores, of an encoder's texts."""
+
+    pads = True  # as `GenerationObjective.pads` has it
 
     def __init__(
         self,

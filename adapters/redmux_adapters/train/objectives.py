@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from redmux.errors import InvalidArgumentError
@@ -13,6 +12,8 @@ from redmux.errors import InvalidArgumentError
 from .bank import VectorBank
 from .base import TrainingBase
 from .examples import Example
+from .packed import PackedDecoder, can_pack
+from .padded import PaddedModel, precision
 
 _CHUNK_VALUES = 1 << 25  # logits that are held at a time
 
@@ -33,130 +34,106 @@ class Row:
     predicted: float = field(default=0.0, init=False)  # class or score, of texts with a head
 
 
-class _Batch(NamedTuple):
-    inputs: dict[str, Tensor]
-    predicts: Tensor  # [batch, positions] bool: where a loss term is
-    targets: Tensor  # [terms]
-    owners: Tensor  # [terms], row of the pass that each term belongs to
-
-
 class GenerationObjective:
     """Cross-entropy of the answers' tokens, of causal and of encoder-decoder models.
 
-    The output matrix is applied to the positions that predict an answer's token, a chunk at a time,
-    so logits of a large vocabulary are never all in memory.
+    Llama-like models on a CPU run without padding, everything else as transformers has it. The
+    output matrix is applied to the positions that predict an answer's token, a chunk at a time, so
+    logits of a large vocabulary are never all in memory.
     """
 
     def __init__(self, base: TrainingBase, bank: VectorBank, autocast: bool = False) -> None:
-        self._bank = bank
         self._autocast = autocast
-        self._model = base.model
         self._device = bank.values.device
         self._head: Any = base.model.get_output_embeddings()
         self._logits = _logits_of(base.model)
-        self._collate = self._causal if base.kind == "causal" else self._seq2seq
-        self._check_logits()
+        padded = PaddedModel(base, bank, autocast)
+        packs = base.kind == "causal" and can_pack(base.model)
+        self._decoder = PackedDecoder(base.model, bank, autocast) if packs else padded
+        self._check_logits(base.model, padded)
+
+    @property
+    def pads(self) -> bool:
+        """Whether a pass computes as many positions of each example as of its longest."""
+        return self._decoder.pads
 
     def run(self, rows: Sequence[Row], train: bool) -> None:
         """Computes the rows' losses and, if `train`, adds their gradients to the bank."""
-        batch = self._collate([row.example for row in rows])
-        adapters = torch.tensor([row.adapter for row in rows], device=self._device)
-        with torch.set_grad_enabled(train), precision(self._device, self._autocast):
-            hidden = self._hidden(batch, adapters)  # [terms, hidden size]
-        leaf = hidden.detach().requires_grad_(train)
-        weights = torch.tensor([row.weight for row in rows], device=self._device)[batch.owners]
-        smooths = any(row.smoothing for row in rows)
-        smoothing = torch.tensor([row.smoothing for row in rows], device=self._device)
+        examples = [row.example for row in rows]
+        with torch.set_grad_enabled(train):
+            hidden = self._decoder.hidden(examples, [row.adapter for row in rows])
+        leaf = hidden.detach().requires_grad_(train)  # [terms, hidden size]
+        targets = torch.tensor([token for e in examples for token in e.targets])
+        lengths = torch.tensor([len(example.targets) for example in examples])
+        owners = torch.arange(len(rows)).repeat_interleave(lengths).to(self._device)
+        terms = _Terms(
+            targets.to(self._device),
+            torch.tensor([row.weight for row in rows], device=self._device)[owners],
+            torch.tensor([row.smoothing for row in rows], device=self._device)[owners],
+        )
         results = []
         size = max(1, _CHUNK_VALUES // self._head.weight.shape[0])
         for start in range(0, len(leaf), size):
             part = slice(start, start + size)
-            with torch.set_grad_enabled(train):
-                with precision(self._device, self._autocast):
-                    # [terms of the chunk, vocabulary]
-                    logits = self._logits(leaf[part]).float()
-                losses = F.cross_entropy(logits, batch.targets[part], reduction="none")
-                if train:
-                    smoothed = losses
-                    if smooths:
-                        amounts = smoothing[batch.owners[part]]
-                        uniform = logits.logsumexp(-1) - logits.mean(-1)
-                        smoothed = (1 - amounts) * losses + amounts * uniform
-                    (smoothed * weights[part]).sum().backward()  # type: ignore[no-untyped-call]
-            results.append(
-                torch.stack((losses.detach(), (logits.argmax(-1) == batch.targets[part]).float()))
-            )
+            with torch.set_grad_enabled(train), precision(self._device, self._autocast):
+                logits = self._logits(leaf[part]).float()  # [terms of the chunk, vocabulary]
+            chunk = _Terms(*(values[part] for values in terms))
+            found, gradient = _cross_entropy(logits.detach(), chunk, train)
+            results.append(found)
+            if gradient is not None:
+                logits.backward(gradient)  # type: ignore[no-untyped-call]
         if train:
             hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
         sums = torch.zeros(2, len(rows), device=self._device, dtype=torch.float64)
-        sums.index_add_(1, batch.owners, torch.cat(results, 1).double())
+        sums.index_add_(1, owners, torch.cat(results, 1).double())
         for row, loss, num_right in zip(rows, *sums.tolist(), strict=True):
             row.loss, row.num_right = loss, int(num_right)
 
-    def _hidden(self, batch: _Batch, adapters: Tensor) -> Tensor:
-        """Returns what the output matrix would be applied to, at the predicting positions alone."""
-        kept: list[Tensor] = []
-
-        def take(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            kept.append(args[0][batch.predicts])
-            return (args[0][:, :0],)
-
-        handle = self._head.register_forward_pre_hook(take)
-        try:
-            with self._bank.editing(adapters):
-                self._model(**batch.inputs, use_cache=False)
-        finally:
-            handle.remove()
-        return kept[0]
-
-    def _causal(self, examples: Sequence[Example]) -> _Batch:
-        """Pads on the right, where causal attention never looks, so there is no mask."""
-        sequences = [example.inputs + example.targets for example in examples]
-        ids = padded([sequence[:-1] for sequence in sequences], 0)
-        predicts = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            predicts[row, len(example.inputs) - 1 : example.length - 1] = True
-        return self._batch({"input_ids": ids}, predicts, examples)
-
-    def _seq2seq(self, examples: Sequence[Example]) -> _Batch:
-        ids = padded([example.inputs for example in examples], 0)
-        start = self._model.config.get_text_config().decoder_start_token_id
-        decoder = padded([(start, *example.targets[:-1]) for example in examples], 0)
-        lengths = torch.tensor([len(example.targets) for example in examples])
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": attention_mask(
-                [len(example.inputs) for example in examples], ids.shape[1]
-            ),
-            "decoder_input_ids": decoder,
-        }
-        predicts = torch.arange(decoder.shape[1])[None] < lengths[:, None]
-        return self._batch(inputs, predicts, examples)
-
-    def _batch(
-        self, inputs: dict[str, Tensor], predicts: Tensor, examples: Sequence[Example]
-    ) -> _Batch:
-        targets = torch.tensor([token for example in examples for token in example.targets])
-        lengths = torch.tensor([len(example.targets) for example in examples])
-        owners = torch.arange(len(examples)).repeat_interleave(lengths)
-        moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
-        return _Batch(
-            moved, predicts.to(self._device), targets.to(self._device), owners.to(self._device)
-        )
-
     @torch.no_grad()
-    def _check_logits(self) -> None:
+    def _check_logits(self, model: Any, padded: PaddedModel) -> None:
         """Raises InvalidArgumentError where the model makes its logits in a way we do not know."""
         ids = tuple(i % self._head.weight.shape[0] for i in (3, 1, 4, 1, 5))
-        batch = self._collate([Example(ids[:2], ids[2:])])
-        rows = torch.zeros(1, dtype=torch.long, device=self._device)
-        ours = self._logits(self._hidden(batch, rows)).float()
-        theirs = self._model(**batch.inputs, use_cache=False).logits[batch.predicts].float()
-        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+        example = Example(ids[:2], ids[2:])
+        hidden = self._decoder.hidden([example], [0])
+        with precision(self._device, self._autocast):
+            ours = self._logits(hidden).float()
+        batch = padded.batch([example])
+        theirs = model(**batch.inputs, use_cache=False).logits[batch.predicts].float()
+        is_narrow = self._autocast or self._head.weight.dtype != torch.float32
+        tolerance = 0.1 if is_narrow else 0.01  # the two ways round to bf16 in other places
+        if not torch.allclose(ours, theirs, tolerance, tolerance * float(theirs.abs().max())):
             raise InvalidArgumentError(
-                f"{self._model.config.model_type!r} models make their logits in a way that "
+                f"{model.config.model_type!r} models make their logits in a way that "
                 "training does not know"
             )
+
+
+class _Terms(NamedTuple):
+    """What the loss of each predicted token is made of, [terms] each."""
+
+    targets: Tensor
+    weights: Tensor
+    smoothing: Tensor
+
+
+def _cross_entropy(logits: Tensor, terms: _Terms, train: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns losses and whether the likeliest was right, [2, terms], and the logits' gradient.
+
+    That is of the weighted sum of the losses, smoothed, and only there if `train`. By hand, it
+    takes one array of the logits' size and not three.
+    """
+    targets = terms.targets[:, None]
+    largest = logits.amax(-1, keepdim=True)
+    is_right = logits.gather(1, targets) == largest
+    values = logits.log_softmax(-1)
+    losses = -values.gather(1, targets)
+    found = torch.cat((losses, is_right.float()), 1).t()
+    if not train:
+        return found, None
+    gradient = values.exp_()
+    gradient.scatter_add_(1, targets, (terms.smoothing - 1)[:, None])
+    gradient.sub_((terms.smoothing / logits.shape[-1])[:, None])
+    return found, gradient.mul_(terms.weights[:, None])
 
 
 def _logits_of(model: Any) -> Callable[[Tensor], Tensor]:
@@ -172,21 +149,3 @@ def _logits_of(model: Any) -> Callable[[Tensor], Tensor]:
         return cap * torch.tanh(logits / cap) if cap is not None else logits
 
     return logits_of
-
-
-def precision(device: torch.device, autocast: bool) -> torch.autocast:
-    """Returns the context in which the base computes, its products in bf16 if `autocast`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=autocast)
-
-
-def padded(sequences: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Returns the sequences as one matrix [rows, longest], padded on the right."""
-    ids = torch.full((len(sequences), max(map(len, sequences))), pad)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-    return ids
-
-
-def attention_mask(lengths: Sequence[int], width: int) -> Tensor:
-    """Returns [rows, width]: 1 up to each row's length, 0 behind."""
-    return (torch.arange(width)[None] < torch.tensor(lengths)[:, None]).long()

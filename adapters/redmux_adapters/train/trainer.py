@@ -178,16 +178,17 @@ class Trainer:
             self._objective.run(part, train)
 
     def _passes(self, rows: Iterable[Row]) -> list[list[Row]]:
-        """Cuts rows, sorted by length, where padded they would be more than fits into a pass."""
+        """Cuts rows, sorted by length, where they would be more positions than fit into a pass."""
         passes: list[list[Row]] = []
+        width = room = 0  # of the longest row in the last pass, which is its first; what is left
         for row in sorted(rows, key=lambda row: row.example.length, reverse=True):
-            # The first row of a pass is its longest.
-            if passes:
-                width = passes[-1][0].example.length
-                if (len(passes[-1]) + 1) * width <= self._max_pass_tokens:
-                    passes[-1].append(row)
-                    continue
-            passes.append([row])
+            length = row.example.length
+            taken = width if self._objective.pads and passes else length
+            if not passes or taken > room:
+                passes.append([])
+                width, taken, room = length, length, self._max_pass_tokens
+            passes[-1].append(row)
+            room -= taken
         return passes
 
     def _learner(self, name: str) -> Learner:
