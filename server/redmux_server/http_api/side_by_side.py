@@ -90,6 +90,7 @@ class _Streams:
         # At most one piece of each waits for the reader, who thereby slows down all of them.
         self._ready: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(1)
         self._tasks: list[asyncio.Task[None]] = []
+        self._stoppable: set[int] = set()  # those whose answer is under way
         self._is_read = True
 
     @property
@@ -98,11 +99,14 @@ class _Streams:
         return len(self._bodies)
 
     def stop(self, index: int) -> None:
-        """Ends one; harmless where it has ended."""
-        self._tasks[index].cancel()
+        """Ends one; harmless where it ends already."""
+        if index in self._stoppable:
+            self._stoppable.remove(index)  # a second stop would take the end from the reader
+            self._tasks[index].cancel()
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Yields the events of all as they come; closing it ends all."""
+        self._stoppable.update(range(self.num))
         self._tasks = [asyncio.create_task(self._run(index)) for index in range(self.num)]
         num_open = self.num
         try:
@@ -121,7 +125,10 @@ class _Streams:
     async def _run(self, index: int) -> None:
         answer = _Answer(index, self._ready)
         try:
-            await self._app(self._scope_of(index), _Given(self._bodies[index]), answer.send)
+            try:
+                await self._app(self._scope_of(index), _Given(self._bodies[index]), answer.send)
+            finally:
+                self._stoppable.discard(index)
         except asyncio.CancelledError:
             if not self._is_read:
                 raise
