@@ -18,7 +18,9 @@ from redmux.errors import NotFoundError
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.errors import DONE, Refusal, error_event
 from redmux_server.http_api.generating import caller_of
+from redmux_server.http_api.schemas.answers import EVENTS
 from redmux_server.http_api.schemas.body import Body
+from redmux_server.http_api.schemas.other_answers import Stopped
 from redmux_server.http_api.sse import EventStream
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.internal_errors import told
@@ -41,7 +43,7 @@ def router() -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
     running: dict[tuple[str, str], _Streams] = {}  # by tenant and id of the request
 
-    @router.post("/v1/side_by_side")
+    @router.post("/v1/side_by_side", response_class=Response, responses=EVENTS)
     async def side_by_side(request: Request, body: SideBySideBody) -> Response:
         """Streams the answers of several models; an event's name is its model's place in the list.
 
@@ -64,7 +66,7 @@ def router() -> APIRouter:
 
         return EventStream(events(), {})
 
-    @router.delete("/v1/side_by_side/{request_id}/{index}")
+    @router.delete("/v1/side_by_side/{request_id}/{index}", response_model=Stopped)
     async def stop(request: Request, request_id: str, index: int) -> Response:
         """Stops one model's stream of the request that has this x-request-id."""
         streams = running.get((caller_of(request).tenant, request_id))
