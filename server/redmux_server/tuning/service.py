@@ -91,7 +91,7 @@ class TuningService:
             file_id = getattr(job, name)
             if file_id is None:
                 continue
-            file = self._files.get(file_id, job.tenant)
+            file = self._files.get(file_id, job.tenant, name)
             if file.purpose != "fine-tune":
                 raise InvalidArgumentError(
                     f"{name} is {file_id!r}, which was sent for {file.purpose}, not for fine-tune"
