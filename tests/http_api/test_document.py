@@ -151,9 +151,21 @@ async def test_of_what_is_kept_for_callers_the_document_tells_as_well(http, fits
     await asked("DELETE", f"/v1/files/{file}", "/v1/files/{file_id}")
 
 
-async def test_streams_side_by_side_are_called_what_the_document_calls_them(http):
-    body = {"path": "/v1/completions", "models": ["tiny"], "request": {}}
-    response = await http.post("/v1/side_by_side", json=body)
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/side_by_side", {"path": "/v1/completions", "models": ["tiny"], "request": {}}),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "max_tokens": 1, "stream": True}),
+        ("/v1/responses", {"model": "tiny", "input": "a", "max_output_tokens": 1, "stream": True}),
+    ],
+)
+async def test_events_of_streams_are_what_the_document_says(http, path, body):
+    response = await http.post(path, json=body)
+    kind = response.headers["content-type"].partition(";")[0]
     document = (await http.get("/openapi.json")).json()
-    told = document["paths"]["/v1/side_by_side"]["post"]["responses"]["200"]["content"]
-    assert list(told) == [response.headers["content-type"].partition(";")[0]]
+    told = document["paths"][path]["post"]["responses"]["200"]["content"][kind]["schema"]
+    assert (
+        "application/json" in document["paths"][path]["post"]["responses"]["200"]["content"]
+    ) == (path != "/v1/side_by_side")
+    for event in response.text.removesuffix("\n\n").split("\n\n"):
+        jsonschema.validate(dict(line.split(": ", 1) for line in event.split("\n")), told)
