@@ -97,6 +97,27 @@ def test_inside_a_package_dependencies_point_down(package):
             assert both[1] < both[0] or both == (0, 0), f"{path} imports {name}"
 
 
+def test_what_tests_of_clients_share_needs_nothing_of_the_projects_environment():
+    tests = ROOT / "tests"
+    # The server and direct.py run in the project's environment.
+    left = [path for path in (tests / "clients").glob("*.py") if path.name != "direct.py"]
+    for path in left:  # grows while it is walked
+        tree = ast.parse(path.read_text())
+        # What a function imports is for those who call it.
+        body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in body:
+            names = (
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            )
+            for name in names:
+                assert name != "conftest", f"{path.name} would get that of tests/clients"
+                assert not name.startswith("redmux"), f"{path.name} imports {name}"
+                shared = tests / f"{name}.py"
+                if shared.exists() and shared not in left:
+                    left.append(shared)
+    assert tests / "chat_templates.py" in left
+
+
 def test_the_scheduler_leaves_torch_alone():
     code = "import sys, redmux_server.engine.scheduler; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

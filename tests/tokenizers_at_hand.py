@@ -1,6 +1,5 @@
 """Small tokenizers of the usual kinds, with special tokens and frames of every sort."""
 
-from conftest import save_tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -91,6 +90,7 @@ def make(kind="bytes", frame="none", template=CHATML, **flags):
 
 def save_model_with(tokenizer, folder, max_positions):
     """A small random Llama with this tokenizer, in a folder."""
+    from conftest import save_tiny_model  # tests of clients, which want none, have another
     from transformers import LlamaConfig
 
     config = LlamaConfig(

@@ -55,6 +55,7 @@ def _chat(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     with connect(options) as client:
+        _check_name(client, options.adapter)  # before anything is said
         chat = _Chat(client, wanted, options)
         return chat.talk() if sys.stdin.isatty() and sys.stdout.isatty() else chat.answer_lines()
 
@@ -171,10 +172,15 @@ class _Chat:
         _tell(f"redmux: {text}")
 
     def _set_adapter(self, name: str) -> None:
-        if name and not name.startswith("sha256:"):  # digests are no names, and seldom mistyped
-            self._client.adapters.get(name)
+        _check_name(self._client, name)
         self._adapter = name or None
         _tell(f"answers come from {name or 'the base model'}")
+
+
+def _check_name(client: Client, name: str | None) -> None:
+    """Raises NotFoundError for an adapter that is not there."""
+    if name and not name.startswith("sha256:"):  # digests are no names, and seldom mistyped
+        client.adapters.get(name)
 
 
 def _tell(text: str) -> None:

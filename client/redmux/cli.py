@@ -5,24 +5,22 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 
 import redmux
 from redmux._adapters_command import add_adapters
 from redmux._chat_command import add_chat
-from redmux._connecting import add_json, run_with_client, server_options
+from redmux._connecting import add_json, server_options
 from redmux._doctor_command import add_doctor
 from redmux._exit_codes import BROKEN_PIPE, INTERRUPTED, USAGE, exit_code
+from redmux._generate_command import add_generate
 from redmux._jobs_command import add_jobs
 from redmux._readings import add_classify, add_embed
 from redmux._score_command import add_score
 from redmux._server_commands import add_info_and_health
 from redmux._shell import shell_line
-from redmux._side_by_side import SideBySide
 from redmux._top_command import add_top
-from redmux.aio import AsyncClient
 from redmux.errors import RedmuxError
-from redmux.types import GenerationOptions, Prompt
 
 # Commands whose arguments another package parses: its function for them and the extra it needs.
 _SERVE = ("redmux_server.cli", "serve", "server")
@@ -115,7 +113,7 @@ def command_parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="start a server", add_help=False)
     commands.add_parser("bench", help="measure a server and this machine", add_help=False)
     commands.add_parser("train", help="train adapters on a base model", add_help=False)
-    _add_generate(commands, reading)
+    add_generate(commands, reading)
     add_chat(commands, server)
     add_classify(commands, reading)
     add_embed(commands, reading)
@@ -132,93 +130,6 @@ def command_parser() -> argparse.ArgumentParser:
     add_json(version)
     version.set_defaults(run=_version)
     return parser
-
-
-def _add_generate(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    server: argparse.ArgumentParser,
-) -> None:
-    parser = commands.add_parser(
-        "generate", parents=[server], help="complete a prompt with one or more adapters"
-    )
-    parser.set_defaults(run=_generate)
-    parser.add_argument(
-        "prompt", metavar="PROMPT",
-        help="the text to complete, sent as it is and begun with the model's BOS token if its "
-        "tokenizer has one; - reads stdin",
-    )  # fmt: skip
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME",
-        help="name or digest; give it again to run several at once; default: the base model",
-    )  # fmt: skip
-    parser.add_argument("--base", action="store_true", help="run the base model beside --adapter")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
-    parser.add_argument(
-        "--parse-special-tokens", action="store_true",
-        help="with --chat: take what is written like a special token for one",
-    )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, metavar="N")
-    parser.add_argument("--temperature", type=float, metavar="T", help="default: 0, greedy")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--min-p", type=float, metavar="P")
-    parser.add_argument("--presence-penalty", type=float, metavar="X")
-    parser.add_argument("--frequency-penalty", type=float, metavar="X")
-    parser.add_argument("--repetition-penalty", type=float, metavar="X")
-    parser.add_argument("--seed", type=int, metavar="N", help="make the draws repeatable")
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end at this text; repeatable"
-    )
-    parser.add_argument(
-        "--stop-regex", metavar="PATTERN", help="end where this regular expression first matches"
-    )
-    parser.add_argument(
-        "--stop-token-id", action="append", default=[], type=int, metavar="ID",
-        help="end at this token; repeatable",
-    )  # fmt: skip
-    parser.add_argument("--ignore-eos", action="store_true", help="go on past end-of-text tokens")
-    parser.add_argument("--logprobs", action="store_true", help="add log-probabilities to --json")
-    parser.add_argument(
-        "--top-logprobs", type=int, metavar="N", help="the same, with the N likeliest tokens"
-    )
-    parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, default=True,
-        help="print the text as it is decoded; default, but for --json",
-    )  # fmt: skip
-
-
-def _generate(options: argparse.Namespace) -> int:
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    prompt: Prompt = [{"role": "user", "content": text}] if options.chat else text
-    adapters: list[str | None] = list(options.adapter)
-    if options.base or not adapters:
-        adapters.insert(0, None)
-    wanted = GenerationOptions(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        stop=options.stop,
-        stop_regex=options.stop_regex,
-        stop_token_ids=options.stop_token_id,
-        ignore_eos=options.ignore_eos,
-        logprobs=options.logprobs or options.top_logprobs is not None,
-        top_logprobs=options.top_logprobs,
-        parse_special_tokens=options.parse_special_tokens,
-    )
-
-    def run(client: AsyncClient) -> Awaitable[int]:
-        sides = SideBySide(client, prompt, adapters, wanted, options.timeout)
-        if options.stream and not options.json:
-            return sides.print_streams()
-        return sides.print_completions(options.json)
-
-    return run_with_client(options, run)
 
 
 def _version(options: argparse.Namespace) -> int:

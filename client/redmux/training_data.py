@@ -105,6 +105,11 @@ def read_lines(name: str, lines: Iterable[bytes], faults: Faults) -> Iterator[Re
             )
         try:
             value = json.loads(line)
+            if b"\\u" in line:
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as err:
+            half = err.object[err.start]
+            faults.add(where, f"holds half of a character, \\u{ord(half):x}; write it as UTF-8")
         except UnicodeDecodeError as err:
             faults.add(where, f"not UTF-8 at byte {err.start}; convert the file")
         except (ValueError, RecursionError) as err:

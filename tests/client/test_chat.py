@@ -38,10 +38,11 @@ def test_a_line_of_a_pipe_is_answered_with_a_line_and_with_all_before_it(say, se
 
 
 def test_options_go_with_every_answer(say, server):
+    server.adapters["a"] = server.adapter("a")
     options = ["--adapter", "a", "--system", "Be brief.", "--max-tokens", "5", "--seed", "7"]
     options += ["--temperature", "0.5", "--top-p", "0.25", "--top-k", "3"]
     say("Hi", "And?", options=options)
-    for call in server.calls:
+    for call in server.seen("Generate"):
         generation = call.request.generation
         assert turns(call)[0] == ("system", "Be brief.")
         assert (generation.adapter, generation.stopping.max_tokens) == ("a", 5)
@@ -69,6 +70,12 @@ def test_an_adapter_that_is_not_there_is_told_and_the_last_one_stays(say, server
     assert server.seen("Generate")[0].request.generation.adapter == "acme/a"
 
 
+def test_an_adapter_that_is_not_there_ends_a_chat_before_it_begins(say, server):
+    assert say("Hi", options=["--adapter", "none"]) == (4, "", "redmux: no adapter 'none'\n")
+    assert server.seen("Generate") == []
+    assert say("Hi", options=["--adapter", "sha256:00"])[0] == 0
+
+
 def test_a_question_that_fails_is_forgotten_and_the_chat_goes_on(say, server):
     server.fail = refuse("gone")
     server.adapters["gone"] = server.adapter("gone")
@@ -92,6 +99,7 @@ def test_reset_forgets_the_turns_and_keeps_the_system_prompt(say, server):
 
 
 def test_save_writes_messages_and_what_made_the_answers(say, server, tmp_path):
+    server.adapters["a"] = server.adapter("a")
     path = tmp_path / "chat ü.json"
     path.write_text("before")
     code, _, err = say("Grüße", f"/save {path}", options=["--adapter", "a", "--system", "S"])
@@ -194,6 +202,7 @@ def test_a_conversation_that_is_too_long_is_told_with_what_to_do(say, server):
 
 
 def test_on_a_terminal_lines_can_be_edited_and_come_again(terminal, server):
+    server.adapters["a"] = server.adapter("a")
     chat = terminal("chat", "--adapter", "a")
     assert "chat with a; /help tells the commands, Ctrl-D leaves" in chat.until("> ")
     chat.type("Hillo\x7f\x7f\x7f\x7fello\r")
@@ -202,7 +211,7 @@ def test_on_a_terminal_lines_can_be_edited_and_come_again(terminal, server):
     chat.until("Hello world\r\n> ")
     chat.type("\x04")
     assert chat.ended()[0] == 0
-    assert [turns(call)[-1] for call in server.calls] == [("user", "Hello")] * 2
+    assert [turns(call)[-1] for call in server.seen("Generate")] == [("user", "Hello")] * 2
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal, server):

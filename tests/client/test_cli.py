@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 
 import redmux
 from redmux import cli
+from redmux._shell import shell_line
 from redmux.cli import main
 
 DIGEST = "sha256:" + "ab" * 32
@@ -151,6 +152,52 @@ def test_one_failing_adapter_does_not_disturb_the_others(run, server, form):
     assert err == "redmux: acme/none: no adapter 'acme/none'; see `redmux adapters list`\n"
 
 
+SCHEMA = '{"type": "object"}'
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "value"),
+    [
+        (["--schema", "file"], "json_schema", SCHEMA),
+        (["--json-object"], "json_object", True),
+        (["--regex", "a+"], "regex", "a+"),
+        (["--grammar", "file"], "lark", SCHEMA),
+    ],
+)
+def test_generate_says_what_the_completion_has_to_look_like(
+    run, server, tmp_path, monkeypatch, flags, kind, value
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text(SCHEMA, encoding="utf-8-sig")  # as editors of Windows write it
+    assert run("generate", "Hi", *flags)[0] == 0
+    grammar = server.calls[-1].request.generation.grammar
+    assert (grammar.WhichOneof("kind"), getattr(grammar, kind)) == (kind, value)
+
+
+def test_generate_takes_one_of_several_texts(run, server):
+    assert run("generate", "Hi", "--choice", "yes", "--choice", "no")[0] == 0
+    assert list(server.calls[-1].request.generation.grammar.choices.texts) == ["yes", "no"]
+    assert run("generate", "Hi")[0] == 0
+    assert not server.calls[-1].request.generation.HasField("grammar")
+
+
+def test_generate_takes_one_way_of_saying_what_the_completion_looks_like(run, server):
+    code, _, err = run("generate", "Hi", "--regex", "a", "--json-object")
+    assert code == 2
+    assert "--json-object: not allowed with argument --regex" in err
+    assert not server.calls
+
+
+def test_a_grammar_that_cannot_be_read_is_named(run, server, tmp_path):
+    path = tmp_path / "grammar"
+    code, _, err = run("generate", "Hi", "--grammar", str(path))
+    assert (code, err) == (1, f"redmux: cannot open {path}: No such file or directory\n")
+    path.write_bytes(b"ab\xff")
+    code, _, err = run("generate", "Hi", "--schema", str(path))
+    assert (code, err) == (5, f"redmux: {path} is not UTF-8 at byte 2\n")
+    assert not server.calls
+
+
 def test_an_error_is_one_line_on_stderr(run, server):
     server.fail = fail_for("acme/none")
     code, out, err = run("generate", "--adapter", "acme/none", "Hi")
@@ -182,6 +229,19 @@ def test_errors_name_commands_and_flags_instead_of_calls_and_arguments(run, serv
         code, _, err = run(command, "Hi", *(["--adapter", "a"] if command == "classify" else []))
         assert (code, err) == (4, f"redmux: {told}\n")
     assert run("info")[::2] == (4, f"redmux: {told}\n")
+
+
+def test_every_option_of_generate_is_called_by_its_flag_in_errors():
+    (commands,) = cli.command_parser()._subparsers._group_actions
+    flags = {
+        flag for action in commands.choices["generate"]._actions for flag in action.option_strings
+    }
+    for name in redmux.types.GenerationOptions.__annotations__:
+        flag = "--" + name.replace("_", "-")
+        if "_" in name and flag in flags:
+            assert shell_line(f"{name} is 3") == f"{flag} is 3"
+    assert shell_line("json_schema is no JSON") == "--schema is no JSON"
+    assert shell_line("lark: no start rule") == "--grammar: no start rule"
 
 
 def test_a_limit_that_passed_names_the_flag_that_sets_it(run, server, target):

@@ -134,7 +134,7 @@ async def test_batches_are_listed_in_pages(api, batch_of):
         ({"completion_window": "1d"}, 400, "completion_window"),
         ({"completion_window": "999h"}, 400, "completion_window"),
         ({"endpoint": "/v1/responses"}, 400, "endpoint"),
-        ({"input_file_id": "file-none"}, 404, None),
+        ({"input_file_id": "file-none"}, 404, "input_file_id"),
         ({"input_file_id": None}, 400, "input_file_id"),
         ({"output_expires_after": {"anchor": "created_at"}}, 400, "output_expires_after"),
         ({"metadata": {"a": 1}}, 400, "metadata.a"),

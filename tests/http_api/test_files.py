@@ -96,11 +96,12 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-async def test_a_malformed_form_is_told(http, case):
+async def test_a_malformed_form_is_told_its_sender_alone(http, case, caplog):
     headers = {"content-type": "multipart/form-data; boundary=b"}
     refused = await http.post("/v1/files", content=MALFORMED[case], headers=headers)
     assert refused.status_code == 400, refused.text
     assert "the body is no form" in refused.json()["error"]["message"]
+    assert caplog.records == []
 
 
 async def test_a_form_is_called_one(http):

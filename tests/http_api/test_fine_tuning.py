@@ -50,7 +50,7 @@ async def ask(api, model):
     return answer.choices[0].message.content
 
 
-async def test_what_a_job_has_trained_answers_at_once_under_its_name(api, send, ended):
+async def test_what_a_job_has_trained_answers_at_once_under_its_name(api, http, send, ended, fits):
     assert await ask(api, "tiny") != "no"
     jobs = api.fine_tuning.jobs
     job = await jobs.create(
@@ -86,6 +86,10 @@ async def test_what_a_job_has_trained_answers_at_once_under_its_name(api, send, 
     (checkpoint,) = [item async for item in jobs.checkpoints.list(job.id)]
     assert checkpoint.fine_tuned_model_checkpoint == "say-no"
     assert checkpoint.metrics.full_valid_loss > 0
+    document = (await http.get("/openapi.json")).json()
+    for rest in ("", "/events", "/checkpoints"):
+        told = document["paths"]["/v1/fine_tuning/jobs/{job_id}" + rest]["get"]
+        fits(document, told, await http.get(f"/v1/fine_tuning/jobs/{job.id}{rest}"))
     (file_id,) = job.result_files
     rows = (await api.files.content(file_id)).text.splitlines()
     assert rows[0].startswith("step,train_loss")
@@ -93,7 +97,7 @@ async def test_what_a_job_has_trained_answers_at_once_under_its_name(api, send, 
 
     assert job.id in [listed.id async for listed in jobs.list(metadata={"team": "a"})]
     assert job.id not in [listed.id async for listed in jobs.list(metadata={"team": "b"})]
-    with pytest.raises(openai.BadRequestError, match="has succeeded"):
+    with pytest.raises(openai.BadRequestError, match=r"is over \(succeeded\)"):
         await jobs.cancel(job.id)
     assert (await api.models.delete("say-no")).deleted
     with pytest.raises(openai.NotFoundError):
@@ -140,7 +144,8 @@ async def test_what_is_wrong_with_the_data_fails_the_job_by_its_lines(api, send,
 REFUSED = {
     "no base": ({"model": "none"}, 404, "model"),
     "an adapter": ({"model": "start"}, 400, "model"),
-    "no file": ({"training_file": "file-none"}, 404, None),
+    "no file": ({"training_file": "file-none"}, 404, "training_file"),
+    "none to validate": ({"validation_file": "file-none"}, 404, "validation_file"),
     "a method": ({"method": {"type": "dpo"}}, 400, "method.type"),
     "its options": ({"method": {"type": "supervised", "dpo": {"x": 1}}}, 400, "dpo"),
     "twice": ({"method": {"type": "supervised", "supervised": {"hyperparameters": {}}},

@@ -5,7 +5,14 @@ import contextlib
 import json
 
 import pytest
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
 
+from redmux_server.http_api import side_by_side
+from redmux_server.http_api.errors import DONE
+from redmux_server.http_api.gate import Caller
+from redmux_server.http_api.sse import EventStream
 from redmux_server.load import load_message
 
 BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "logprobs": True}
@@ -160,6 +167,57 @@ async def test_one_of_several_streams_is_stopped_by_the_id_of_the_request(http, 
     assert len(found[0]) < len(found[1])
     assert (await http.delete("/v1/side_by_side/mine-1/0")).status_code == 404
     await until(lambda: server.engine.num_open == 0)
+
+
+async def test_stops_of_a_stream_whose_end_waits_for_its_reader_do_not_take_the_end_away():
+    app = FastAPI()
+    app.include_router(side_by_side.router())
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        async def pieces():
+            if (await request.json())["model"] == "a":
+                yield b'data: {"choices":[]}\n\n'
+            yield DONE
+
+        return EventStream(pieces(), {})
+
+    async def ask(method, path, body, send):
+        scope = {
+            "type": "http", "method": method, "path": path, "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "caller": Caller("", "mine", {}),
+        }  # fmt: skip
+
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(body).encode()}
+
+        await app(scope, receive, send)
+
+    pieces, is_read = [], asyncio.Event()
+
+    async def read(message):
+        if message["type"] == "http.response.body":
+            pieces.append(message["body"])
+            await is_read.wait()
+
+    body = {"path": "/v1/completions", "models": ["a", "b"], "request": {"prompt": "x"}}
+    reading = asyncio.create_task(ask("POST", "/v1/side_by_side", body, read))
+    await until(lambda: pieces)
+
+    async def ignore(message):
+        pass
+
+    for _ in range(3):
+        for _ in range(100):
+            await asyncio.sleep(0)  # the streams get as far as they can
+        for index in (0, 1):
+            await ask("DELETE", f"/v1/side_by_side/mine/{index}", None, ignore)
+    is_read.set()
+    async with asyncio.timeout(30):
+        await reading
+    found = events(b"".join(pieces).decode())
+    assert found[0][-1] == found[1][-1] == "[DONE]"
 
 
 async def test_a_reader_who_leaves_stops_all_streams(http, server):

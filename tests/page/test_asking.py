@@ -82,6 +82,7 @@ async def test_one_answer_is_stopped_and_the_others_go_on(page, server, names, s
     await page.get_by_role("button", name=f"Stop {names[0]}").click()
     await expect(answer(page, names[0])).to_have_attribute("data-state", "stopped")
     cut = await text_of(page, names[0])
+    await until(lambda: len(steps.ended) == 1)
     steps.allow(3)
     await until(lambda: server.engine.num_open == 2)
     steps.free()
@@ -100,7 +101,8 @@ async def test_all_answers_are_stopped_at_once(page, server, names, steps, until
     await (page.click("#stop-all") if way == "button" else page.keyboard.press("Escape"))
     await expect(page.locator("[data-state=stopped]")).to_have_count(7)
     await expect(page.locator("#said")).to_have_text("7 stopped.")
-    steps.allow(5)
+    await until(lambda: len(steps.ended) == 7)
+    steps.allow(1)
     await until(lambda: server.engine.num_open == 0)
 
 

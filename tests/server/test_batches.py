@@ -186,6 +186,11 @@ async def test_a_faulty_line_fails_the_batch_by_its_number_before_anything_runs(
     assert rig.asked == []
 
 
+def test_a_mark_of_utf_8_before_the_first_line_is_no_part_of_it():
+    lines, faults = LineReader(CHATS).read(b"\xef\xbb\xbf" + jsonl(line("a")))
+    assert ([read.custom_id for read in lines], faults) == (["a"], [])
+
+
 def test_a_file_without_requests_or_with_too_many_is_faulty(monkeypatch):
     read = LineReader(CHATS).read
     assert read(b"\n \n")[1][0].code == "empty_file"

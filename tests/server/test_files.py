@@ -25,6 +25,11 @@ def folder(request, tmp_path):
     return tmp_path / "files" if request.param == "folder" else None
 
 
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
 async def content(store, file):
     assert b"".join([piece async for piece in store.pieces(file)]) == await store.read(file)
     return await store.read(file)
@@ -151,6 +156,30 @@ async def test_a_disk_that_refuses_is_told_without_its_path(tmp_path, monkeypatc
     assert store.all_of("t") == []
     monkeypatch.undo()
     await store.put("a", "batch", b"x", "t")
+
+
+async def test_a_file_whose_record_finds_no_room_takes_none_itself(tmp_path, monkeypatch):
+    store = FileStore(tmp_path)
+
+    async def refuse(*args):
+        raise ResourceExhaustedError("the disk is full")
+
+    monkeypatch.setattr(Records, "write", refuse)
+    with pytest.raises(ResourceExhaustedError):
+        await store.put("a", "batch", b"x" * 1000, "t")
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_file_whose_caller_goes_away_while_it_is_deleted_leaves_nothing(tmp_path):
+    store = FileStore(tmp_path)
+    file = await store.put("a", "batch", b"x", "t")
+    task = asyncio.create_task(store.delete(file.id, "t"))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: not list(tmp_path.iterdir()))
+    assert store.all_of("t") == []
 
 
 async def test_a_file_that_the_disk_does_not_let_go_stays(tmp_path, monkeypatch):

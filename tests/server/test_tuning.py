@@ -267,7 +267,7 @@ async def test_a_job_is_cancelled_in_any_state_before_its_end(rig):
     assert late.status == "cancelled"
     assert late.finished_at is not None
     for job in (early, late):
-        with pytest.raises(InvalidArgumentError, match="has cancelled"):
+        with pytest.raises(InvalidArgumentError, match="is over"):
             await rig.service.cancel(job.id, "t")
 
 
@@ -348,6 +348,7 @@ def test_content_in_parts_is_one_text():
         ({"messages": [*TALK[:1], said("assistant", "x", weight=0)]}, "no message of the assist"),
         ({"messages": TALK * 33}, "the chat has 132 messages, the limit is 128"),
         ({"prompt": "a", "completion": "b", "chosen": 1}, "the line has chosen"),
+        ({"messages": TALK}, "the line is a chat, those before it are no chat"),
     ],
 )
 def test_what_training_would_ignore_is_refused_by_its_line(line, message):

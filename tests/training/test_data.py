@@ -48,13 +48,15 @@ def test_every_unusable_line_is_told_by_file_and_line(tokenizer, tmp_path):
         json.dumps({"prompt": "x" * 90, "completion": "5"}),
         json.dumps({"prompt": "six", "completion": "6"}),
     ]
-    path.write_bytes("\n".join(lines).encode() + b'\n{"prompt": "\xff", "completion": ""}\n')
+    odd = b'\n{"prompt": "\xff", "completion": ""}\n{"prompt": "\\ud83d", "completion": ""}\n'
+    path.write_bytes("\n".join(lines).encode() + odd)
     examples, faults = read(path, tokenizer)
     assert len(examples) == 2
     expected = [
         "d.jsonl:2: not valid JSON",
         "d.jsonl:4: not a JSON object",
         "d.jsonl:10: not UTF-8 at byte 12; convert the file",
+        "d.jsonl:11: holds half of a character, \\ud83d; write it as UTF-8",
         "d.jsonl:5: prompt is empty",
         "d.jsonl:6: completion is missing",
         "d.jsonl:7: completion is 4; it has to be a text",

@@ -1,5 +1,6 @@
 """The lines of a batch's input file, and what is wrong with them."""
 
+from codecs import BOM_UTF8
 from typing import NamedTuple
 
 import msgspec
@@ -45,7 +46,7 @@ class LineReader:
         """Returns the lines in their order, and the first faults; empty lines are left out."""
         lines: dict[str, Line] = {}
         faults: list[Fault] = []
-        for number, text in enumerate(data.splitlines(), 1):
+        for number, text in enumerate(data.removeprefix(BOM_UTF8).splitlines(), 1):
             if not text.strip():
                 continue
             line = self._line(number, text)

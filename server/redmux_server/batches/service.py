@@ -113,7 +113,7 @@ class BatchService:
             raise InvalidArgumentError(
                 f"endpoint is {endpoint[:80]!r}, must be one of {', '.join(ENDPOINTS)}"
             )
-        file = self._files.get(input_file_id, tenant)
+        file = self._files.get(input_file_id, tenant, "input_file_id")
         if file.purpose != "batch":
             raise InvalidArgumentError(
                 f"input_file_id is {file.id!r}, which was sent for {file.purpose}, not for batch"

@@ -123,11 +123,15 @@ class FileStore:
             await asyncio.shield(self._keep(file, data))
         return file
 
-    def get(self, file_id: str, tenant: str) -> StoredFile:
-        """Returns a file of the tenant; raises NotFoundError if there is none of that id."""
+    def get(self, file_id: str, tenant: str, field: str = "") -> StoredFile:
+        """Returns a file of the tenant; raises NotFoundError if there is none of that id.
+
+        `field` is what the caller has named it in, for the error.
+        """
         file = self._files.get(file_id)
         if file is None or file.tenant != tenant:
-            raise NotFoundError(f"no file {file_id[:80]!r}; see GET /v1/files")
+            named = f"{field} is {file_id[:80]!r}, which is" if field else f"{file_id[:80]!r} is"
+            raise NotFoundError(f"{named} no file of yours; see GET /v1/files")
         return file
 
     def all_of(self, tenant: str) -> list[StoredFile]:
@@ -163,15 +167,8 @@ class FileStore:
                 f"{file_id} is read by {self._readers[file_id][0]}; cancel that first"
             )
         del self._files[file_id]  # from here on nobody begins to read it
-        try:
-            await self._records.remove(file_id)
-        except RedmuxError:
-            self._files[file_id] = file
-            raise
-        self._contents.pop(file_id, None)
-        if self._folder is not None:
-            path = self._path(file_id)
-            await asyncio.shield(asyncio.to_thread(path.unlink, missing_ok=True))
+        # A caller who goes away must not leave its content.
+        await asyncio.shield(self._remove(file))
         return file
 
     def hold(self, file_id: str, by: str) -> None:
@@ -202,8 +199,23 @@ class FileStore:
             self._contents[file.id] = data
         else:
             await asyncio.to_thread(self._write, file, data)
-            await self._records.write(file.id, asdict(file))
+            try:
+                await self._records.write(file.id, asdict(file))
+            except RedmuxError:
+                if file.id not in self._files:  # else it is the content of the one that was there
+                    await asyncio.to_thread(self._path(file.id).unlink, missing_ok=True)
+                raise
         self._files[file.id] = file
+
+    async def _remove(self, file: StoredFile) -> None:
+        try:
+            await self._records.remove(file.id)
+        except RedmuxError:
+            self._files[file.id] = file
+            raise
+        self._contents.pop(file.id, None)
+        if self._folder is not None:
+            await asyncio.to_thread(self._path(file.id).unlink, missing_ok=True)
 
     def _content(self, file: StoredFile) -> bytes:
         if file.id not in self._contents:  # deleted meanwhile

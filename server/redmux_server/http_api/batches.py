@@ -12,6 +12,7 @@ from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.paging import page_of
 from redmux_server.http_api.schemas.batch import BatchBody
+from redmux_server.http_api.schemas.kept_answers import Batches, BatchTold
 from redmux_server.http_api.validated import JsonRoute
 
 _TIMES = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
@@ -22,7 +23,7 @@ def router(offer: Offer) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["batches"])
     batches = offer.desk.batches
 
-    @router.post("/v1/batches")
+    @router.post("/v1/batches", response_model=BatchTold)
     async def create_batch(request: Request, body: BatchBody) -> Response:
         """Takes a file of requests, one a line, for one endpoint."""
         batch = await batches.create(
@@ -31,7 +32,7 @@ def router(offer: Offer) -> APIRouter:
         )  # fmt: skip
         return json_response(_told(batch))
 
-    @router.get("/v1/batches")
+    @router.get("/v1/batches", response_model=Batches)
     async def list_batches(
         request: Request, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> Response:
@@ -39,12 +40,12 @@ def router(offer: Offer) -> APIRouter:
         found = batches.all_of(caller_of(request).tenant)
         return json_response(page_of(found, after, limit, _told))
 
-    @router.get("/v1/batches/{batch_id}")
+    @router.get("/v1/batches/{batch_id}", response_model=BatchTold)
     async def retrieve_batch(request: Request, batch_id: str) -> Response:
         """Returns how far a batch is."""
         return json_response(_told(batches.get(batch_id, caller_of(request).tenant)))
 
-    @router.post("/v1/batches/{batch_id}/cancel")
+    @router.post("/v1/batches/{batch_id}/cancel", response_model=BatchTold)
     async def cancel_batch(request: Request, batch_id: str) -> Response:
         """Ends a batch, which keeps the answers that it has."""
         return json_response(_told(await batches.cancel(batch_id, caller_of(request).tenant)))

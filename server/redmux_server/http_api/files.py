@@ -16,6 +16,7 @@ from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.multipart import read_form
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.paging import page_of
+from redmux_server.http_api.schemas.kept_answers import CONTENT, FileDeleted, Files, FileTold
 
 _PURPOSES = ("fine-tune", "batch")
 _FORM = {
@@ -34,6 +35,7 @@ def router(offer: Offer) -> APIRouter:
 
     @router.post(
         "/v1/files",
+        response_model=FileTold,
         openapi_extra={"requestBody": {"required": True, "content": {
             "multipart/form-data": {"schema": _FORM},
         }}},
@@ -60,7 +62,7 @@ def router(offer: Offer) -> APIRouter:
         stored = await store.put(file.filename, meant, file.data, caller_of(request).tenant)
         return json_response(_told(stored))
 
-    @router.get("/v1/files")
+    @router.get("/v1/files", response_model=Files)
     async def list_files(
         request: Request,
         purpose: str | None = None,
@@ -77,12 +79,12 @@ def router(offer: Offer) -> APIRouter:
             page_of(found if order == "desc" else found[::-1], after, limit, _told)
         )
 
-    @router.get("/v1/files/{file_id}")
+    @router.get("/v1/files/{file_id}", response_model=FileTold)
     async def retrieve_file(request: Request, file_id: str) -> Response:
         """Returns what is known of a file."""
         return json_response(_told(store.get(file_id, caller_of(request).tenant)))
 
-    @router.get("/v1/files/{file_id}/content")
+    @router.get("/v1/files/{file_id}/content", response_class=Response, responses=CONTENT)
     async def retrieve_file_content(request: Request, file_id: str) -> Response:
         """Returns the bytes of a file."""
         file = store.get(file_id, caller_of(request).tenant)
@@ -97,7 +99,7 @@ def router(offer: Offer) -> APIRouter:
         headers = {"content-length": str(file.num_bytes)}
         return StreamingResponse(all_pieces(), 200, headers, "application/octet-stream")
 
-    @router.delete("/v1/files/{file_id}")
+    @router.delete("/v1/files/{file_id}", response_model=FileDeleted)
     async def delete_file(request: Request, file_id: str) -> Response:
         """Removes a file."""
         file = await store.delete(file_id, caller_of(request).tenant)

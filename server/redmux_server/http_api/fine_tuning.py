@@ -13,6 +13,12 @@ from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.paging import page_of
 from redmux_server.http_api.schemas.fine_tuning import JobBody
+from redmux_server.http_api.schemas.kept_answers import (
+    Checkpoints,
+    FineTuningJob,
+    FineTuningJobs,
+    JobEvents,
+)
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.tuning.job import TuningJob
 
@@ -28,7 +34,7 @@ def router(offer: Offer) -> APIRouter:
     def job_of(request: Request, job_id: str) -> TuningJob:
         return tuning.get(job_id, caller_of(request).tenant)
 
-    @router.post(_PATH)
+    @router.post(_PATH, response_model=FineTuningJob)
     async def create_fine_tuning_job(request: Request, body: JobBody) -> Response:
         """Trains an adapter on a file."""
         tenant = caller_of(request).tenant
@@ -45,7 +51,7 @@ def router(offer: Offer) -> APIRouter:
         )  # fmt: skip
         return json_response(_told(await tuning.create(job)))
 
-    @router.get(_PATH)
+    @router.get(_PATH, response_model=FineTuningJobs)
     async def list_fine_tuning_jobs(
         request: Request, after: str | None = None, limit: Limit = 20
     ) -> Response:
@@ -57,17 +63,17 @@ def router(offer: Offer) -> APIRouter:
         ]  # fmt: skip
         return json_response(page_of(found, after, limit, _told))
 
-    @router.get(f"{_PATH}/{{job_id}}")
+    @router.get(f"{_PATH}/{{job_id}}", response_model=FineTuningJob)
     async def retrieve_fine_tuning_job(request: Request, job_id: str) -> Response:
         """Returns how far a job is."""
         return json_response(_told(job_of(request, job_id)))
 
-    @router.post(f"{_PATH}/{{job_id}}/cancel")
+    @router.post(f"{_PATH}/{{job_id}}/cancel", response_model=FineTuningJob)
     async def cancel_fine_tuning_job(request: Request, job_id: str) -> Response:
         """Ends a job."""
         return json_response(_told(await tuning.cancel(job_id, caller_of(request).tenant)))
 
-    @router.get(f"{_PATH}/{{job_id}}/events")
+    @router.get(f"{_PATH}/{{job_id}}/events", response_model=JobEvents)
     async def list_fine_tuning_events(
         request: Request, job_id: str, after: str | None = None, limit: Limit = 20
     ) -> Response:
@@ -75,7 +81,7 @@ def router(offer: Offer) -> APIRouter:
         events = [_Told(event) for event in reversed(job_of(request, job_id).events)]
         return json_response(page_of(events, after, limit, lambda event: event.fields))
 
-    @router.get(f"{_PATH}/{{job_id}}/checkpoints")
+    @router.get(f"{_PATH}/{{job_id}}/checkpoints", response_model=Checkpoints)
     async def list_fine_tuning_job_checkpoints(
         request: Request, job_id: str, after: str | None = None, limit: Limit = 10
     ) -> Response:

@@ -10,7 +10,7 @@ from redmux.errors import PermissionDeniedError
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer
-from redmux_server.http_api.schemas.other_answers import Model, Models
+from redmux_server.http_api.schemas.other_answers import Model, ModelDeleted, Models
 from redmux_server.registry.published import Published
 
 _PAGE = 1000
@@ -63,7 +63,7 @@ def router(offer: Offer) -> APIRouter:
         published = offer.names.resolve(model, caller_of(request).tenant)
         return json_response(base() if published is None else adapter(published))
 
-    @router.delete("/v1/models/{model:path}")
+    @router.delete("/v1/models/{model:path}", response_model=ModelDeleted)
     async def delete_model(request: Request, model: str) -> Response:
         """Removes an adapter, such as one that was fine-tuned."""
         tenant = caller_of(request).tenant

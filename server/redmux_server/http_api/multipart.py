@@ -1,6 +1,7 @@
 """Forms with a file, as /v1/files gets them."""
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 
 from python_multipart.exceptions import FormParserError
@@ -12,6 +13,9 @@ from redmux_server.http_api.errors import Refusal
 FORM_BYTES = 64 << 10  # of a form beside its file
 _KIND = "multipart/form-data"
 _MOST_PARTS = 16
+
+# What is wrong with a form is told its sender; it warns the operator of nothing.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 @dataclass(slots=True)

@@ -18,7 +18,9 @@ from redmux.errors import NotFoundError
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.errors import DONE, Refusal, error_event
 from redmux_server.http_api.generating import caller_of
+from redmux_server.http_api.schemas.answers import EVENTS
 from redmux_server.http_api.schemas.body import Body
+from redmux_server.http_api.schemas.other_answers import Stopped
 from redmux_server.http_api.sse import EventStream
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.internal_errors import told
@@ -41,7 +43,7 @@ def router() -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["generation"])
     running: dict[tuple[str, str], _Streams] = {}  # by tenant and id of the request
 
-    @router.post("/v1/side_by_side")
+    @router.post("/v1/side_by_side", response_class=Response, responses=EVENTS)
     async def side_by_side(request: Request, body: SideBySideBody) -> Response:
         """Streams the answers of several models; an event's name is its model's place in the list.
 
@@ -64,7 +66,7 @@ def router() -> APIRouter:
 
         return EventStream(events(), {})
 
-    @router.delete("/v1/side_by_side/{request_id}/{index}")
+    @router.delete("/v1/side_by_side/{request_id}/{index}", response_model=Stopped)
     async def stop(request: Request, request_id: str, index: int) -> Response:
         """Stops one model's stream of the request that has this x-request-id."""
         streams = running.get((caller_of(request).tenant, request_id))
@@ -90,6 +92,7 @@ class _Streams:
         # At most one piece of each waits for the reader, who thereby slows down all of them.
         self._ready: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue(1)
         self._tasks: list[asyncio.Task[None]] = []
+        self._stoppable: set[int] = set()  # those whose answer is under way
         self._is_read = True
 
     @property
@@ -98,11 +101,14 @@ class _Streams:
         return len(self._bodies)
 
     def stop(self, index: int) -> None:
-        """Ends one; harmless where it has ended."""
-        self._tasks[index].cancel()
+        """Ends one; harmless where it ends already."""
+        if index in self._stoppable:
+            self._stoppable.remove(index)  # a second stop would take the end from the reader
+            self._tasks[index].cancel()
 
     async def events(self) -> AsyncGenerator[bytes]:
         """Yields the events of all as they come; closing it ends all."""
+        self._stoppable.update(range(self.num))
         self._tasks = [asyncio.create_task(self._run(index)) for index in range(self.num)]
         num_open = self.num
         try:
@@ -121,7 +127,10 @@ class _Streams:
     async def _run(self, index: int) -> None:
         answer = _Answer(index, self._ready)
         try:
-            await self._app(self._scope_of(index), _Given(self._bodies[index]), answer.send)
+            try:
+                await self._app(self._scope_of(index), _Given(self._bodies[index]), answer.send)
+            finally:
+                self._stoppable.discard(index)
         except asyncio.CancelledError:
             if not self._is_read:
                 raise

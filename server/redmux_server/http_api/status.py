@@ -5,6 +5,7 @@ from starlette.responses import Response
 
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.offer import Offer
+from redmux_server.http_api.schemas.other_answers import Load
 from redmux_server.load import load_message
 
 
@@ -12,7 +13,7 @@ def router(offer: Offer) -> APIRouter:
     """Returns the route of the status."""
     router = APIRouter(tags=["server"])
 
-    @router.get("/v1/status")
+    @router.get("/v1/status", response_model=Load)
     async def status() -> Response:
         """Tells the requests in the batch and in the queue, and the tokens since the start.
 

@@ -9,6 +9,7 @@ from redmux_server.training.check import MAX_RECORDS
 
 _MOST_MESSAGES = 128  # of a line, which may be learned as half as many examples
 _PLAIN = frozenset(("prompt", "prompt_pair", "completion", "text", "text_pair", "label", "score"))
+_KINDS = {True: "a chat", False: "no chat"}
 _MESSAGE = frozenset(("role", "content", "name", "weight"))
 
 
@@ -20,9 +21,18 @@ def read_dataset(name: str, data: bytes) -> list[Record]:
     """
     faults = Faults()
     records: list[Record] = []
+    are_chats: bool | None = None
     for record in read_lines(name, data.splitlines(), faults):
+        is_chat = "messages" in record.fields
+        are_chats = is_chat if are_chats is None else are_chats
         try:
-            records += _records(record)
+            made = _records(record)
+            if is_chat != are_chats:
+                raise InvalidArgumentError(
+                    f"the line is {_KINDS[is_chat]}, those before it are {_KINDS[are_chats]}; a "
+                    "file has lines of one kind"
+                )
+            records += made
         except InvalidArgumentError as err:
             faults.add(record.where, err.message)
         if len(records) > MAX_RECORDS:

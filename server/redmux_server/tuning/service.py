@@ -91,7 +91,7 @@ class TuningService:
             file_id = getattr(job, name)
             if file_id is None:
                 continue
-            file = self._files.get(file_id, job.tenant)
+            file = self._files.get(file_id, job.tenant, name)
             if file.purpose != "fine-tune":
                 raise InvalidArgumentError(
                     f"{name} is {file_id!r}, which was sent for {file.purpose}, not for fine-tune"
@@ -127,7 +127,7 @@ class TuningService:
         """Ends a job and returns it; raises InvalidArgumentError where it has ended."""
         job = self.get(job_id, tenant)
         if job.has_ended:
-            raise InvalidArgumentError(f"{job.id} has {job.status}, which cannot be cancelled")
+            raise InvalidArgumentError(f"{job.id} is over ({job.status}) and cannot be cancelled")
         if job.id in self._trained_by:
             task = self._tasks[job.id]
             await self._training.cancel(self._trained_by[job.id], (), tenant)

@@ -4,8 +4,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# Of a stream the schema is that of each event, as OpenAPI before 3.2 has it.
+_EVENT = {
+    "type": "object", "required": ["data"], "additionalProperties": False,
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+}  # fmt: skip
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"schema": _EVENT}}}
 }
 
 

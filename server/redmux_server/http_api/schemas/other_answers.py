@@ -40,6 +40,14 @@ class Models(Answer):
     data: list[Model]
 
 
+class ModelDeleted(Answer):
+    """An adapter that is there no longer."""
+
+    id: str
+    object: Literal["model"]
+    deleted: Literal[True]
+
+
 class AdapterTold(Answer):
     """What is known of an adapter."""
 
@@ -85,6 +93,28 @@ class LoadedAdapters(Answer):
     success: bool
     error_message: str
     loaded_adapters: dict[str, str]
+
+
+class Stopped(Answer):
+    """A stream that ends now."""
+
+    id: str
+    index: int
+    stopped: Literal[True]
+
+
+class Load(Answer):
+    """What the engine computes now, and has computed since the start."""
+
+    generates: bool
+    running: int
+    waiting: int
+    max_running: int
+    base_rows: int
+    adapter_rows: list[int]
+    kv_cache_used: float
+    prefill_tokens: int
+    decode_tokens: int
 
 
 class Tokens(Answer):
