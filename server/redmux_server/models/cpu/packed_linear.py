@@ -147,7 +147,8 @@ def _multiply(num_threads, x, narrow, steps, packed, i, out):
     counters = counters_of(1, num_threads)
     for r in range(len(x)):
         narrow_row(x[r], narrow[r], steps[r])
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         sums = scratch(TALL * PANEL)
         configure(packed.tiles)
         multiply_some(counters[0], thread, narrow, steps, packed, i, out, sums)
@@ -157,7 +158,8 @@ def _multiply(num_threads, x, narrow, steps, packed, i, out):
 @compiled(parallel=True)
 def _multiply_all(num_threads, rows, x, steps, packed, layers, depths, out):
     counters = counters_of(len(layers), num_threads)
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         sums = scratch(TALL * PANEL)
         configure(packed.tiles)
         for n in range(len(layers)):

@@ -111,7 +111,8 @@ def _attend(
 ):
     counters = counters_of(2, num_threads)
     nothing = np.zeros(0, np.float32)
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         attend_some(
             counters, thread, q, k, v, keys, values, out, nothing, nothing, nothing, nothing,
             np.float32(0), layout, places, table, tiles, scale, window, softcap,

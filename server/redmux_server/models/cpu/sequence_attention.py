@@ -89,7 +89,8 @@ def _attend_sequences(num_threads, q, k, v, starts, bias, scale, out):
     counters = counters_of(1, num_threads)
     num_heads = q.shape[1]
     num_items = (starts.size - 1) * num_heads
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         num_done = 0
         item = claim(counters[0], thread, num_items)
         while item < num_items:
