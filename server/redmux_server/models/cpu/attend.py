@@ -9,15 +9,19 @@ from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.folds import LANES, largest, sum_squares, total
 from redmux_server.models.cpu.narrow import kept
-from redmux_server.models.cpu.vector import exp, product
+from redmux_server.models.cpu.vector import ADD, ANEW, exp, product
 from redmux_server.models.kvcache import BLOCK
 
 assert BLOCK % PANEL == BLOCK % LANES == 0, "blocks are read in whole panels and folds"
 
 
+_START = np.int64(0)  # a literal is a type of its own, and what it is handed to compiled for it
+_COLUMNS = np.int64(BLOCK)
+
+
 # Inlined, as handing over arrays takes longer than the work. Indices are unsigned: signed ones may
 # count from the end, and loops that have to find out are not vectorised.
-@compiled(inline="always")
+@compiled(forceinline=True)
 def _rotate(x, at, dim, cos, sin, turn, out, to):
     """Copies `dim` elements of x from `at` on to `to` in out, rotated unless cos is empty."""
     at, turn, to, dim = np.uint64(at), np.uint64(turn), np.uint64(to), np.uint64(dim)
@@ -32,7 +36,7 @@ def _rotate(x, at, dim, cos, sin, turn, out, to):
             out[to + d] = x[at + d]
 
 
-@compiled(inline="always")
+@compiled(forceinline=True)
 def _load_head(x, at, token, weight, eps, cos, sin, room, out, to):
     """As `_rotate` for one head of a token, normalised before if weight is not empty.
 
@@ -44,23 +48,22 @@ def _load_head(x, at, token, weight, eps, cos, sin, room, out, to):
         inverse = np.float32(1.0) / math.sqrt(sum_squares(head) / np.float32(dim) + eps)
         for d in range(dim):
             room[d] = head[d] * inverse * weight[d]
-        _rotate(room, 0, dim, cos, sin, token * dim, out, to)
+        _rotate(room, _START, dim, cos, sin, token * dim, out, to)
     else:
         _rotate(x, at, dim, cos, sin, token * dim, out, to)
 
 
 @compiled
-def store(k, v, keys, values, places, token, heads, layout, k_weight, eps, cos, sin, room):
-    """Writes keys and values of one token into the cache; room: [2, head_dim].
-
-    `heads` is the first of the KV heads and the one behind the last.
-    """
+def store(
+    k, v, keys, values, places, token, head0, num_heads, layout, k_weight, eps, cos, sin, room
+):
+    """Writes keys and values of one token, some KV heads, into the cache; room: [2, head_dim]."""
     num_kv_heads, dim, width = layout[1], layout[2], layout[3]
     offset = places[1, token]
-    for head in range(heads[0], heads[1]):
+    for head in range(head0, head0 + num_heads):
         slot = places[0, token] * num_kv_heads + head
         at = layout[6] + token * layout[7] + head * dim
-        _load_head(k, at, token, k_weight, eps, cos, sin, room[0], room[1], 0)
+        _load_head(k, at, token, k_weight, eps, cos, sin, room[0], room[1], _START)
         column = keys[slot * dim * BLOCK + offset // PANEL * dim * PANEL + offset % PANEL :]
         for d in range(dim):
             column[d * PANEL] = kept(room[1, d], keys)
@@ -92,7 +95,7 @@ def softmax(scores, start, stop, scale, softcap):
     return np.float32(1.0) / total(scores)
 
 
-@compiled(inline="always")
+@compiled(forceinline=True)
 def _scale(x, factor, out):
     for d in range(x.size):
         out[d] = x[d] * factor
@@ -116,7 +119,7 @@ def _add_values(
         product(
             lines, width, weights, line * num_keys + t - origin, num_keys,
             values, slot * BLOCK * width + offset * PANEL, BLOCK * PANEL, count,
-            sums, line * width, width, 1,
+            sums, line * width, width, ADD,
             ahead,
         )  # fmt: skip
         t += count
@@ -151,8 +154,8 @@ def attend_tile(
         if p + 1 < num_blocks:
             ahead = (blocks[first_block + p + 1] * num_kv_heads + head - slot) * dim * BLOCK
         product(
-            lines, BLOCK, heads, 0, dim, keys, slot * dim * BLOCK, dim * PANEL, dim,
-            scores, p * BLOCK, num_keys, 0, ahead,
+            lines, _COLUMNS, heads, _START, dim, keys, slot * dim * BLOCK, dim * PANEL, dim,
+            scores, p * BLOCK, num_keys, ANEW, ahead,
         )  # fmt: skip
     for i in range(rows):
         stop = position0 + i + 1
@@ -174,8 +177,8 @@ def attend_tile(
             values, blocks, head, layout, sums,
         )  # fmt: skip
     _add_values(
-        scores, num_keys, origin, 0, lines, shared, position0 + 1, values, blocks, head, layout,
-        sums,
+        scores, num_keys, origin, _START, lines, shared, position0 + 1, values, blocks, head,
+        layout, sums,
     )  # fmt: skip
     for i in range(rows):
         _add_values(
@@ -219,9 +222,9 @@ def attend_token(
         for h in range(num_heads):
             # What is fetched meanwhile: as many bytes, of the next block.
             product(
-                group, BLOCK, heads, h * group * dim, dim,
+                group, _COLUMNS, heads, h * group * dim, dim,
                 keys, (slot + h) * dim * BLOCK, dim * PANEL, dim,
-                scores, h * group * num_keys + p * BLOCK, num_keys, 0,
+                scores, h * group * num_keys + p * BLOCK, num_keys, ANEW,
                 (following - slot) * dim * BLOCK,
             )  # fmt: skip
     for i in range(lines):
@@ -240,7 +243,7 @@ def attend_token(
             product(
                 group, width, scores, h * group * num_keys + p * BLOCK + begin, num_keys,
                 values, (slot + h) * BLOCK * width + begin * PANEL, BLOCK * PANEL, count,
-                sums, h * group * width, width, 1, (following - slot) * BLOCK * width,
+                sums, h * group * width, width, ADD, (following - slot) * BLOCK * width,
             )  # fmt: skip
     for i in range(lines):
         at = (row * layout[0] + head0 * group + i) * dim

@@ -186,5 +186,6 @@ def run(num_threads, step, model, linears, room):
     `linears` has LINEARS_PER_LAYER products for each layer, then the head.
     """
     counters = counters_of(3 + len(model.scales) * _PHASES_PER_LAYER, num_threads)
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         _walk(counters, thread, step, model, linears, room)

@@ -21,6 +21,8 @@ from redmux_server.models.cpu.vector import product, step_product, store_panel
 
 # Groups of a panel that are multiplied with every row before the next ones: they stay in the L2.
 _DEPTH = 2048
+# Literals are types of their own, and what they are handed to compiled for them.
+_START, _COLUMNS = np.int64(0), np.int64(PANEL)
 # Rows of x that a thread takes on at a time.
 TALL = 16 * ROWS
 # Rows from which on a tile of int8, which always takes 16, is faster than vectors.
@@ -36,9 +38,9 @@ def _sum_floats(x, steps, row0, rows, packed, i, p, sums):
     for k in range(0, groups, _DEPTH):
         n = min(_DEPTH, groups - k)
         product(
-            rows, PANEL, x.reshape(-1), row0 * depth + k * packed.group, depth,
-            packed.panels, packed.starts[i] + (p * groups + k) * PANEL, 0, n * packed.group,
-            sums, 0, PANEL, k, ahead,
+            rows, _COLUMNS, x.reshape(-1), row0 * depth + k * packed.group, depth,
+            packed.panels, packed.starts[i] + (p * groups + k) * PANEL, _START, n * packed.group,
+            sums, _START, _COLUMNS, k, ahead,
         )  # fmt: skip
 
 
@@ -147,7 +149,8 @@ def _multiply(num_threads, x, narrow, steps, packed, i, out):
     counters = counters_of(1, num_threads)
     for r in range(len(x)):
         narrow_row(x[r], narrow[r], steps[r])
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         sums = scratch(TALL * PANEL)
         configure(packed.tiles)
         multiply_some(counters[0], thread, narrow, steps, packed, i, out, sums)
@@ -157,7 +160,8 @@ def _multiply(num_threads, x, narrow, steps, packed, i, out):
 @compiled(parallel=True)
 def _multiply_all(num_threads, rows, x, steps, packed, layers, depths, out):
     counters = counters_of(len(layers), num_threads)
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         sums = scratch(TALL * PANEL)
         configure(packed.tiles)
         for n in range(len(layers)):

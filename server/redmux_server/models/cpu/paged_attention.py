@@ -50,8 +50,8 @@ def _store_some(counters, thread, k, v, keys, values, places, layout, k_weight, 
     token = claim(counters, thread, num_tokens)
     while token < num_tokens:
         store(
-            k, v, keys, values, places, token, (0, layout[1]), layout, k_weight, eps, cos, sin,
-            room,
+            k, v, keys, values, places, token, np.int64(0), layout[1], layout, k_weight, eps, cos,
+            sin, room,
         )  # fmt: skip
         num_done += 1
         token = claim(counters, thread, num_tokens)
@@ -83,12 +83,12 @@ def attend_some(
     item = claim(counters[1], thread, num_items)
     while item < num_items:
         n, head = item // splits, item % splits * heads
-        row0, rows, position = tiles[1, n], tiles[2, n], tiles[3, n]
+        row0, rows, position = np.int64(tiles[1, n]), tiles[2, n], tiles[3, n]
         blocks = table[tiles[0, n]]
         if stores:
             store(
-                k, v, keys, values, places, row0, (head, head + heads), layout, k_weight, eps, cos,
-                sin, room,
+                k, v, keys, values, places, row0, head, heads, layout, k_weight, eps, cos, sin,
+                room,
             )  # fmt: skip
         if rows == 1:
             attend_token(
@@ -111,7 +111,8 @@ def _attend(
 ):
     counters = counters_of(2, num_threads)
     nothing = np.zeros(0, np.float32)
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         attend_some(
             counters, thread, q, k, v, keys, values, out, nothing, nothing, nothing, nothing,
             np.float32(0), layout, places, table, tiles, scale, window, softcap,

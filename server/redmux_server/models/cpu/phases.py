@@ -2,6 +2,9 @@
 
 A thread waits for items, never for other threads: one that the system holds back, or never
 starts, delays nothing but what it has claimed itself, and one thread alone gets through.
+
+Threads are numbered in int64: prange's own numbers are signed where it is typed and unsigned where
+it runs, so that all that gets one would be compiled twice.
 """
 
 from typing import Any

@@ -169,15 +169,21 @@ def narrow_some(counters, thread, x, narrow, steps):
 
 
 @compiled
+def _copy_row(x, out):
+    for d in range(x.size):
+        out[d] = x[d]
+
+
+@compiled
 def pick_some(counters, thread, chosen, x, y, steps, row_of, x_out, y_out, steps_out, row_of_out):
     """Copies the rows `chosen` of x, y, steps and row_of."""
     num_items, num_done = len(chosen), 0
     item = claim(counters, thread, num_items)
     while item < num_items:
         source = chosen[item]
-        x_out[item] = x[source]
-        y_out[item] = y[source]
-        steps_out[item] = steps[source]
+        _copy_row(x[source], x_out[item])
+        _copy_row(y[source], y_out[item])
+        _copy_row(steps[source], steps_out[item])
         row_of_out[item] = row_of[source]
         num_done += 1
         item = claim(counters, thread, num_items)

@@ -16,13 +16,14 @@ from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.folds import LANES
 from redmux_server.models.cpu.paged_attention import padded
 from redmux_server.models.cpu.phases import claim, counters_of, finish
-from redmux_server.models.cpu.vector import Array, product
+from redmux_server.models.cpu.vector import ANEW, Array, product
 
 _ROWS = 32  # queries that share one pass over the keys
+_START = np.int64(0)  # a literal is a type of its own, and what it is handed to compiled for it
 NO_BIAS = np.zeros((0, 0), np.float32)
 
 
-@compiled(inline="always")
+@compiled(forceinline=True)
 def _round_up(value, multiple):
     return (value + multiple - 1) // multiple * multiple
 
@@ -51,19 +52,24 @@ def _attend_rows(q, row0, rows, head, keys, values, num_keys, bias, position0, s
     for r in range(rows):
         for d in range(dim):
             heads[r * dim + d] = q[row0 + r, head, d]
-    product(rows, room, heads, 0, dim, keys.reshape(-1), 0, dim * PANEL, dim, scores, 0, room, 0, 0)
+    product(
+        rows, room, heads, _START, dim, keys.reshape(-1), _START, dim * PANEL, dim,
+        scores, _START, room, ANEW, _START,
+    )  # fmt: skip
     for r in range(rows):
         line = scores[r * room : (r + 1) * room]
         if bias.size > 0:
             first = bias.shape[1] // 2 - (position0 + r)
             for j in range(num_keys):
                 line[j] = line[j] * scale + bias[head, first + j]
-        inverse = softmax(line, 0, num_keys, np.float32(1) if bias.size > 0 else scale, 0.0)
+        inverse = softmax(
+            line, _START, num_keys, np.float32(1) if bias.size > 0 else scale, np.float32(0)
+        )
         for j in range(num_keys):
             line[j] *= inverse
     product(
-        rows, width, scores, 0, room, values.reshape(-1), 0, values.shape[1] * PANEL, num_keys,
-        sums, 0, width, 0, 0,
+        rows, width, scores, _START, room, values.reshape(-1), _START, values.shape[1] * PANEL,
+        num_keys, sums, _START, width, ANEW, _START,
     )  # fmt: skip
     for r in range(rows):
         for d in range(dim):
@@ -74,9 +80,10 @@ def _attend_rows(q, row0, rows, head, keys, values, num_keys, bias, position0, s
 def _attend_sequence(q, k, v, start, stop, head, bias, scale, out):
     count, dim = stop - start, q.shape[2]
     width, room = _round_up(dim, PANEL), _round_up(count, LANES)
-    keys = scratch(room * dim).reshape(room // PANEL, dim, PANEL)
-    values = scratch(count * width).reshape(width // PANEL, count, PANEL)
-    keys[...], values[...] = 0, 0
+    all_keys, all_values = scratch(room * dim), scratch(count * width)
+    all_keys[:], all_values[:] = 0, 0
+    keys = all_keys.reshape(room // PANEL, dim, PANEL)
+    values = all_values.reshape(width // PANEL, count, PANEL)
     for i in range(count):
         _store(k[start + i, head], v[start + i, head], i, keys, values)
     for first in range(0, count, _ROWS):
@@ -89,7 +96,8 @@ def _attend_sequences(num_threads, q, k, v, starts, bias, scale, out):
     counters = counters_of(1, num_threads)
     num_heads = q.shape[1]
     num_items = (starts.size - 1) * num_heads
-    for thread in prange(num_threads):
+    for index in prange(num_threads):
+        thread = np.int64(index)
         num_done = 0
         item = claim(counters[0], thread, num_items)
         while item < num_items:
@@ -102,8 +110,11 @@ def _attend_sequences(num_threads, q, k, v, starts, bias, scale, out):
 
 @compiled
 def _attend_one(q, keys, values, num_keys, bias, position, scale, out):
+    one = np.int64(1)
     for head in range(q.shape[1]):
-        _attend_rows(q, 0, 1, head, keys[head], values[head], num_keys, bias, position, scale, out)
+        _attend_rows(
+            q, _START, one, head, keys[head], values[head], num_keys, bias, position, scale, out
+        )
 
 
 @compiled

@@ -33,7 +33,7 @@ _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 
 
-@compiled(inline="always")
+@compiled(forceinline=True)
 def exp(x):
     """exp(x) for x <= 0, relative error 2e-7 (Cephes expf), in a form that vectorises."""
     x = max(x, np.float32(-87.0))
@@ -152,6 +152,11 @@ def store_panel(typing, rows, sums, scale, bias, column, out, out_at, out_stride
         return context.get_dummy_value()
 
     return types.void(rows, sums, scale, bias, column, out, out_at, out_stride), codegen
+
+
+# Whether a product adds to what is there. A literal would be a type of its own, for which the
+# product and all that hands it on are compiled.
+ADD, ANEW = np.int64(1), np.int64(0)
 
 
 @compiled
