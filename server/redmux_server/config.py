@@ -55,7 +55,7 @@ class ServerConfig:
     device: str = _option("auto", "auto, cpu or cuda")
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
     quantization: str = _option(
-        "none", "none, bf16, int8 or auto: how linears on a CPU are multiplied"
+        "none", "none, bf16, int8, int4 or auto: how linears on a CPU are multiplied"
     )
     threads: int = _option(0, "CPU threads of the engine; 0 takes every core")
     max_running: int = _option(64, "most requests in one forward pass")
@@ -176,7 +176,7 @@ _RANGES = {
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "quantization": ("none", "bf16", "int8", "auto"),
+    "quantization": ("none", "bf16", "int8", "int4", "auto"),
     "log_level": ("debug", "info", "warning", "error"),
 }
 

@@ -38,6 +38,7 @@ _PRECISIONS = {
     "none": "fp32",
     "bf16": "bf16 weights and activations",
     "int8": "int8 weights and activations",
+    "int4": "int4 weights, int8 head and activations",
 }
 _LINEARS = PackedLinear | nn.Linear | Conv1D
 

@@ -33,14 +33,16 @@ def pack_linears(model: nn.Module, precision: str = "fp32") -> int:
     Works in place and returns how many. Module paths, and so sites and hooks, stay as they are.
     Original weights are released, except where an embedding shares them.
     """
+    from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
     count = 0
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) not in (nn.Linear, Conv1D):
                 continue
-            setattr(parent, name, packed_linear(*joined(child), precision))
+            setattr(parent, name, packed_linear(*joined(child), precision, child is head))
             count += 1
     unmap(model)
     return count

@@ -16,7 +16,7 @@ from redmux_server.models.cpu.accelerate import joined
 from redmux_server.models.cpu.decoder_pass import SITES, Model, Room, Step, run
 from redmux_server.models.cpu.kvcache import NumbaKVCache
 from redmux_server.models.cpu.packed_linear import PackedLinear
-from redmux_server.models.cpu.packing import Packing, num_parts
+from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.vector import Array
 from redmux_server.models.editing import OwnedRows, StepRows
 from redmux_server.models.kvcache import LayerRule
@@ -163,7 +163,7 @@ class FusedDecoder:
             return aligned.rows(num_tokens, packing.padded(array.shape[1]), packing.activation)
 
         h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
-        parts = num_parts(max(hidden, inner, attended.shape[1]))
+        parts = packing.num_steps(max(hidden, inner, attended.shape[1]))
         return Room(
             h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
             narrow(h), narrow(attended), narrow(gated), rows(parts),
@@ -186,7 +186,7 @@ def pack(model: Any, precision: str = "fp32", room: Packing | None = None) -> Pa
     if room is not None and (room.precision, room.shapes) == (precision, shapes):
         packing = room
     else:
-        packing = Packing(shapes, precision)
+        packing = Packing(shapes, precision, head=len(shapes) - 1)
     for i, group in enumerate(groups):
         packing.fill(i, *joined(*group))
     return packing
