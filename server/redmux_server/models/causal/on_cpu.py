@@ -106,8 +106,7 @@ def fuse(
     linears = decoder.linears
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
-    if not decoder.needs_embeddings:
-        model.set_input_embeddings(nn.Identity())
+    model.set_input_embeddings(nn.Identity())
     unmap(model)
     products = f"{len(linears)} packed products, {_PRECISIONS[quantization]}"
     return Checked(decoder, linears, bit_identical, f"layers: fused, {products}, {_off_by(error)}")
@@ -157,4 +156,7 @@ def _check(
         return CausalRunner(decoder, cache, bank, choices.device, choices.num_threads)
 
     with contextlib.closing(SelfCheck(make, sites, choices.device, choices.dtype)) as check:
-        return check.compare(expected, tolerance), check.is_bit_identical(expected.prompts)
+        found = check.compare(expected, tolerance), check.is_bit_identical(expected.prompts)
+    if isinstance(cache, NumbaKVCache):
+        cache.give_back()
+    return found

@@ -1,6 +1,7 @@
 """Swap the linear modules of a loaded model for faster ones of the same mathematics."""
 
 import ctypes
+import gc
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,16 @@ def unmap(model: nn.Module) -> None:
     """Lets go of the file that a model was mapped from, copying what is left of it."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    # What packing has freed goes back to the system, where the C library offers that: it keeps
-    # a sixth of what the server holds otherwise.
+
+
+def settle(has_garbage: bool) -> None:
+    """Gives the system back the memory that loading has left to the C library.
+
+    A search for cycles of garbage takes half a second, so it is made where there are some: what
+    compiles kernels leaves them, and they hold the weights that were loaded meanwhile.
+    """
+    if has_garbage:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

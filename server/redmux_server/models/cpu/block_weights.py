@@ -17,11 +17,7 @@ from redmux_server.models.cpu.vector import Array
 _CHUNK = 64 * PANEL  # rows that are rounded at a time, so that little memory is used on the way
 _FEW = 64  # blocks that tell whether those of a layer lie on grids
 _ON_GRID = 1e-6  # of the error that the widest grid makes
-_SHRUNK = (
-    0.95,
-    0.9,
-    0.85,
-)  # of a block's range: its outermost weights may cost more than they give
+_SHRUNK = (0.95, 0.9, 0.85)  # of a range: its outermost weights may cost more than they give
 
 
 class Blocks(NamedTuple):
