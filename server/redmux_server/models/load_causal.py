@@ -26,6 +26,7 @@ from redmux_server.models.causal.room import (
 )
 from redmux_server.models.causal.runner import CachedRunner, CausalRunner
 from redmux_server.models.causal.selfcheck import reference
+from redmux_server.models.cpu.block_weights import is_on_grids
 from redmux_server.models.cpu.precision import choose_precision
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.cuda.runtime import DeviceRuntime
@@ -122,7 +123,7 @@ def _on_cpu(
     max_context, num_tokens = context_and_cache(config, model, shapes, limit)
     cache, attention_reason = make_cache(shapes, num_tokens // BLOCK, choices)
     is_fp32 = choices.dtype == torch.float32
-    quantization, why = choose_precision(config.quantization, is_fp32)
+    quantization, why = choose_precision(config.quantization, is_fp32, lambda: is_on_grids(model))
     checked = fuse(model, packing, rules, cache, sites, expected, choices, quantization) or keep(
         model, cache, sites, expected, choices, quantization
     )
@@ -163,6 +164,6 @@ def _on_device(
         (
             context_reason(max_context, limit),
             *engine.reasons,
-            *choose_precision(config.quantization, is_fp32=False)[1],
+            *choose_precision(config.quantization, False, lambda: False)[1],
         ),
     )  # fmt: skip

@@ -100,7 +100,8 @@ def fuse(
         logger.warning("not fused: %s", err)
         return None
     if quantization != "none":  # only now: rounded weights would hide what else is wrong
-        decoder = FusedDecoder(model, rules, cache, pack(model, quantization))
+        packing = pack(model, quantization)
+        decoder = FusedDecoder(model, rules, cache, packing)
         tolerance = ROUNDED_TOLERANCE[quantization]
         error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     linears = decoder.linears
@@ -109,6 +110,8 @@ def fuse(
     model.set_input_embeddings(nn.Identity())
     unmap(model)
     products = f"{len(linears)} packed products, {_PRECISIONS[quantization]}"
+    if quantization == "int4":
+        products += f" ({packing.num_exact} with all weights as they were loaded)"
     return Checked(decoder, linears, bit_identical, f"layers: fused, {products}, {_off_by(error)}")
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.block_kernel import BLOCK, line_bytes
@@ -16,7 +16,8 @@ from redmux_server.models.cpu.vector import Array
 
 _CHUNK = 64 * PANEL  # rows that are rounded at a time, so that little memory is used on the way
 _FEW = 64  # blocks that tell whether those of a layer lie on grids
-_ON_GRID = 1e-6  # of the error that the widest grid makes
+# Mean square of errors to that of a block's range: with 16 even steps of it, it would be 4e-4.
+_ON_GRID = 1e-5
 _SHRUNK = (0.95, 0.9, 0.85)  # of a range: its outermost weights may cost more than they give
 
 
@@ -73,6 +74,21 @@ def fill_panels(panels: Array, scale: Array, weight: Tensor, bits: int) -> bool:
     return is_exact
 
 
+def is_on_grids(model: nn.Module) -> bool:
+    """Whether some weights of every linear layer but the head have 4 bits as they are."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    return len(linears) > 0 and all(_are_on_grids(linear.weight.data[:_FEW]) for linear in linears)
+
+
+def _are_on_grids(weight: Tensor) -> bool:
+    if weight.shape[1] % BLOCK:
+        return False
+    rows = weight.float()
+    blocks = (rows / _factors(rows)[:, None]).view(-1, BLOCK)
+    return not rounded(blocks, 4).errors.any()
+
+
 def _factors(rows: Tensor) -> Tensor:
     """Returns the power of two for each row by which its blocks make the most of fp16's range.
 
@@ -94,8 +110,9 @@ def rounded(blocks: Tensor, bits: int) -> Blocks:
     if len(left):
         some = left[:: -(-len(left) // _FEW)]
         few = _closest(blocks[some], _take(found, some), on_grid=True)
-        are_on_grids = few.errors.median() <= _ON_GRID * found.errors[some].median()
-        better = _closest(blocks[left], _take(found, left), on_grid=bool(are_on_grids))
+        share = few.errors / (BLOCK * (high - low)[some].square())
+        are_on_grids = bool(share.median() <= _ON_GRID)
+        better = _closest(blocks[left], _take(found, left), are_on_grids)
         for values, new in zip(found, better, strict=True):
             values[left] = new
     return found

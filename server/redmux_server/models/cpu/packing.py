@@ -95,6 +95,7 @@ class Packing:
         self.shapes = shapes
         self.precision = precision
         self.activation = layout.activation
+        self.num_exact = 0  # layers of int4 that hold their weights as they came
         bits = [0] * len(shapes)
         if precision == "int4":
             bits = [8 if i == head else 4 for i in range(len(shapes))]
@@ -150,7 +151,8 @@ class Packing:
             size = block_bytes(int(packed.bits[i]))
             panels = packed.panels[start : start + num_panels * depth // BLOCK * size]
             panels = panels.reshape(num_panels, -1, size)
-            fill_panels(panels, packed.scale[some], weight, int(packed.bits[i]))
+            is_exact = fill_panels(panels, packed.scale[some], weight, int(packed.bits[i]))
+            self.num_exact += is_exact
             return
         values = weight.float()
         if self.precision == "int8":
