@@ -131,7 +131,7 @@ def _floor(parser: _Parser) -> None:
 def _products(parser: _Parser) -> None:
     parser.add_argument("--model", help="a folder or name whose shapes to take; default: smollm2")
     _add(parser, "--rows", positive_list, "1,8,32,64,256", "rows of a step", "N,N,...")
-    _add(parser, "--precision", precisions, "fp32,int8", "fp32, int8 or bf16", "P,P,...")
+    _add(parser, "--precision", precisions, "fp32,int8", "fp32, int8, int4 or bf16", "P,P,...")
     parser.add_argument(
         "--unaligned", action="store_true",
         help="measure the same arrays 16 bytes behind a cache line, too, in turn",

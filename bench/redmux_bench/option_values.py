@@ -73,8 +73,8 @@ def precisions(text: str) -> list[str]:
     """Returns the precisions of products of "P,P,..."."""
     names = text.split(",")
     for name in names:
-        if name not in ("fp32", "int8", "bf16"):
-            raise argparse.ArgumentTypeError(f"{name!r} is none of fp32, int8 and bf16")
+        if name not in ("fp32", "int8", "int4", "bf16"):
+            raise argparse.ArgumentTypeError(f"{name!r} is none of fp32, int8, int4 and bf16")
     return names
 
 

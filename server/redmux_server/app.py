@@ -28,6 +28,7 @@ from redmux_server.leaving import EXIT_SOFTWARE, Leaving, stop_loading
 from redmux_server.load import load_message
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
+from redmux_server.models.cpu.accelerate import settle
 from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.models.load import load
 from redmux_server.registry.folder_lock import FolderLock
@@ -278,6 +279,7 @@ async def run(config: ServerConfig, doors: Doors) -> bool:
         stop_loading()
     server = starting.result()
     # What is there now stays: a search through it for garbage would stop all streams for 0.2 s.
+    settle()
     gc.freeze()
     gc.enable()
     await _first(leave.wait(), server.engine.died.wait())

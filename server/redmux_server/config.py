@@ -55,7 +55,7 @@ class ServerConfig:
     device: str = _option("auto", "auto, cpu or cuda")
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16")
     quantization: str = _option(
-        "none", "none, bf16, int8 or auto: how linears on a CPU are multiplied"
+        "none", "none, bf16, int8, int4 or auto: how linears on a CPU are multiplied"
     )
     kv_dtype: str = _option(
         "auto",
@@ -181,7 +181,7 @@ _RANGES = {
 _CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "quantization": ("none", "bf16", "int8", "auto"),
+    "quantization": ("none", "bf16", "int8", "int4", "auto"),
     "kv_dtype": ("auto", "float32", "bfloat16"),
     "log_level": ("debug", "info", "warning", "error"),
 }

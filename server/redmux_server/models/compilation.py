@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 _EVERY_S = 10.0
 
 
-class _Teller(event.Listener):  # type: ignore[misc]
+class CompilationTeller(event.Listener):  # type: ignore[misc]
     """Counts what numba compiles instead of finding it in its cache."""
 
     def __init__(self) -> None:
@@ -36,12 +36,12 @@ class _Teller(event.Listener):  # type: ignore[misc]
 
 
 @contextmanager
-def compilation_told() -> Iterator[None]:
+def compilation_told() -> Iterator[CompilationTeller]:
     """Logs when numba compiles within the block, once in a while, and what it came to."""
-    teller = _Teller()
+    teller = CompilationTeller()
     started_s = time.monotonic()
     with event.install_listener("numba:compile", teller):
-        yield
+        yield teller
     if teller.num_compiled:
         took_s = time.monotonic() - started_s
         logger.info("compiled %d kernels while loading for %.0f s", teller.num_compiled, took_s)

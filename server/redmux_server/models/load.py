@@ -9,6 +9,7 @@ from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.compilation import compilation_told
+from redmux_server.models.cpu.accelerate import settle
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.encoder.load import EncoderModel, load_encoder
 from redmux_server.models.load_causal import load_causal
@@ -23,11 +24,19 @@ def load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:
     """
     check_tokenizer(config.model, config.tokenizer)
     reservation = Reservation(Path(resolve(config.model)), choices)
-    with compilation_told():
-        match model_kind(read_config(config.model)):
-            case "causal":
-                return load_causal(config, choices, reservation)
-            case "encoder":
-                return load_encoder(config, choices)
-            case "encoder_decoder":
-                return load_seq2seq(config, choices)
+    with compilation_told() as teller:
+        loaded = _load(config, choices, reservation)
+    settle(has_garbage=teller.num_compiled > 0)
+    return loaded
+
+
+def _load(
+    config: ServerConfig, choices: Choices, reservation: Reservation
+) -> BaseModel | EncoderModel:
+    match model_kind(read_config(config.model)):
+        case "causal":
+            return load_causal(config, choices, reservation)
+        case "encoder":
+            return load_encoder(config, choices)
+        case "encoder_decoder":
+            return load_seq2seq(config, choices)

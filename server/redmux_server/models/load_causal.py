@@ -26,6 +26,7 @@ from redmux_server.models.causal.room import (
 )
 from redmux_server.models.causal.runner import CachedRunner, CausalRunner
 from redmux_server.models.causal.selfcheck import reference
+from redmux_server.models.cpu.block_weights import is_on_grids
 from redmux_server.models.cpu.precision import choose_kv_dtype, choose_precision
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.cuda.runtime import DeviceRuntime
@@ -120,7 +121,7 @@ def _on_cpu(
     shapes, rules = discover(model)
     limit = context_limit(model.config, rules)
     is_fp32 = choices.dtype == torch.float32
-    quantization, why = choose_precision(config.quantization, is_fp32)
+    quantization, why = choose_precision(config.quantization, is_fp32, lambda: is_on_grids(model))
     kv_dtype, kv_reason = choose_kv_dtype(config.kv_dtype, quantization, choices.dtype)
     per_token = kv_bytes_per_token(shapes, kv_dtype)
     max_context, num_tokens = context_and_cache(config, choices.device, per_token, limit)
@@ -176,6 +177,6 @@ def _on_device(
         (
             context_reason(max_context, limit),
             *engine.reasons,
-            *choose_precision(config.quantization, is_fp32=False)[1],
+            *choose_precision(config.quantization, False, lambda: False)[1],
         ),
     )  # fmt: skip

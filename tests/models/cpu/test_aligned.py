@@ -28,7 +28,7 @@ SHAPE = {
 SLOW = pytest.mark.slow  # kernels of another precision take a minute to compile
 PRECISIONS = [
     "fp32",
-    *[pytest.param("int8", marks=SLOW)] * HAS_AVX2,
+    *[pytest.param("int4", marks=SLOW), pytest.param("int8", marks=SLOW)] * HAS_AVX2,
     *[pytest.param("bf16", marks=SLOW)] * HAS_BF16,
 ]
 

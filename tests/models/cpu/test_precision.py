@@ -15,11 +15,19 @@ from redmux_server.models.load_causal import load_causal
 def on(monkeypatch):
     """Chooses as on another CPU."""
 
-    def chosen(quantization, refusal=None, has_bf16=True, cpu="sapphirerapids", is_fp32=True):
+    def chosen(
+        quantization,
+        refusal=None,
+        has_bf16=True,
+        cpu="sapphirerapids",
+        is_fp32=True,
+        is_on_grids=False,
+    ):
         monkeypatch.setattr(precision, "why_no_tiles", lambda: refusal)
+        monkeypatch.setattr(precision, "HAS_AVX2", True)
         monkeypatch.setattr(precision, "HAS_BF16", has_bf16)
         monkeypatch.setattr(numba.config, "CPU_NAME", cpu)
-        return precision.choose_precision(quantization, is_fp32)
+        return precision.choose_precision(quantization, is_fp32, lambda: is_on_grids)
 
     return chosen
 
@@ -45,6 +53,12 @@ def test_what_is_set_is_taken_and_tiles_are_told(on):
         ({"refusal": "no"}, "none", "auto: without tiles fp32 is the fastest within 1 %"),
         ({"refusal": "no", "cpu": "znver5"}, "bf16", "auto: this CPU's vectors of it are"),
         ({"refusal": "no", "cpu": "znver3", "has_bf16": False}, "none", "without tiles fp32"),
+        (
+            {"refusal": "no", "is_on_grids": True},
+            "int4",
+            "auto: without tiles 4-bit weights, which the model has, are the fastest within 1 %",
+        ),
+        ({"is_on_grids": True}, "bf16", "auto: in tiles the fastest within 1 % of perplexity"),
         ({"is_fp32": False}, "none", "auto: only products of fp32 are quantized"),
     ],
     ids=str,
@@ -93,7 +107,7 @@ def test_a_server_tells_what_auto_chose(tiny_folder):
     config = ServerConfig(model=str(tiny_folder), kv_cache_tokens=1024, quantization="auto")
     loaded = load_causal(config, choose(config))
     torch.set_num_threads(threads)
-    expected, reasons = precision.choose_precision("auto", True)
+    expected, reasons = precision.choose_precision("auto", True, lambda: False)
     packed = {linear.packing.precision for linear in loaded.linears}
     assert packed == {"fp32" if expected == "none" else expected}
     assert set(reasons) <= set(loaded.reasons)

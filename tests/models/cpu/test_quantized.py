@@ -182,7 +182,9 @@ def test_packing_makes_every_linear_of_a_model_int8():
     assert (model(x) - want).norm() < 0.05 * want.norm()
 
 
-@pytest.mark.parametrize(("precision", "needed"), [("int8", "AVX2"), ("bf16", "AVX-512 BF16")])
+@pytest.mark.parametrize(
+    ("precision", "needed"), [("int4", "AVX2"), ("int8", "AVX2"), ("bf16", "AVX-512 BF16")]
+)
 def test_a_cpu_without_such_products_is_told_what_it_lacks(monkeypatch, precision, needed):
     for feature in ("HAS_AVX2", "HAS_VNNI", "HAS_BF16"):
         monkeypatch.setattr(module, feature, False)

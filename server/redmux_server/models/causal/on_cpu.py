@@ -39,6 +39,7 @@ _PRECISIONS = {
     "none": "fp32",
     "bf16": "bf16 weights and activations",
     "int8": "int8 weights and activations",
+    "int4": "int4 weights, int8 head and activations",
 }
 _LINEARS = PackedLinear | nn.Linear | Conv1D
 
@@ -109,10 +110,11 @@ def fuse(
     linears = decoder.linears
     model.model.layers = nn.ModuleList()
     model.lm_head = nn.Identity()
-    if not decoder.needs_embeddings:
-        model.set_input_embeddings(nn.Identity())
+    model.set_input_embeddings(nn.Identity())
     unmap(model)
     products = f"{len(linears)} packed products, {_PRECISIONS[quantization]}"
+    if quantization == "int4":
+        products += f" ({packing.num_exact} with all weights as they were loaded)"
     return Checked(decoder, linears, bit_identical, f"layers: fused, {products}, {_off_by(error)}")
 
 
@@ -174,4 +176,7 @@ def _check(
         return CausalRunner(decoder, cache, bank, choices.device, choices.num_threads)
 
     with contextlib.closing(SelfCheck(make, sites, choices.device, choices.dtype)) as check:
-        return check.compare(expected, tolerance), check.is_bit_identical(expected.prompts)
+        found = check.compare(expected, tolerance), check.is_bit_identical(expected.prompts)
+    if isinstance(cache, NumbaKVCache):
+        cache.give_back()
+    return found

@@ -1,6 +1,10 @@
 """Swap the linear modules of a loaded model for faster ones of the same mathematics."""
 
 import ctypes
+import gc
+import mmap
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +37,16 @@ def pack_linears(model: nn.Module, precision: str = "fp32") -> int:
     Works in place and returns how many. Module paths, and so sites and hooks, stay as they are.
     Original weights are released, except where an embedding shares them.
     """
+    from transformers import PreTrainedModel
     from transformers.pytorch_utils import Conv1D
 
     count = 0
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) not in (nn.Linear, Conv1D):
                 continue
-            setattr(parent, name, packed_linear(*joined(child), precision))
+            setattr(parent, name, packed_linear(*joined(child), precision, child is head))
             count += 1
     unmap(model)
     return count
@@ -65,8 +71,32 @@ def unmap(model: nn.Module) -> None:
     """Lets go of the file that a model was mapped from, copying what is left of it."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    # What packing has freed goes back to the system, where the C library offers that: it keeps
-    # a sixth of what the server holds otherwise.
+
+
+def settle(has_garbage: bool = False) -> None:
+    """Gives the system back the memory that loading has needed and serving does not.
+
+    A search for cycles of garbage takes half a second, so it is made where there are some: what
+    compiles kernels leaves them, and they hold the weights that were loaded meanwhile.
+    """
+    if has_garbage:
+        gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+    if sys.platform == "linux":
+        _let_go_of_code()
+
+
+def _let_go_of_code() -> None:
+    """Lets go of the pages of libraries' code: what is run again comes back from the file's cache.
+
+    Most of it has run once, when modules were imported and kernels linked, and counts as this
+    process's until the system is short of memory.
+    """
+    system = ctypes.CDLL(None)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        places, permissions, *_, path = line.split(maxsplit=5)
+        if permissions == "r-xp" and ".so" in path:  # nobody writes there, so nothing is lost
+            first, end = (int(place, 16) for place in places.split("-"))
+            system.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

@@ -4,7 +4,10 @@ NumPy starts its arrays 16 bytes behind one, as the C library hands memory out, 
 32 bytes. Rows start at a line too where their length is a multiple of one.
 """
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +56,20 @@ def address(array: Array) -> int:
     """Returns where the array's first element lies."""
     where: int = array.__array_interface__["data"][0]
     return where
+
+
+def give_back(array: Array) -> None:
+    """Lets Linux have the memory of an array of `zeros` until it is written to again.
+
+    What it holds is lost.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-address(array) // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address(array) + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if size > 0:
+        system = ctypes.CDLL(None)
+        system.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 @compiled

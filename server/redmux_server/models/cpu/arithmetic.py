@@ -58,10 +58,10 @@ def declare(builder: Any, name: str, result: ir.Type, *arguments: ir.Type) -> An
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
-def _by_registers(builder: Any, count: int, call: Callable[..., Any], *vectors: Any) -> Any:
-    """Applies `call` to `count` lanes of PANEL-wide vectors at a time, and joins what it gives."""
+def by_registers(builder: Any, count: int, call: Callable[..., Any], *vectors: Any) -> Any:
+    """Applies `call` to `count` lanes of the vectors at a time, and joins what it gives."""
     parts = []
-    for start in range(0, PANEL, count):
+    for start in range(0, vectors[0].type.count, count):
         some = ir.Constant(ir.VectorType(INT32, count), list(range(start, start + count)))
         parts.append(call(*(builder.shuffle_vector(v, v, some) for v in vectors)))
     while len(parts) > 1:
@@ -85,13 +85,13 @@ def _fp32_by_bf16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
 def _int8(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     register = ir.VectorType(INT32, 16)
     dot = declare(builder, "llvm.x86.avx512.vpdpbusd.512", *[register] * 4)
-    return _by_registers(builder, 16, lambda *x: builder.call(dot, x), totals, word, lanes)
+    return by_registers(builder, 16, lambda *x: builder.call(dot, x), totals, word, lanes)
 
 
 def _bf16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     sums, pairs = ir.VectorType(FLOAT, 16), ir.VectorType(INT32, 16)
     dot = declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", sums, sums, pairs, pairs)
-    return _by_registers(builder, 16, lambda *x: builder.call(dot, x), totals, word, lanes)
+    return by_registers(builder, 16, lambda *x: builder.call(dot, x), totals, word, lanes)
 
 
 def _int16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
@@ -103,7 +103,7 @@ def _int16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     def call(*x: Any) -> Any:
         return builder.call(dot, [builder.bitcast(value, register) for value in x])
 
-    return builder.add(totals, _by_registers(builder, 8, call, word, widened))
+    return builder.add(totals, by_registers(builder, 8, call, word, widened))
 
 
 # By the types of `a` and `b`, where bf16 is the bits of its numbers, and in `b` two of them.

@@ -14,9 +14,10 @@ from redmux_server.engine.bank import SiteColumns
 from redmux_server.models.cpu import aligned
 from redmux_server.models.cpu.accelerate import joined
 from redmux_server.models.cpu.decoder_pass import SITES, Model, Room, Step, run
+from redmux_server.models.cpu.embeddings import Embeddings
 from redmux_server.models.cpu.kvcache import NumbaKVCache
 from redmux_server.models.cpu.packed_linear import PackedLinear
-from redmux_server.models.cpu.packing import Packing, num_parts
+from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.vector import Array
 from redmux_server.models.editing import OwnedRows, StepRows
 from redmux_server.models.kvcache import LayerRule
@@ -58,10 +59,11 @@ class FusedDecoder:
         self._rotary = model.model.rotary_emb
         layers = list(model.model.layers)
         self._packing = packing
-        embeddings = model.get_input_embeddings()
-        is_tied = model.lm_head.weight is embeddings.weight
+        table = model.get_input_embeddings().weight
+        is_tied = model.lm_head.weight is table
         # One copy is enough of what is a tenth of a large model and a fifth of a small one.
-        self._embeddings = None if is_tied and packing.precision == "fp32" else embeddings
+        has_rows = is_tied and packing.precision == "fp32"
+        self._embeddings = None if has_rows else Embeddings(table.data)
         self._model = _model(model, layers, rules, cache)
         self._layout: Mapping[str, SiteColumns] = {}
         self._unedited = aligned.zeros((len(layers), len(SITES) + 1, 2), np.int64)
@@ -73,11 +75,6 @@ class FusedDecoder:
     def linears(self) -> list[nn.Module]:
         """Every matrix product, in the order in which a step runs them."""
         return [PackedLinear(self._packing, i) for i in range(len(self._packing.shapes))]
-
-    @property
-    def needs_embeddings(self) -> bool:
-        """Whether it reads the model's own embeddings, and not the same values in the head."""
-        return self._embeddings is not None
 
     def forget_sites(self) -> None:
         """See `Decoder`; a site costs something only where a step's adapters have it."""
@@ -130,8 +127,7 @@ class FusedDecoder:
     def _embed(self, ids: Tensor) -> Tensor:
         if self._embeddings is None:
             return torch.from_numpy(self._packing.rows(len(self._packing.shapes) - 1, ids.numpy()))
-        embedded: Tensor = self._embeddings(ids)
-        return embedded
+        return self._embeddings(ids)
 
     def _placed(self, layout: Mapping[str, SiteColumns]) -> Array:
         """Returns where each layer's sites lie in the rows, looked up when they changed."""
@@ -163,7 +159,7 @@ class FusedDecoder:
             return aligned.rows(num_tokens, packing.padded(array.shape[1]), packing.activation)
 
         h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
-        parts = num_parts(max(hidden, inner, attended.shape[1]))
+        parts = packing.num_steps(max(hidden, inner, attended.shape[1]))
         return Room(
             h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
             narrow(h), narrow(attended), narrow(gated), rows(parts),
@@ -186,7 +182,7 @@ def pack(model: Any, precision: str = "fp32", room: Packing | None = None) -> Pa
     if room is not None and (room.precision, room.shapes) == (precision, shapes):
         packing = room
     else:
-        packing = Packing(shapes, precision)
+        packing = Packing(shapes, precision, head=len(shapes) - 1)
     for i, group in enumerate(groups):
         packing.fill(i, *joined(*group))
     return packing

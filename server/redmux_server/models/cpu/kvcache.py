@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redmux_server.models.cpu.aligned import copied, zeros
+from redmux_server.models.cpu.aligned import copied, give_back, zeros
 from redmux_server.models.cpu.paged_attention import (
     TILE,
     PagedAttention,
@@ -63,6 +63,12 @@ class NumbaKVCache(KVCache):
                 yield
         finally:
             self.index = None
+
+    def give_back(self) -> None:
+        """Forgets all keys and values, and lets the system have their memory until then."""
+        for keys, values in self.stacks:
+            give_back(keys)
+            give_back(values)
 
     def poison(self, blocks: Sequence[int], value: float) -> None:
         """See KVCache.poison."""

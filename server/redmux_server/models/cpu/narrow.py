@@ -7,6 +7,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from redmux_server.models.cpu.block_kernel import BLOCK
 from redmux_server.models.cpu.compiled import compiled
 
 LEVELS = 127  # steps of an 8-bit value to either side of zero
@@ -38,6 +39,20 @@ def _to_whole(x, out, steps, offset):
 
 
 @compiled
+def _to_blocks(x, out, steps):
+    # All of `out`: a step behind x that another row has left might be no number.
+    for b in range(out.size // BLOCK):
+        part, target = x[b * BLOCK : (b + 1) * BLOCK], out[b * BLOCK : (b + 1) * BLOCK]
+        step = _step_of(part)
+        inverse, total = np.float32(1.0) / step, np.int32(0)
+        for d in range(part.size):
+            whole = np.int32(np.rint(part[d] * inverse))
+            target[d] = whole
+            total += whole
+        steps[2 * b], steps[2 * b + 1] = step, step * np.float32(total)
+
+
+@compiled
 def _bf16_bits(u):
     """Returns the bits of the bf16 that is nearest to the fp32 of these bits."""
     even = u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))
@@ -55,7 +70,8 @@ def _to_bf16(x, out, steps):
 def narrow_row(x, out, steps):
     """Writes x [dim], fp32, into out [dim or more], rounded to its type.
 
-    `steps` [parts or more] gets the step of every PART values where they are multiples of one.
+    `steps` gets the step of every PART values where they are multiples of one; for int8 that of
+    every BLOCK values, each with the sum of the rounded values behind it.
     fp32 is not written: it is x itself.
     """
     raise NotImplementedError("this is for compiled code")
@@ -65,6 +81,8 @@ def narrow_row(x, out, steps):
 def _narrow_row(x, out, steps):
     if out.dtype is types.uint8:
         return lambda x, out, steps: _to_whole(x, out, steps, np.int32(OFFSET))
+    if out.dtype is types.int8:
+        return lambda x, out, steps: _to_blocks(x, out, steps)
     if out.dtype is types.int16:
         return lambda x, out, steps: _to_whole(x, out, steps, np.int32(0))
     if out.dtype is types.uint16:

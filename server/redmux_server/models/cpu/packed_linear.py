@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from redmux_server.models.cpu import aligned
 from redmux_server.models.cpu.aligned import scratch
 from redmux_server.models.cpu.arithmetic import PANEL, ROWS
+from redmux_server.models.cpu.block_kernel import BLOCK, block_bytes
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.narrow import PART, narrow_row
-from redmux_server.models.cpu.packing import Packing, num_parts
+from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.phases import claim, counters_of, finish
 from redmux_server.models.cpu.tiles import TILE_ROWS, bf16_tiles, configure, int8_tile, release
-from redmux_server.models.cpu.vector import product, step_product, store_panel
+from redmux_server.models.cpu.vector import block_product, product, step_product, store_panel
 
 # Groups of a panel that are multiplied with every row before the next ones: they stay in the L2.
 _DEPTH = 2048
 # Literals are types of their own, and what they are handed to compiled for them.
 _START, _COLUMNS = np.int64(0), np.int64(PANEL)
+_SMALL_BLOCK, _LARGE_BLOCK = block_bytes(4), block_bytes(8)
 # Rows of x that a thread takes on at a time.
 TALL = 16 * ROWS
 # Rows from which on a tile of int8, which always takes 16, is faster than vectors.
@@ -87,6 +89,18 @@ def _sum_integers_in_tiles(x, steps, row0, rows, packed, i, p, sums):
         )  # fmt: skip
 
 
+@compiled
+def _sum_blocks(x, steps, row0, rows, packed, i, p, sums):
+    depth, stride = x.shape[1], steps.shape[1]
+    bits = packed.bits[i]
+    size = _SMALL_BLOCK if bits == 4 else _LARGE_BLOCK
+    block_product(
+        rows, bits, x.reshape(-1), row0 * depth, depth,
+        packed.panels, packed.starts[i] + p * (depth // BLOCK) * size, depth,
+        steps.reshape(-1), row0 * stride, stride, sums, 0,
+    )  # fmt: skip
+
+
 def _sum(x, steps, row0, rows, packed, i, p, sums):
     """sums[:rows] = x[row0 : row0 + rows] @ panel p of layer i."""
     raise NotImplementedError("this is for compiled code")
@@ -95,7 +109,9 @@ def _sum(x, steps, row0, rows, packed, i, p, sums):
 @overload(_sum)
 def _sum_of(x, steps, row0, rows, packed, i, p, sums):
     uses_tiles = isinstance(packed[packed.fields.index("tiles")], types.Array)
-    if x.dtype in (types.float32, types.uint16):
+    if x.dtype is types.int8:
+        chosen = _sum_blocks
+    elif x.dtype in (types.float32, types.uint16):
         chosen = _sum_floats_in_tiles if uses_tiles else _sum_floats
     else:
         chosen = _sum_integers_in_tiles if uses_tiles else _sum_integers
@@ -185,7 +201,7 @@ def products(
     depths = np.array([packing.padded(depth) for _, depth in packing.shapes], np.int64)
     longest, widest = max(depths[layers]), max(packing.shapes[i][0] for i in layers)
     x = aligned.rows(num_rows, longest, packing.activation, behind)
-    steps = aligned.rows(num_rows, num_parts(longest), np.float32, behind)
+    steps = aligned.rows(num_rows, packing.num_steps(longest), np.float32, behind)
     x[...], steps[...] = 1, 1
     out = aligned.zeros(num_rows * widest, np.float32, behind)
     flat, order = x.reshape(-1), np.array(layers, np.int64)
@@ -213,17 +229,19 @@ class PackedLinear(nn.Module):
             width = packing.padded(self.in_features)
             narrow = aligned.rows(len(rows), width, packing.activation)
         out = torch.empty(len(rows), self.out_features)
-        steps = aligned.rows(len(rows), num_parts(self.in_features), np.float32)
+        steps = aligned.rows(len(rows), packing.num_steps(self.in_features), np.float32)
         threads = numba.get_num_threads()
         _multiply(threads, rows, narrow, steps, packing.packed, self.index, out.numpy())
         return out.view(*x.shape[:-1], self.out_features)
 
 
-def packed_linear(weight: Tensor, bias: Tensor | None, precision: str = "fp32") -> PackedLinear:
+def packed_linear(
+    weight: Tensor, bias: Tensor | None, precision: str = "fp32", is_head: bool = False
+) -> PackedLinear:
     """Returns a linear layer of weight [out_features, in_features] on its own.
 
-    Raises what `Packing` raises.
+    `is_head` tells whether it is the one that gives logits. Raises what `Packing` raises.
     """
-    packing = Packing([(weight.shape[0], weight.shape[1])], precision)
+    packing = Packing([(weight.shape[0], weight.shape[1])], precision, head=0 if is_head else None)
     packing.fill(0, weight, bias)
     return PackedLinear(packing, 0)

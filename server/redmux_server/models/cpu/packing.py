@@ -11,6 +11,8 @@ from torch import Tensor
 from redmux.errors import FailedPreconditionError
 from redmux_server.models.cpu import aligned
 from redmux_server.models.cpu.arithmetic import HAS_AVX2, HAS_BF16, HAS_VNNI, PANEL
+from redmux_server.models.cpu.block_kernel import BLOCK, block_bytes
+from redmux_server.models.cpu.block_weights import fill_panels
 from redmux_server.models.cpu.narrow import LEVELS, OFFSET, PART, SMALLEST_STEP
 from redmux_server.models.cpu.tile_permission import why_no_tiles
 from redmux_server.models.cpu.tiles import configuration
@@ -32,6 +34,7 @@ class Packed(NamedTuple):
     firsts: Array  # int32, what the sum of a part starts from, [parts, PANEL] for each panel
     firsts_at: Array  # int64 [layers], where those of a layer start
     group: int  # inputs side by side in a lane
+    bits: Array  # int64 [layers], of a weight in blocks; else 0
     # `tiles.configuration` where products use tiles, which compiled code tells by its type.
     tiles: Array | None
 
@@ -51,9 +54,11 @@ def _layout(precision: str) -> _Layout:
         return _Layout(np.uint8, np.int32, 4, why_no_tiles() is None)
     if precision == "int8" and HAS_AVX2:
         return _Layout(np.int16, np.int16, 2, False)
+    if precision == "int4" and HAS_AVX2:
+        return _Layout(np.int8, np.uint8, 1, False)
     if precision == "bf16" and HAS_BF16:
         return _Layout(np.uint16, np.uint32, 2, why_no_tiles() is None)
-    needed = {"int8": "AVX2", "bf16": "AVX-512 BF16"}[precision]
+    needed = {"int4": "AVX2", "int8": "AVX2", "bf16": "AVX-512 BF16"}[precision]
     raise FailedPreconditionError(
         f"products of {precision} need a CPU with {needed}, which this one has not"
     )
@@ -74,10 +79,15 @@ class Packing:
     int8 weights have one step for each output channel and activations one for every PART of a row,
     where dynamic quantisation usually takes one for a whole tensor and one tenant's outlier ruins
     its neighbours.
+
+    int4 weights have a step and an origin for every BLOCK inputs, and activations of 8 bits a step
+    for as many; the head has 8 bits, since a logit shows each rounding of its weights.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int]], precision: str = "fp32") -> None:
-        """`shapes` are (out_features, in_features).
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], precision: str = "fp32", head: int | None = None
+    ) -> None:
+        """`shapes` are (out_features, in_features), `head` is the layer that gives logits, if any.
 
         Raises FailedPreconditionError where this CPU has no such products.
         """
@@ -85,12 +95,17 @@ class Packing:
         self.shapes = shapes
         self.precision = precision
         self.activation = layout.activation
+        self.num_exact = 0  # layers of int4 that hold their weights as they came
+        bits = [0] * len(shapes)
+        if precision == "int4":
+            bits = [8 if i == head else 4 for i in range(len(shapes))]
         lanes = [
-            _round_up(out, PANEL) * self.padded(depth) // layout.group for out, depth in shapes
+            self._num_lanes(out, depth, layout.group, width)
+            for (out, depth), width in zip(shapes, bits, strict=True)
         ]
         widths = [_round_up(out, PANEL) for out, _ in shapes]
-        is_rounded = precision == "int8"
-        firsts = [w * num_parts(depth) for w, (_, depth) in zip(widths, shapes, strict=True)]
+        has_firsts = precision == "int8"
+        firsts = [w * _num_parts(depth) for w, (_, depth) in zip(widths, shapes, strict=True)]
         self.packed = Packed(
             panels=aligned.zeros(sum(lanes), layout.lane),
             starts=aligned.copied(np.cumsum([0, *lanes])[:-1]),
@@ -98,9 +113,10 @@ class Packing:
             widths=aligned.copied(np.array([out for out, _ in shapes], np.int64)),
             bias=aligned.zeros(sum(widths), np.float32),
             scale=aligned.copied(np.ones(sum(widths), np.float32)),
-            firsts=aligned.zeros(sum(firsts) * is_rounded, np.int32),
+            firsts=aligned.zeros(sum(firsts) * has_firsts, np.int32),
             firsts_at=aligned.copied(np.cumsum([0, *firsts])[:-1]),
             group=layout.group,
+            bits=aligned.copied(np.array(bits, np.int64)),
             tiles=configuration() if layout.uses_tiles else None,
         )
 
@@ -110,6 +126,18 @@ class Packing:
             return in_features
         return _round_up(in_features, aligned.LINE // np.dtype(self.activation).itemsize)
 
+    def num_steps(self, in_features: int) -> int:
+        """Returns how many values `narrow_row` leaves beside a row at most."""
+        if self.precision == "int4":
+            return 2 * self.padded(in_features) // BLOCK
+        return _num_parts(in_features)
+
+    def _num_lanes(self, out_features: int, in_features: int, group: int, bits: int) -> int:
+        num_panels, depth = -(-out_features // PANEL), self.padded(in_features)
+        if bits:
+            return num_panels * (depth // BLOCK) * block_bytes(bits)
+        return num_panels * PANEL * depth // group
+
     def fill(self, i: int, weight: Tensor, bias: Tensor | None) -> None:
         """Takes layer i's weight [out_features, in_features] and bias [out_features]."""
         out_features, in_features = self.shapes[i]
@@ -118,6 +146,14 @@ class Packing:
         some = slice(column, column + out_features)
         if bias is not None:
             packed.bias[some] = bias.float().numpy()
+        num_panels, start = -(-out_features // PANEL), int(packed.starts[i])
+        if self.precision == "int4":
+            size = block_bytes(int(packed.bits[i]))
+            panels = packed.panels[start : start + num_panels * depth // BLOCK * size]
+            panels = panels.reshape(num_panels, -1, size)
+            is_exact = fill_panels(panels, packed.scale[some], weight, int(packed.bits[i]))
+            self.num_exact += is_exact
+            return
         values = weight.float()
         if self.precision == "int8":
             steps = (values.abs().amax(1) / LEVELS).clamp_min(float(SMALLEST_STEP))
@@ -127,7 +163,6 @@ class Packing:
             values = values.to(torch.bfloat16).view(torch.int16)
         if depth > in_features:
             values = F.pad(values, (0, depth - in_features))
-        num_panels, start = -(-out_features // PANEL), int(packed.starts[i])
         lanes = packed.panels[start : start + num_panels * depth // packed.group * PANEL]
         panels = torch.from_numpy(lanes.view(values.numpy().dtype))
         panels = panels.view(num_panels, -1, PANEL, packed.group)
@@ -160,6 +195,6 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def num_parts(in_features: int) -> int:
+def _num_parts(in_features: int) -> int:
     """Returns how many steps a row of activations has at most."""
     return -(-in_features // PART)

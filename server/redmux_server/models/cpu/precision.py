@@ -1,12 +1,14 @@
 """Which products `--quantization` means on this CPU, and why."""
 
+from collections.abc import Callable
+
 import llvmlite.binding
 import numba
 import torch
 
 from redmux.errors import FailedPreconditionError
 from redmux_server.config import ServerConfig
-from redmux_server.models.cpu.arithmetic import HAS_BF16
+from redmux_server.models.cpu.arithmetic import HAS_AVX2, HAS_BF16
 from redmux_server.models.cpu.tile_permission import why_no_tiles
 
 # What `auto` may cost: the rise of perplexity on any text of docs/performance.md, 1.1 % in int8.
@@ -25,10 +27,14 @@ def check_not_rounded(config: ServerConfig, kind: str) -> None:
         )
 
 
-def choose_precision(quantization: str, is_fp32: bool) -> tuple[str, list[str]]:
-    """Returns none, bf16 or int8 for what was asked, and the reasons, if anything was.
+def choose_precision(
+    quantization: str, is_fp32: bool, is_on_grids: Callable[[], bool]
+) -> tuple[str, list[str]]:
+    """Returns none, bf16, int8 or int4 for what was asked, and the reasons, if anything was.
 
-    `is_fp32` tells whether a model is computed in fp32, without which nothing is quantized.
+    `is_fp32` tells whether a model is computed in fp32, without which nothing is quantized, and
+    `is_on_grids` whether its weights have 4 bits as they are: others lose more in int4 than
+    `auto` may.
     """
     if quantization == "none":
         return "none", []
@@ -43,6 +49,9 @@ def choose_precision(quantization: str, is_fp32: bool) -> tuple[str, list[str]]:
         return "bf16", [f"quantization bf16 (auto: in tiles {within})", tiles]
     if HAS_BF16 and _multiplies_bf16_at_twice_the_rate():
         return "bf16", [f"quantization bf16 (auto: this CPU's vectors of it are {within})", tiles]
+    if HAS_AVX2 and is_on_grids():
+        why = f"without tiles 4-bit weights, which the model has, are {within}"
+        return "int4", [f"quantization int4 (auto: {why})", tiles]
     return "none", [f"quantization none (auto: without tiles fp32 is {within})", tiles]
 
 

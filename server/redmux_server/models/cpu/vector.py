@@ -5,6 +5,7 @@ which other rows are computed with it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from redmux_server.models.cpu.arithmetic import (
     FLOAT,
     FLOATS,
     INDEX,
+    INT8,
     INT32,
     INTEGERS,
     PANEL,
@@ -25,6 +27,7 @@ from redmux_server.models.cpu.arithmetic import (
     kernel,
     step_kernel,
 )
+from redmux_server.models.cpu.block_kernel import BLOCK, block_kernel
 from redmux_server.models.cpu.compiled import compiled
 
 Array = np.ndarray[Any, Any]
@@ -128,6 +131,36 @@ def _panel_step_product(
 
 
 @intrinsic
+def _panel_block_product(
+    typing, rows, bits, a, a_at, a_stride, b, b_at, n, steps, steps_at, steps_stride, out, out_at
+):
+    """As `block_product`, for 1 to ROWS rows."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        count, chosen, *ints = integers(context, builder, sig, args, 0, 1, 3, 4, 6, 7, 9, 10, 12)
+        at, stride, blocks = (
+            builder.sdiv(ints[i], INDEX(size)) for i, size in ((0, 4), (1, 4), (3, BLOCK))
+        )
+        x = element(context, builder, sig, args, 2, INT32, at)
+        panel = element(context, builder, sig, args, 5, INT8, ints[2])
+        widths = element(context, builder, sig, args, 8, FLOAT, ints[4])
+        sums = element(context, builder, sig, args, 11, FLOAT, ints[6])
+        arguments = [x, stride, panel, blocks, widths, ints[5], sums]
+        is_four = builder.icmp_signed("==", chosen, INDEX(4))
+        with builder.if_else(is_four) as (four, eight):
+            for width, branch in ((4, four), (8, eight)):
+                with branch:
+                    make = partial(block_kernel, builder.module, width)
+                    _call_for(builder, count, make, arguments)
+        return context.get_dummy_value()
+
+    signature = types.void(
+        rows, bits, a, a_at, a_stride, b, b_at, n, steps, steps_at, steps_stride, out, out_at
+    )
+    return signature, codegen
+
+
+@intrinsic
 def store_panel(typing, rows, sums, scale, bias, column, out, out_at, out_stride):
     """out[:rows, :PANEL] = scale * sums + bias for sums [rows, PANEL], all fp32 and contiguous.
 
@@ -205,6 +238,25 @@ def step_product(
         count = (rows - r) // (num_tiles - tile)
         _panel_step_product(
             count, a, a_at + r * a_stride, a_stride, b, b_at, n, size, first, first_at,
+            steps, steps_at + r * steps_stride, steps_stride, out, out_at + r * PANEL,
+        )  # fmt: skip
+        r += count
+
+
+@compiled
+def block_product(
+    rows, bits, a, a_at, a_stride, b, b_at, n, steps, steps_at, steps_stride, out, out_at
+):
+    """out[:rows, :PANEL] = a[:rows, :n] @ a panel of weights of 4 or 8 bits, see `block_kernel`.
+
+    a is int8, n and a_stride multiples of BLOCK, `b_at` the byte in b where the panel starts.
+    """
+    num_tiles = (rows + ROWS - 1) // ROWS
+    r = 0
+    for tile in range(num_tiles):
+        count = (rows - r) // (num_tiles - tile)
+        _panel_block_product(
+            count, bits, a, a_at + r * a_stride, a_stride, b, b_at, n,
             steps, steps_at + r * steps_stride, steps_stride, out, out_at + r * PANEL,
         )  # fmt: skip
         r += count

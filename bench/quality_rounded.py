@@ -1,4 +1,4 @@
-"""What --quantization int8 or bf16 changes: perplexity, answers of adapters, time and memory.
+"""What --quantization int8, int4 or bf16 changes: perplexity, answers of adapters, time and memory.
 
 Perplexity and prompts need the folders of --data that bench/zoo/tasks.py names; what is not there
 is skipped. Quality is measured with transformers' own attention and the edit by hand; time, with
@@ -44,7 +44,7 @@ BATCHES = (1, 8, 32)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--precision", default="int8", choices=("int8", "bf16"))
+    parser.add_argument("--precision", default="int8", choices=("int8", "int4", "bf16"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--text-tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--prompts", type=int, default=16, help="for each adapter")
