@@ -44,12 +44,12 @@ class FakeRunner:
         rows = []
         for item in work:
             request = item.request
-            self.attend(request, request.num_computed + item.count)
+            self.attend(item)
             if POISON in request.prompt_ids:
                 raise RuntimeError("a secret of the kernel")
-            if item.samples:
+            for place in item.wanted if item.samples else ():
                 row = torch.zeros(VOCAB)
-                row[(request.token_ids[-1] + 1) % 4] = 9
+                row[(item.token_ids[place] + 1) % 4] = 9
                 if NAN in request.prompt_ids or request in self.spoiled:
                     row[2] = float("nan")
                 rows.append(row)
@@ -63,18 +63,20 @@ class FakeRunner:
         for item in work:
             first = item.request.num_computed
             ids = torch.tensor(item.request.token_ids[first : first + item.count])
-            self.attend(item.request, first + item.count)
+            self.attend(item)
             if POISON in item.request.prompt_ids:
                 raise RuntimeError("a secret of the kernel")
             ids = torch.where(ids == NAN, float("nan"), ids.float())
             states.append(ids[:, None].expand(-1, 3))
         return states
 
-    def attend(self, request, stop):
+    def attend(self, item):
+        request = item.request
         digest = request.adapter and request.adapter.digest
-        for position in range(stop):
+        token_ids = [*request.token_ids[: request.num_computed], *item.token_ids]
+        for position in range(len(token_ids)):
             where = request.blocks[position // BLOCK], position % BLOCK
-            content = request.tenant, digest, tuple(request.token_ids[: position + 1])
+            content = request.tenant, digest, tuple(token_ids[: position + 1])
             if position >= request.num_computed:
                 self.cache[where] = content
             elif self.cache.get(where) != content:

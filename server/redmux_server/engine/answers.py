@@ -1,0 +1,105 @@
+"""Answers: which token has followed which in what an adapter has answered before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_LENGTHS = (6, 3, 1)  # tokens of a context, the longest first
+LONGEST = _LENGTHS[0]
+_BEFORE = -1  # stands before the first token of every answer
+START = (_BEFORE,) * LONGEST
+_MOST_SURE = 3  # times in a row that tell of a place whether it is sure
+_STATES = _MOST_SURE + 1
+_SURE = 0.9  # whoever is as sure as this is not compared with others
+_WEIGHT = 4.0  # of what is expected before anything is known, in tries
+_MEMORY = 0.98  # of earlier tries at each new one
+
+
+@dataclass(slots=True)
+class Tries:
+    """How often guesses of one kind were right, the newest ones counting most."""
+
+    num_right: float
+    num: float = _WEIGHT
+
+    @property
+    def share(self) -> float:
+        """The share of them that was right."""
+        return self.num_right / self.num
+
+    def add(self, is_right: bool) -> None:
+        """Counts another one."""
+        self.num_right = _MEMORY * self.num_right + is_right
+        self.num = _MEMORY * self.num + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A token that may come next, and what this guess counts for once it is known."""
+
+    token_id: int
+    chance: float
+    tries: Sequence[Tries]
+
+
+class Answers:
+    """What has followed the last 6, 3 and 1 tokens of answers, and how often that held again.
+
+    Of each context it keeps the hash, the token that followed and how many times in a row, so a
+    place takes about 120 bytes. Two contexts of one hash are a wrong guess, which costs time alone.
+    What was seen longest ago goes first, half of all that is kept at a time.
+    """
+
+    def __init__(self, max_places: int) -> None:
+        """`max_places` bounds the contexts that are kept."""
+        self._max_places = max_places
+        # Context's hash -> token that followed, and in the last digit of base _STATES how sure.
+        self._new: dict[int, int] = {}
+        self._old: dict[int, int] = {}
+        # A chance is what came true of guesses of this length and sureness.
+        self._tries = [
+            [Tries(_WEIGHT * _expected(length, sure)) for sure in range(_STATES)]
+            for length in _LENGTHS
+        ]
+        # Of copies from the text itself, by the length of the match.
+        self.copies = [Tries(_WEIGHT * share) for share in (0.3, 0.5, 0.65, 0.8)]
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
+
+    def guess(self, context: tuple[int, ...]) -> Guess | None:
+        """Returns what is likeliest behind the newest `LONGEST` tokens of an answer."""
+        best: Guess | None = None
+        for length, tries in zip(_LENGTHS, self._tries, strict=True):
+            key = hash(context[-length:])
+            found = self._new.get(key)
+            if found is None and (found := self._old.get(key)) is None:
+                continue
+            token_id, sure = divmod(found, _STATES)
+            chance = tries[sure].share
+            if best is None or chance > best.chance:
+                best = Guess(token_id, chance, (tries[sure],))
+                if chance > _SURE:
+                    break
+        return best
+
+    def add(self, context: tuple[int, ...], token_id: int) -> None:
+        """Learns which token came behind the newest `LONGEST` tokens of an answer."""
+        new, old = self._new, self._old
+        for length in _LENGTHS:
+            key = hash(context[-length:])
+            found = new.get(key)
+            if found is None:
+                found = old.pop(key, None)
+            if found is None or (found // _STATES != token_id and not found % _STATES):
+                found = token_id * _STATES
+            elif found // _STATES != token_id:
+                found -= (found % _STATES + 1) // 2
+            elif found % _STATES < _MOST_SURE:
+                found += 1
+            new[key] = found
+        if len(new) > self._max_places // 2:
+            self._old, self._new = new, {}
+
+
+def _expected(length: int, sure: int) -> float:
+    return 1 - (1 - min(0.5, 0.2 + 0.06 * length)) * 0.6**sure
