@@ -22,7 +22,8 @@ class Drafted:
 
     def holds(self, depth: int) -> bool:
         """Whether the request goes on, and what it drew last is this token of the draft."""
-        return bool(self.request.blocks) and self.request.token_ids[-1] == self.draft[depth]
+        goes_on = bool(self.request.blocks) and depth < len(self.draft)
+        return goes_on and self.request.token_ids[-1] == self.draft[depth]
 
 
 def evaluate(
