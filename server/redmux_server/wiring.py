@@ -145,8 +145,12 @@ def make_engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: 
 
 
 def _may_draft(config: ServerConfig, model: BaseModel) -> bool:
-    """Whether drafts are wanted, and change nothing but time: rows are exact in any company."""
-    return config.drafts == "auto" and model.bit_identical and model.decoder_start is None
+    """Whether drafts are wanted and change nothing but time, because rows have their own bits.
+
+    On a GPU steps of one token for each request are captured, others are launched one by one.
+    """
+    is_exact = model.bit_identical and model.decoder_start is None
+    return config.drafts == "auto" and is_exact and model.device.type == "cpu"
 
 
 def readable(model: BaseModel | EncoderModel) -> ReadableModel:

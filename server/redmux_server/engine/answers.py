@@ -61,7 +61,7 @@ class Answers:
             for length in _LENGTHS
         ]
         # Of copies from the text itself, by the length of the match.
-        self.copies = [Tries(_WEIGHT * share) for share in (0.3, 0.5, 0.65, 0.8)]
+        self.copies = [Tries(_WEIGHT * share) for share in (0.2, 0.35, 0.5, 0.65)]
 
     def __len__(self) -> int:
         return len(self._new) + len(self._old)
@@ -102,4 +102,4 @@ class Answers:
 
 
 def _expected(length: int, sure: int) -> float:
-    return 1 - (1 - min(0.5, 0.2 + 0.06 * length)) * 0.6**sure
+    return 1 - (1 - min(0.4, 0.2 + 0.04 * length)) * 0.7**sure

@@ -10,7 +10,7 @@ from redmux_server.engine.request import Request, Work
 from redmux_server.engine.step_cost import StepCost
 
 _LEAST_CHANCE = 0.1  # of a draft's last token to be drawn
-_LEAST_GAIN = 1.02  # in tokens a second; less is not worth the trouble
+_LEAST_GAIN = 1.05  # in tokens a second: chances and costs are known no better
 _PLACES_OF_ONE = 1 << 15  # contexts of an adapter's answers, some 4 MB
 _PLACES = 1 << 18  # of all
 
