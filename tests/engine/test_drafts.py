@@ -327,3 +327,15 @@ def test_a_score_and_a_reading_and_their_prompts_have_no_drafts():
     parts.step()
     assert seen == [()]
     assert NAN not in scored.tokens
+
+
+def test_a_draft_takes_no_block_that_holds_a_computed_beginning():
+    parts = drafting(num_blocks=4, max_running=1)
+    beginning = [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    run(parts, Caller(beginning, 1))  # leaves two full blocks
+    assert parts.pool.num_unused == 2
+    run(parts, Caller([0], 8))  # all of what is left
+    assert parts.pool.num_unused == 2
+    again = Caller(beginning, 1)
+    run(parts, again)
+    assert again.request.num_cached == 8

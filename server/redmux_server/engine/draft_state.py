@@ -1,24 +1,21 @@
 """DraftState: what may come next of one request."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from redmux_server.engine.answers import START, Answers, Guess, Tries
+from redmux_server.engine.answers import START, SURE, Answers, Guess, Tries
 from redmux_server.engine.prompt_lookup import LONGEST_MATCH, PromptLookup
 from redmux_server.engine.request import Request
 
 _MOST_TOKENS = 15  # of a draft
-_SURE = 0.9  # whoever is as sure as this is not compared with others
 _WEIGHT = 4.0  # of what an adapter's copies came to, in tries of the request's own
 
 
-@dataclass(frozen=True, slots=True)
-class Next:
+class Next(NamedTuple):
     """The likeliest token of a place."""
 
     token_id: int
     chance: float  # that it is drawn, and all those before it
-    guesses: Sequence[Guess]  # of all who have one there
+    guesses: list[Guess]  # of all who have one there
 
 
 class DraftState:
@@ -32,7 +29,7 @@ class DraftState:
         self._context = START
         self._num_known = len(request.prompt_ids)
         # By the length of the match: whether an answer quotes is its own affair.
-        self._copies = [Tries(0.0, 0.0) for _ in range(LONGEST_MATCH)]
+        self._copies = [Tries() for _ in range(LONGEST_MATCH)]
         self.learn(request)
 
     def guess(self, request: Request, least_chance: float) -> None:
@@ -45,16 +42,16 @@ class DraftState:
         context, chance = self._context, 1.0
         match: tuple[int, int] | None = None  # place of the copy's next token, and its length
         for _ in range(min(_MOST_TOKENS, request.max_tokens - request.num_output - 1)):
-            guesses = []
-            if (guess := self.answers.guess(context)) is not None:
-                guesses.append(guess)
-            if guess is None or guess.chance < _SURE:
+            best = self.answers.guess(context)
+            guesses = [] if best is None else [best]
+            if best is None or best.chance < SURE:
                 match = match or self._lookup.find(said)
-                if match is not None and (guess := self._copy(*match)) is not None:
-                    guesses.append(guess)
-            if not guesses:
+                if match is not None and (copy := self._copy(*match)) is not None:
+                    guesses.append(copy)
+                    if best is None or copy.chance > best.chance:
+                        best = copy
+            if best is None:
                 break
-            best = max(guesses, key=lambda one: one.chance)
             # Behind the end nothing is drawn.
             chance = 0.0 if best.token_id in request.stop_token_ids else chance * best.chance
             self.next.append(Next(best.token_id, chance, guesses))
@@ -85,5 +82,5 @@ class DraftState:
         if token_id is None:
             return None
         own, others = self._copies[length - 1], self.answers.copies[length - 1]
-        chance = (_WEIGHT * others.share + own.num_right) / (_WEIGHT + own.num)
+        chance = (_WEIGHT * others.chance + own.num_right) / (_WEIGHT + own.num)
         return Guess(token_id, chance, (own, others))

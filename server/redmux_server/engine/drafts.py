@@ -88,10 +88,14 @@ class Drafts:
 
     def _state(self, request: Request) -> DraftState:
         key = _key(request)
-        answers = self._answers.setdefault(key, Answers(_PLACES_OF_ONE))
+        answers = self._answers.get(key)
+        if answers is None:
+            answers = self._answers[key] = Answers(_PLACES_OF_ONE)
         self._answers.move_to_end(key)
         if request.draft_state is None:
+            before = len(answers)
             request.draft_state = DraftState(request, answers)
+            self.num_places += len(answers) - before
         return request.draft_state
 
 
