@@ -11,6 +11,7 @@ from redmux_bench.option_values import (
     count,
     file,
     lengths,
+    named_path,
     points,
     positive,
     positive_float,
@@ -57,6 +58,8 @@ def command_parser() -> _Parser:
          "the engine alone against the same load over gRPC and HTTP"),
         ("constrained", "constrained", _constrained, load,
          "what requests with a grammar cost the others of their batch"),
+        ("drafts", "drafts", _drafts, [server, common],
+         "adapters' answers to their test texts with drafts against without"),
         ("nlg", "nlg", _nlg, [common], "score generated texts as the E2E NLG challenge does"),
         ("train", "training", _train, [common],
          "adapters trained together against one after the other"),
@@ -151,6 +154,22 @@ def _constrained(parser: _Parser) -> None:
         "requests per wave, all at once, of which every second one has a grammar",
     )  # fmt: skip
     _add_rounds(parser, 5)
+
+
+def _drafts(parser: _Parser) -> None:
+    parser.add_argument(
+        "--data", default="../shared/data", metavar="FOLDER",
+        help="published data sets, or what bench/zoo/prepare.py made of them; "
+        "default: ../shared/data",
+    )  # fmt: skip
+    parser.add_argument(
+        "--adapter", action="append", default=[], type=named_path, metavar="NAME=PATH",
+        help="a further adapter, of a task of bench/zoo/tasks.py; repeatable",
+    )  # fmt: skip
+    _add(parser, "--concurrency", positive_list, "1,8,32", "requests at a time", "N,N,...")
+    _add(parser, "--learned", count, 64, "texts that each is asked first, which are not measured")
+    _add(parser, "--max-tokens", positive, 64, "of an answer")
+    _add_rounds(parser, 3)
 
 
 def _nlg(parser: _Parser) -> None:

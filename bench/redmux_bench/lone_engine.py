@@ -9,8 +9,9 @@ from redmux_bench.workload import Planned
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.engine.grammar import Matcher
-from redmux_server.engine.request import Event, Failed, Token
+from redmux_server.engine.request import Event, Failed, Request, Token
 from redmux_server.metrics import Metrics
+from redmux_server.models.base_model import BaseModel
 from redmux_server.models.load_causal import load_causal
 from redmux_server.wiring import make_engine
 
@@ -18,8 +19,12 @@ from redmux_server.wiring import make_engine
 class LoneEngine:
     """An engine in this process, with nothing between the caller and its events."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        self.model = load_causal(config, choose(config))
+    def __init__(self, config: ServerConfig, model: BaseModel | None = None) -> None:
+        """`model` is one that another engine has, where only one of them runs at a time.
+
+        What is left in its cache must not be used again then.
+        """
+        self.model = model or load_causal(config, choose(config))
         self.vocab_size = self.model.vocab_size
         self.engine = make_engine(config, self.model, Metrics())
 
@@ -51,3 +56,30 @@ class LoneEngine:
             self.engine.submit(request)
         await ended
         return num_tokens
+
+    async def answer(self, requests: Sequence[Request], concurrency: int) -> list[list[Token]]:
+        """Returns the tokens of each request, so many of which are open at a time.
+
+        Raises the error of one that fails.
+        """
+        places = asyncio.Semaphore(concurrency)
+
+        async def one(request: Request) -> list[Token]:
+            tokens: list[Token] = []
+            ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+            def take(event: Event) -> None:
+                if isinstance(event, Token):
+                    tokens.append(event)
+                elif isinstance(event, Failed):
+                    ended.set_exception(event.error)
+                else:
+                    ended.set_result(None)
+
+            request.sink = take
+            async with places:
+                self.engine.submit(request)
+                await ended
+            return tokens
+
+        return await asyncio.gather(*map(one, requests))

@@ -50,6 +50,14 @@ def file(text: str) -> str:
     return text
 
 
+def named_path(text: str) -> tuple[str, str]:
+    """Returns the name and the path of "NAME=PATH"."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
 def lengths(text: str) -> Lengths:
     """Returns the lengths of "N" or of "A:B"."""
     low, colon, high = text.partition(":")

@@ -78,6 +78,11 @@ class ServerConfig:
         "memory for computed beginnings that no running request uses; 0 is 128 MiB on a CPU and "
         "the whole key/value cache on a GPU, where that is taken at start",
     )
+    drafts: str = _option(
+        "auto",
+        "auto or off: whether tokens that are likely to come are computed beside the newest one, "
+        "where results do not depend on the batch; no token changes by it",
+    )
     bank_bytes: int = _option(256 << 20, "memory for the vectors of adapters in use")
     host_cache_bytes: int = _option(
         256 << 20, "memory for the vectors of adapters that were used last, read from adapter_dir"
@@ -183,6 +188,7 @@ _CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "quantization": ("none", "bf16", "int8", "int4", "auto"),
     "kv_dtype": ("auto", "float32", "bfloat16"),
+    "drafts": ("auto", "off"),
     "log_level": ("debug", "info", "warning", "error"),
 }
 

@@ -31,6 +31,13 @@ class Metrics:
         self.tokens = Counter("redmux_tokens", "Tokens computed.", ["kind"], registry=r)
         self._prefill_tokens = self.tokens.labels("prefill")
         self._decode_tokens = self.tokens.labels("decode")
+        self._draft_tokens = Counter(
+            "redmux_draft_tokens", "Guessed tokens that were computed beside the newest one.",
+            registry=r,
+        )  # fmt: skip
+        self._accepted_tokens = Counter(
+            "redmux_draft_tokens_accepted", "Those of them that were drawn.", registry=r
+        )
         self.cached_tokens = Counter(
             "redmux_prompt_tokens_cached", "Prompt tokens found in the cache, so not computed.",
             registry=r,
@@ -128,14 +135,23 @@ class Metrics:
         self._training_waiting.set(num_waiting)
 
     def step(
-        self, work: Sequence[Work], num_decodes: int, num_encoded: int, duration_s: float
-    ) -> None:
-        """Observes one step after it was committed; `num_encoded` tokens were of sources."""
+        self, work: Sequence[Work], num_decodes: int, num_encoded: int, num_accepted: int,
+        duration_s: float,
+    ) -> None:  # fmt: skip
+        """Observes one step after it was committed.
+
+        `num_encoded` tokens were of sources, `num_accepted` of those of drafts were drawn, which
+        count as decodes then.
+        """
         self._step_s.observe(duration_s)
         self._batch_rows.observe(len(work))
         self._batch_adapters.observe(_num_adapters(item.request for item in work))
-        self._decode_tokens.inc(num_decodes)
-        self._prefill_tokens.inc(sum(w.count for w in work) - num_decodes + num_encoded)
+        num_drafted = sum(len(item.draft) for item in work)
+        self._draft_tokens.inc(num_drafted)
+        self._accepted_tokens.inc(num_accepted)
+        self._decode_tokens.inc(num_decodes + num_accepted)
+        num_known = sum(item.num_known for item in work)
+        self._prefill_tokens.inc(num_known - num_decodes + num_encoded)
 
     def state(self, scheduler: "Scheduler", bank: "AdapterBank") -> None:
         """Sets the gauges that describe the engine after a step."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from redmux_server.batches.service import BatchService
 from redmux_server.config import ServerConfig
 from redmux_server.engine.blocks import BlockPool
+from redmux_server.engine.drafts import Drafts
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import Pooling
@@ -127,7 +128,10 @@ def make_engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: 
             # What a decoder keeps of an answer depends on the source as well.
             prefix_cache=config.prefix_cache and model.decoder_start is None,
         )
-        return Engine(model.runner, scheduler, model.bank, metrics, max_open=max_open)
+        drafts = Drafts(model.max_batch_tokens) if _may_draft(config, model) else None
+        return Engine(
+            model.runner, scheduler, model.bank, metrics, max_open=max_open, drafts=drafts
+        )
     # Nothing is kept from step to step, so a request holds one block that stands for its place.
     scheduler = Scheduler(
         BlockPool(config.max_running, model.max_context),
@@ -138,6 +142,15 @@ def make_engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: 
     )
     reader = Reader(model.heads)
     return Engine(model.runner, scheduler, model.bank, metrics, max_open=max_open, reader=reader)
+
+
+def _may_draft(config: ServerConfig, model: BaseModel) -> bool:
+    """Whether drafts are wanted and change nothing but time, because rows have their own bits.
+
+    On a GPU steps of one token for each request are captured, others are launched one by one.
+    """
+    is_exact = model.bit_identical and model.decoder_start is None
+    return config.drafts == "auto" and is_exact and model.device.type == "cpu"
 
 
 def readable(model: BaseModel | EncoderModel) -> ReadableModel:

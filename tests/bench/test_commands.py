@@ -1,9 +1,12 @@
 """The commands as people run them, on a tiny random model."""
 
+import json
+
 import pytest
 from encoders import save_tiny_encoder
 
 from redmux import InvalidArgumentError
+from redmux_adapters import write_folder
 from redmux_bench.cli import main
 
 LOAD = ("--prompt-tokens", "4:8", "--output-tokens", "5", "--seed", "3")
@@ -163,6 +166,30 @@ def test_constrained_measures_every_grammar_and_none_before_and_behind_them(benc
     assert [row["constrained_rows"] for row in got["rows"]] == [0, 2, 2, 2, 2, 2, 0]
     assert got["rows"][0]["ratio"] == 1
     assert min(rate for row in got["rows"] for rate in row["rounds"]) > 0
+
+
+def test_drafts_compares_answers_with_those_without_them(bench, base, tmp_path, monkeypatch):
+    monkeypatch.setattr("redmux_bench.zoo_texts.BUNDLED", ())
+    write_folder(base.adapter(1), tmp_path / "one")
+    texts = [json.dumps({"user": f"text {i}"}) for i in range(30)]
+    (tmp_path / "mine.test.jsonl").write_text("\n".join(texts))
+    code, got = bench(
+        "drafts", "--data", str(tmp_path), "--adapter", f"mine={tmp_path / 'one'}",
+        "--concurrency", "1,3", "--learned", "2", "--max-tokens", "8", "--rounds", "2",
+    )  # fmt: skip
+    assert code == 0
+    assert [(row["adapter"], row["concurrency"]) for row in got["rows"]] == [
+        ("mine", 1), ("base", 1), ("mine", 3), ("base", 3), ("all adapters", 1), ("all adapters", 3)
+    ]  # fmt: skip
+    for row in got["rows"]:
+        assert row["equal_bits"]
+        assert len(row["rounds"]) == 2
+        assert row["ratio"] > 0
+
+
+def test_drafts_says_where_test_texts_are_missing(bench, tmp_path):
+    with pytest.raises(InvalidArgumentError, match="no test texts of booking"):
+        bench("drafts", "--data", str(tmp_path))
 
 
 def test_train_compares_adapters_together_with_one_after_the_other(bench, capsys):

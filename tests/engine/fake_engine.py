@@ -44,16 +44,22 @@ class FakeRunner:
         rows = []
         for item in work:
             request = item.request
-            self.attend(request, request.num_computed + item.count)
+            self.attend(item)
             if POISON in request.prompt_ids:
                 raise RuntimeError("a secret of the kernel")
-            if item.samples:
-                row = torch.zeros(VOCAB)
-                row[(request.token_ids[-1] + 1) % 4] = 9
+            token_ids = [*request.token_ids[: request.num_computed], *item.token_ids]
+            for place in item.wanted if item.samples else ():
+                row = self.row(request, token_ids[: request.num_computed + place + 1])
                 if NAN in request.prompt_ids or request in self.spoiled:
                     row[2] = float("nan")
                 rows.append(row)
         return torch.stack(rows) if rows else torch.zeros(0, VOCAB)
+
+    def row(self, request, token_ids):
+        """Logits behind these tokens."""
+        row = torch.zeros(VOCAB)
+        row[(token_ids[-1] + 1) % 4] = 9
+        return row
 
     def hidden(self, work):
         """States of 3 values: the token's id, and NaN for NAN."""
@@ -63,18 +69,20 @@ class FakeRunner:
         for item in work:
             first = item.request.num_computed
             ids = torch.tensor(item.request.token_ids[first : first + item.count])
-            self.attend(item.request, first + item.count)
+            self.attend(item)
             if POISON in item.request.prompt_ids:
                 raise RuntimeError("a secret of the kernel")
             ids = torch.where(ids == NAN, float("nan"), ids.float())
             states.append(ids[:, None].expand(-1, 3))
         return states
 
-    def attend(self, request, stop):
+    def attend(self, item):
+        request = item.request
         digest = request.adapter and request.adapter.digest
-        for position in range(stop):
+        token_ids = [*request.token_ids[: request.num_computed], *item.token_ids]
+        for position in range(len(token_ids)):
             where = request.blocks[position // BLOCK], position % BLOCK
-            content = request.tenant, digest, tuple(request.token_ids[: position + 1])
+            content = request.tenant, digest, tuple(token_ids[: position + 1])
             if position >= request.num_computed:
                 self.cache[where] = content
             elif self.cache.get(where) != content:
@@ -107,14 +115,31 @@ class Parts:
         self.engine._deliver(self.engine._stepper.take_events())
 
 
-def make_parts(*, max_open=10, max_running=4, num_blocks=16, **options) -> Parts:
+class FreeRows:
+    """A cost of steps by which every draft pays, unless rows have a price."""
+
+    def __init__(self, row_s=0.0):
+        self.row_s = row_s
+
+    def of(self, rows):
+        return 1 + self.row_s * rows
+
+    def learn(self, rows, seconds):
+        pass
+
+
+def make_parts(
+    *, max_open=10, max_running=4, num_blocks=16, max_batch_tokens=8, drafts=None, **options
+) -> Parts:
     pool = BlockPool(num_blocks, BLOCK)
-    scheduler = Scheduler(pool, max_running=max_running, max_batch_tokens=8, **options)
+    scheduler = Scheduler(
+        pool, max_running=max_running, max_batch_tokens=max_batch_tokens, **options
+    )
     bank = AdapterBank(
         SITES, device=torch.device("cpu"), dtype=torch.float32, max_bytes=0, min_slots=5
     )
     runner, metrics = FakeRunner(), Metrics()
-    engine = Engine(runner, scheduler, bank, metrics, max_open=max_open)
+    engine = Engine(runner, scheduler, bank, metrics, max_open=max_open, drafts=drafts)
     return Parts(engine, runner, scheduler, bank, pool, metrics)
 
 

@@ -116,6 +116,10 @@ class AdapterBank:
         """Lays out these sites before any adapter brings them."""
         self._extend_layout(sites)
 
+    def holds(self, digest: str) -> bool:
+        """Whether this adapter has a row."""
+        return digest in self._slots
+
     def acquire(self, digest: str, edits: Mapping[str, Edit]) -> int:
         """Returns the slot that holds this adapter and counts the caller as its user."""
         slot = self._slots.get(digest)

@@ -31,6 +31,11 @@ class BlockPool:
         """Blocks that nobody uses, idle ones included."""
         return len(self._free) + len(self._idle)
 
+    @property
+    def num_unused(self) -> int:
+        """Blocks that nobody uses and that hold nothing for later prompts."""
+        return len(self._free)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Returns how many blocks hold this many tokens."""
         return -(-num_tokens // self.block_size)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # they would bring torch into the scheduler
     from torch import Tensor
 
     from redmux_adapters import Adapter
+    from redmux_server.engine.draft_state import DraftState
     from redmux_server.engine.grammar import Matcher
     from redmux_server.engine.logit_edits import EditState
 
@@ -173,6 +174,7 @@ class Request:
     slot: int | None = None  # row of the adapter bank while running
     states: list["Tensor"] = field(default_factory=list)  # of a reading, [tokens, hidden] a step
     edit_state: "EditState | None" = None  # of the options that change its logits
+    draft_state: "DraftState | None" = None  # of what may come next
     kept: object = None  # what the runner keeps of it beside the cache, while it runs
 
     def __post_init__(self) -> None:
@@ -234,10 +236,33 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step does for one request: compute its next `count` tokens."""
+    """What one step does for one request: compute its next `count` tokens.
+
+    The last of them may be a draft: tokens that were guessed to follow the newest one.
+    """
 
     request: Request
     count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens that are computed."""
+        first = self.request.num_computed
+        known = self.request.token_ids[first : first + self.num_known]
+        return [*known, *self.draft]
+
+    @property
+    def num_known(self) -> int:
+        """How many of these tokens the request has."""
+        return self.count - len(self.draft)
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether tokens may be guessed behind these: one request draws here, and goes on."""
+        r = self.request
+        is_plain = not (r.followers or r.is_scoring or r.source_ids)
+        return is_plain and r.draws and self.samples
 
     @property
     def wanted(self) -> range:
@@ -249,7 +274,7 @@ class Work:
     def samples(self) -> bool:
         """Whether this work ends at the newest token, so that it draws or reads."""
         r = self.request
-        is_whole = r.num_computed + self.count == len(r.token_ids)
+        is_whole = r.num_computed + self.num_known == len(r.token_ids)
         return is_whole and (r.draws or r.reading is not None)
 
     @property

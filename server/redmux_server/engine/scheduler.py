@@ -190,6 +190,31 @@ class Scheduler:
             budget -= work[-1].count
         return work
 
+    def make_place(self, request: Request, num_tokens: int) -> int:
+        """Returns for how many tokens of a draft a planned request has place, up to so many.
+
+        It gets blocks for that where they are unused; `take_spare` takes them back.
+        """
+        size = self._blocks.block_size
+        while (
+            len(request.blocks) * size < len(request.token_ids) + num_tokens
+            and self._blocks.num_unused
+        ):
+            request.blocks = [*request.blocks, *(self._blocks.allocate(1) or ())]
+        return min(num_tokens, len(request.blocks) * size - len(request.token_ids))
+
+    def accept(self, request: Request) -> None:
+        """Counts the next token of a draft as computed and charges for it: it was drawn, too."""
+        self._charge(request, 1)
+        request.num_computed += 1
+
+    def take_spare(self, request: Request) -> None:
+        """Takes back the blocks behind a request's newest token, so that they are never missed."""
+        num_needed = self._blocks.blocks_for(len(request.token_ids))
+        if len(request.blocks) > num_needed:
+            self._blocks.release(request.blocks[num_needed:])
+            request.blocks = request.blocks[:num_needed]
+
     def _grow(self) -> Request | None:
         """Gives decoding requests the blocks that their newest tokens need, the oldest first.
 

@@ -3,6 +3,8 @@
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from redmux.errors import DeadlineExceededError, FailedPreconditionError, RedmuxError
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.drafts import Drafts
 from redmux_server.engine.grammar import MaskThread
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import (
@@ -26,14 +29,12 @@ from redmux_server.engine.request import (
     Token,
     Work,
 )
+from redmux_server.engine.results import Drafted, Result, evaluate
 from redmux_server.engine.sampling import Exhausted, NonFinite, sample
 from redmux_server.engine.scheduler import Scheduler
-from redmux_server.engine.scoring import score
 from redmux_server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
-
-Result = Token | Scored | Read | NonFinite | Exhausted  # what a step comes to for a request
 
 _MAX_FAILURES = 3  # in a row, before the base model is asked whether it works at all
 
@@ -56,13 +57,15 @@ class Stepper:
 
     def __init__(
         self, runner: Runner, scheduler: Scheduler, bank: AdapterBank, metrics: Metrics,
-        reader: Reader,
+        reader: Reader, drafts: Drafts | None = None,
     ) -> None:  # fmt: skip
+        """Without `drafts` a step draws one token of a request."""
         self._runner = runner
         self._scheduler = scheduler
         self._bank = bank
         self._metrics = metrics
         self._reader = reader
+        self._drafts = drafts
         self._masks = MaskThread()
         self._events: list[tuple[Request, Event]] = []
         self._num_failures = 0  # of requests, since the last one of which something came
@@ -74,6 +77,7 @@ class Stepper:
 
     def step(self) -> None:
         """Runs one step: leave out what was ended, plan, compute, draw."""
+        begun_s = time.monotonic()
         for request in self._scheduler.ended_early():
             assert request.early_end is not None
             self._end(request, request.early_end)
@@ -86,14 +90,26 @@ class Stepper:
         self._metrics.sent_back.inc(len(self._scheduler.sent_back))
         self._metrics.cached_tokens.inc(self._scheduler.num_cached_tokens - num_cached)
         if work:
+            if self._drafts is not None:
+                work = self._drafts.add_to(work, self._scheduler.make_place)
             started_s = time.monotonic()
             num_decodes = sum(item.request.is_decoding for item in work)
             num_encoded = sum(
                 len(item.request.source_ids) for item in work if not item.request.num_computed
             )
             self._acquire_slots(work)
-            self._compute(work)
-            self._metrics.step(work, num_decodes, num_encoded, time.monotonic() - started_s)
+            num_accepted = self._compute(work)
+            for item in work:
+                if item.draft and item.request.blocks:  # it goes on
+                    self._scheduler.take_spare(item.request)
+            self._metrics.step(
+                work, num_decodes, num_encoded, num_accepted, time.monotonic() - started_s
+            )
+            if self._drafts is not None:
+                self._drafts.learn(work)
+                if num_decodes == len(work):
+                    num_rows = sum(item.count for item in work)
+                    self._drafts.learn_cost(num_rows, time.monotonic() - begun_s)
         self._metrics.state(self._scheduler, self._bank)
 
     def _acquire_slots(self, work: Sequence[Work]) -> None:
@@ -105,32 +121,70 @@ class Stepper:
                 request.slot = self._bank.acquire(request.adapter.digest, request.adapter.edits)
                 if self._bank.num_fills > fills:
                     self._metrics.adapter_load_s.observe(time.monotonic() - started_s)
+                    if self._drafts is not None:
+                        self._drafts.keep(self._bank.holds)
 
-    def _compute(self, work: Sequence[Work]) -> None:
+    def _compute(self, work: Sequence[Work]) -> int:
+        """Computes the work and takes in what it comes to; returns how many drafts were right."""
         generating = [item for item in work if item.request.reading is None]
         reading = [item for item in work if item.request.reading is not None]
         try:
-            results = {**self._draw(generating), **self._read(reading)}
+            results, drafted = self._draw(generating)
+            results |= self._read(reading)
         except Exception as err:
             self._recover(work, err)
-            return
+            return 0
         for item in work:
-            item.request.num_computed += item.count
+            item.request.num_computed += item.num_known
             for request, result in results.get(item, ()):
                 self._take(request, result)
+        return self._draw_on(drafted)
 
-    def _draw(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
+    def _draw(
+        self, work: Sequence[Work]
+    ) -> tuple[dict[Work, list[tuple[Request, Result]]], list[Drafted]]:
+        """Returns what comes of each work item, and the rows of logits behind that."""
         if not work:
-            return {}
-        matchers = [item.request.matcher for item in work if item.samples]
-        stale = [m for m in matchers if m is not None and m.mask is None]
-        masking = self._masks.begin(stale) if stale else None
+            return {}, []
+        masking = self._begin_masks([item.request for item in work if item.samples])
         try:
             logits = self._runner.forward(work)
         finally:
             if masking is not None:
                 masking.result()
-        return _evaluate(logits, work)
+        return evaluate(logits, work)
+
+    def _begin_masks(self, requests: Sequence[Request]) -> Future[None] | None:
+        """Begins to compute what may follow in the grammars of requests, where that is due."""
+        matchers = [request.matcher for request in requests]
+        stale = [m for m in matchers if m is not None and m.mask is None]
+        return self._masks.begin(stale) if stale else None
+
+    def _draw_on(self, drafted: Sequence[Drafted]) -> int:
+        """Draws from the rows behind drafts for as long as what is drawn is what was drafted.
+
+        One token after the other, so that each is drawn as in a step of its own: by all that came
+        before it. Returns how many tokens of drafts were right.
+        """
+        num_accepted = 0
+        for depth in range(max((len(one.draft) for one in drafted), default=0)):
+            drafted = [one for one in drafted if one.holds(depth)]
+            if not drafted:
+                break
+            requests = [one.request for one in drafted]
+            try:
+                if (masking := self._begin_masks(requests)) is not None:
+                    masking.result()
+                results = sample(torch.stack([one.rows[depth] for one in drafted]), requests)
+            except Exception:
+                # Nothing of it was committed: the next step meets it again, without a draft.
+                logger.exception("drawing from drafts failed")
+                break
+            for request, result in zip(requests, results, strict=True):
+                self._scheduler.accept(request)
+                self._take(request, result)
+            num_accepted += len(drafted)
+        return num_accepted
 
     def _read(self, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
         if not work:
@@ -201,7 +255,7 @@ class Stepper:
         if not self._scheduler.lend_blocks(probe):
             return  # others hold them all, and compute with them
         work = [Work(probe, 1)]
-        results = self._read(work) if probe.reading else self._draw(work)
+        results = self._read(work) if probe.reading else self._draw(work)[0]
         if any(isinstance(result, NonFinite) for _, result in results[work[0]]):
             raise RuntimeError("the base model computes values that are not finite")
         self._scheduler.take_back(probe)
@@ -219,49 +273,20 @@ class Stepper:
     def _recover(self, work: Sequence[Work], err: Exception) -> None:
         """After a failed step, runs its requests one by one, so that only the culprit fails.
 
+        Without their drafts, which are nobody's wish.
+
         Nothing was committed: computing the same tokens again writes the same cache entries.
         """
-        if len(work) == 1:
+        if len(work) == 1 and not work[0].draft:
             logger.error("a step failed for one request", exc_info=err)
             self._fail(work[0].request, RedmuxError("internal error in the engine"))
             return
         logger.error("a step of %d requests failed, running them one by one", len(work))
         for item in work:
-            self._compute([item])
+            self._compute([replace(item, count=item.num_known, draft=())])
 
 
 def _late(request: Request) -> DeadlineExceededError:
     has_run = request.blocks or request.num_output  # and lost its place since
     done = f"after {request.num_output} tokens" if has_run else "before it was its turn"
     return DeadlineExceededError(f"the request's time was up {done}; give it more, or try later")
-
-
-def _evaluate(logits: Tensor, work: Sequence[Work]) -> dict[Work, list[tuple[Request, Result]]]:
-    """Returns what the wanted rows of each work item come to, of those that want any.
-
-    From the row of a request that has followers each of these draws, too.
-    """
-    results: dict[Work, list[tuple[Request, Result]]] = {}
-    drawing: list[Work] = []
-    drawers: list[Request] = []
-    rows: list[int] = []  # of the logits, one for each drawer
-    row = 0
-    for item in work:
-        num_scored = len(item.scored)
-        if num_scored:
-            scored = score(logits[row : row + num_scored], item)
-            results[item] = [(item.request, scored)]
-        row += len(item.wanted)
-        if item.samples and not (num_scored and isinstance(scored, NonFinite)):
-            requests = [item.request, *item.request.followers]
-            drawers += requests
-            drawing += [item] * len(requests)
-            rows += [row - 1] * len(requests)
-    if drawing:
-        drawn_logits = logits if rows == list(range(len(logits))) else logits[rows]
-        tokens = sample(drawn_logits, drawers)
-        for item, request, token in zip(drawing, drawers, tokens, strict=True):
-            results.setdefault(item, [])
-            if request is item.request or not isinstance(token, NonFinite):
-                results[item].append((request, token))
-    return results

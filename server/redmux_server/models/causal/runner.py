@@ -164,7 +164,7 @@ class CausalRunner:
             segments.append(Segment(len(ids), item.count, first, r.blocks))
             wanted = range(item.count) if wants_all else item.wanted
             last += [len(ids) + i for i in wanted]
-            ids += r.token_ids[first : first + item.count]
+            ids += item.token_ids
             positions += range(first, first + item.count)
         # One row at least: an empty selection is not what every model expects.
         tokens, places, kept = (

@@ -142,7 +142,7 @@ class DeviceRunner:
             r, first = item.request, item.request.num_computed
             segments.append(Segment(len(ids), item.count, first, r.blocks))
             last += [len(ids) + i for i in item.wanted]
-            ids += r.token_ids[first : first + item.count]
+            ids += item.token_ids
             positions += range(first, first + item.count)
         slots = _slots([item.request for item in work])
         rows = np.repeat(self._bank.table_rows(slots), [item.count for item in work])
