@@ -115,7 +115,8 @@ class _RmsNorm(Function):
         mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         factor = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, factor)
-        return (x * factor).mul_(weight)
+        normed: Tensor = (x * factor).mul_(weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
