@@ -2,7 +2,7 @@
 
 Perplexity and prompts need the folders of --data that bench/zoo/tasks.py names; what is not there
 is skipped. Quality is measured with transformers' own attention and the edit by hand; time, with
-the engine's own decode step, fp32 and the other in turn.
+the engine's own decode step, fp32 and the others in turn.
 """
 
 import argparse
@@ -44,7 +44,9 @@ BATCHES = (1, 8, 32)
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--precision", default="int8", choices=("int8", "int4", "bf16"))
+    parser.add_argument(
+        "--precision", nargs="+", default=["int8"], choices=("int8", "int4", "bf16")
+    )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--text-tokens", type=int, default=4096, help="of each text")
     parser.add_argument("--prompts", type=int, default=16, help="for each adapter")
@@ -68,24 +70,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def quality(args: argparse.Namespace) -> None:
     models = {}
-    for name in ("fp32", args.precision):
+    for name in ("fp32", *args.precision):
         models[name], tokenizer = load_base(args.model)
         pack_linears(models[name], name)
     for name, text in texts(args.data):
         ids = torch.tensor(tokenizer(text[: 8 * args.text_tokens])["input_ids"])
         ids = ids[: args.text_tokens].unfold(0, WINDOW, WINDOW)
-        fp32, rounded = (
+        fp32, *others = (
             math.exp(-torch.cat([logprobs(m, row, 1)[0] for row in ids]).mean())
             for m in models.values()
         )
-        print(f"{name}: {ids.numel()} tokens, perplexity fp32 {fp32:.3f}, {args.precision} "
-              f"{rounded:.3f} ({rounded / fp32 - 1:+.2%})", flush=True)  # fmt: skip
+        found = [
+            f"{precision} {rounded:.3f} ({rounded / fp32 - 1:+.2%})"
+            for precision, rounded in zip(args.precision, others, strict=True)
+        ]
+        texts_of = f"{name}: {ids.numel()} tokens, perplexity fp32 {fp32:.3f}"
+        print(", ".join([texts_of, *found]), flush=True)
     rows = []
     for name, adapter, prompts in conversations(args):
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
-        rows.append((name, *compare_answers(models, adapter, ids, tokenizer.eos_token_id)))
+        found = compare_answers(models, adapter, ids, tokenizer.eos_token_id)
+        rows += [(name, precision, *row) for precision, row in found.items()]
     print_table(
-        ("adapter", "prompts", "tokens", "same, forced", "|d logprob|", "same, free",
+        ("adapter", "precision", "prompts", "tokens", "same, forced", "|d logprob|", "same, free",
          "same answers"), rows,
     )  # fmt: skip
 
@@ -122,10 +129,9 @@ def conversations(args: argparse.Namespace) -> Iterator[tuple[str, Adapter, list
 
 def compare_answers(
     models: Mapping[str, Any], adapter: Adapter, prompts: list[list[int]], end: int
-) -> Sequence[object]:
-    """Returns how the other model follows fp32's greedy answers, told them and on its own."""
+) -> dict[str, Sequence[object]]:
+    """Returns how the others follow fp32's greedy answers, told them and on their own."""
     answers, scores = {}, {}
-    (other,) = models.keys() - {"fp32"}
     for key, model in models.items():
         with edited(model, adapter.edits):
             answers[key] = greedy(model, prompts, ANSWER_TOKENS, end)
@@ -133,15 +139,23 @@ def compare_answers(
                 logprobs(model, torch.tensor(prompt + answer), len(prompt))
                 for prompt, answer in zip(prompts, answers["fp32"], strict=True)
             ]
-    pairs = list(zip(scores["fp32"], scores[other], strict=True))
+    return {
+        name: _compare((answers["fp32"], scores["fp32"]), (answers[name], scores[name]))
+        for name in models
+        if name != "fp32"
+    }
+
+
+def _compare(fp32: tuple[Any, Any], other: tuple[Any, Any]) -> Sequence[object]:
+    pairs = list(zip(fp32[1], other[1], strict=True))
     # fp32's best token is looked up anew: its padded batch and one long row may break ties apart.
     forced = torch.cat([a[1] == b[1] for a, b in pairs]).float().mean()
     delta = torch.cat([(a[0] - b[0]).abs() for a, b in pairs]).mean()
-    free = list(zip(answers["fp32"], answers[other], strict=True))
+    free = list(zip(fp32[0], other[0], strict=True))
     num_same = sum(x == y for a, b in free for x, y in zip(a, b, strict=False))
     num_tokens = sum(len(a) for a, _ in free)
     equal = sum(a == b for a, b in free)
-    return (len(prompts), num_tokens, f"{forced:.1%}", f"{delta:.4f}",
+    return (len(free), num_tokens, f"{forced:.1%}", f"{delta:.4f}",
             f"{num_same / num_tokens:.1%}", f"{equal} of {len(free)}")  # fmt: skip
 
 
@@ -155,10 +169,10 @@ def logprobs(model: Any, ids: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def step_times(args: argparse.Namespace) -> None:
-    """Times decode steps of both at each batch size, an adapter of its own for every request."""
+    """Times decode steps of all at each batch size, an adapter of its own for every request."""
     adapters = [read_adapter(path) for path in sorted(zoo_folder().iterdir()) if path.is_dir()]
-    both = []
-    for quantization in ("none", args.precision):
+    every = []
+    for quantization in ("none", *args.precision):
         config = ServerConfig(
             model=args.model, device="cpu", threads=args.threads, kv_cache_tokens=8192,
             quantization=quantization,
@@ -166,18 +180,21 @@ def step_times(args: argparse.Namespace) -> None:
         steps = TimedSteps(load_causal(config, choose(config)), PROMPT_TOKENS, seed=0)
         for _ in range(max(BATCHES)):
             steps.fill(PROMPT_TOKENS)
-        both.append(steps)
+        every.append(steps)
     for batch in BATCHES:
         used = list(itertools.islice(itertools.cycle(adapters), batch))
-        calls = (partial(steps.decode_s, batch, PROMPT_TOKENS, used) for steps in both)
-        fp32, rounded = (1e3 * statistics.median(times) for times in in_turn(args.rounds, *calls))
-        print(f"decode step of {batch:2d}: fp32 {fp32:.1f} ms, {args.precision} {rounded:.1f} ms, "
-              f"ratio {fp32 / rounded:.2f}", flush=True)  # fmt: skip
+        calls = (partial(steps.decode_s, batch, PROMPT_TOKENS, used) for steps in every)
+        timed = in_turn(args.rounds, *calls)
+        found = [
+            f"{name} {1e3 * statistics.median(times):.1f} ms (best {1e3 * min(times):.1f})"
+            for name, times in zip(("fp32", *args.precision), timed, strict=True)
+        ]
+        print(f"decode step of {batch:2d}: {', '.join(found)}", flush=True)
 
 
 def memory(args: argparse.Namespace) -> None:
     """Starts a server with each and prints what is resident then."""
-    for name in ("none", args.precision):
+    for name in ("none", *args.precision):
         with ServerProcess("--model", args.model, "--quantization", name) as server:
             resident = server.resident_bytes >> 20
             print(f"resident with quantization {name}: {resident} MiB", flush=True)

@@ -28,9 +28,9 @@ from redmux_server.leaving import EXIT_SOFTWARE, Leaving, stop_loading
 from redmux_server.load import load_message
 from redmux_server.metrics_port import State
 from redmux_server.models.base_model import BaseModel
-from redmux_server.models.cpu.accelerate import settle
 from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.models.load import load
+from redmux_server.models.settle import settle
 from redmux_server.registry.folder_lock import FolderLock
 from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry

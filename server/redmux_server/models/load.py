@@ -9,11 +9,11 @@ from redmux_server.config import ServerConfig
 from redmux_server.device import Choices
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.compilation import compilation_told
-from redmux_server.models.cpu.accelerate import settle
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.encoder.load import EncoderModel, load_encoder
 from redmux_server.models.load_causal import load_causal
 from redmux_server.models.seq2seq.load import load_seq2seq
+from redmux_server.models.settle import settle
 
 
 def load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:

@@ -1,11 +1,5 @@
 """Swap the linear modules of a loaded model for faster ones of the same mathematics."""
 
-import ctypes
-import gc
-import mmap
-import sys
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
@@ -71,32 +65,3 @@ def unmap(model: nn.Module) -> None:
     """Lets go of the file that a model was mapped from, copying what is left of it."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-
-
-def settle(has_garbage: bool = False) -> None:
-    """Gives the system back the memory that loading has needed and serving does not.
-
-    A search for cycles of garbage takes half a second, so it is made where there are some: what
-    compiles kernels leaves them, and they hold the weights that were loaded meanwhile.
-    """
-    if has_garbage:
-        gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    if sys.platform == "linux":
-        _let_go_of_code()
-
-
-def _let_go_of_code() -> None:
-    """Lets go of the pages of libraries' code: what is run again comes back from the file's cache.
-
-    Most of it has run once, when modules were imported and kernels linked, and counts as this
-    process's until the system is short of memory.
-    """
-    system = ctypes.CDLL(None)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        places, permissions, *_, path = line.split(maxsplit=5)
-        if permissions == "r-xp" and ".so" in path:  # nobody writes there, so nothing is lost
-            first, end = (int(place, 16) for place in places.split("-"))
-            system.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
