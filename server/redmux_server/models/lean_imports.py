@@ -60,30 +60,48 @@ def _known_structure(names: Any) -> Callable[..., Any]:
     return structure
 
 
+class _StandIn(ModuleType):
+    """A module with a few names of the real one, which it gives way to when asked for another."""
+
+    def __getattr__(self, name: str) -> Any:
+        is_part_wanted = name == "__path__" and self.__name__ == _COMPILER
+        if name.startswith("__") and not is_part_wanted:
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Has torch's compiler stay away from what is imported and run within.
 
     Modules ask it for marks on their functions, and models that are made before their weights are
-    read for leave to compute sizes; each would import it as a whole.
+    read for leave to compute; each would import all of it.
     """
-    if _COMPILER in sys.modules:
-        yield
-        return
-
-    def as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
-        return function or as_it_is
-
-    def transform() -> Any:  # for unusual masks, which then have all of the compiler imported
-        return importlib.import_module(_TRANSFORM).TransformGetItemToIndex()
-
-    compiler: Any = ModuleType(_COMPILER)
-    for name in ("allow_in_graph", "assume_constant_result", "disable"):
-        setattr(compiler, name, as_it_is)
-    transforms: Any = ModuleType(_TRANSFORM)
-    transforms.TransformGetItemToIndex = transform
-    sys.modules |= {_COMPILER: compiler, _TRANSFORM: transforms}
+    stand_ins = {} if _COMPILER in sys.modules else _stand_ins()
+    sys.modules |= stand_ins
     try:
         yield
     finally:
-        del sys.modules[_COMPILER], sys.modules[_TRANSFORM]
+        for name, module in stand_ins.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
+
+
+def _stand_ins() -> dict[str, _StandIn]:
+    def as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
+        return function or as_it_is
+
+    def transform() -> Any:  # for unusual masks
+        return importlib.import_module(_TRANSFORM).TransformGetItemToIndex()
+
+    marks = dict.fromkeys(("allow_in_graph", "assume_constant_result", "disable"), as_it_is)
+    known: dict[str, dict[str, Any]] = {
+        _COMPILER: marks,
+        _TRANSFORM: {"TransformGetItemToIndex": transform},
+    }
+    made = {module: _StandIn(module) for module in known}
+    for module, names in known.items():
+        made[module].__dict__.update(names)
+    return made
