@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import redmux
 from redmux.errors import RedmuxError
@@ -49,6 +50,11 @@ async def _serve(config: ServerConfig) -> bool:
         config.host, doors.port, doors.http_port, doors.metrics_port,
     )  # fmt: skip
     # Only now: torch takes seconds to import.
-    app = await asyncio.to_thread(importlib.import_module, "redmux_server.app")
+    app = await asyncio.to_thread(_import_app)
     is_well: bool = await app.run(config, doors)
     return is_well
+
+
+def _import_app() -> Any:
+    importlib.import_module("redmux_server.models.lean_imports").import_transformers()
+    return importlib.import_module("redmux_server.app")

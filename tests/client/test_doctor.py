@@ -158,11 +158,11 @@ def test_a_cache_that_cannot_be_written_warns(run, monkeypatch, tmp_path):
 
 
 def test_kernels_are_looked_for_where_the_server_keeps_them(monkeypatch, tmp_path):
-    compiled = pytest.importorskip("redmux_server.models.cpu.compiled")
+    kept_code = pytest.importorskip("redmux_server.models.cpu.kept_code")
     monkeypatch.setenv("REDMUX_CACHE", str(tmp_path))
-    compiled._folder.cache_clear()
-    assert _installed.kernels_folder({"REDMUX_CACHE": str(tmp_path)}) == compiled._folder()
-    compiled._folder.cache_clear()
+    kept_code.folder.cache_clear()
+    assert _installed.kernels_folder({"REDMUX_CACHE": str(tmp_path)}) == kept_code.folder()
+    kept_code.folder.cache_clear()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from redmux_server.models.base_model import BaseModel
 from redmux_server.models.compilation import compilation_told
 from redmux_server.models.cpu.reservation import Reservation
 from redmux_server.models.encoder.load import EncoderModel, load_encoder
+from redmux_server.models.lean_imports import without_compiler
 from redmux_server.models.load_causal import load_causal
 from redmux_server.models.seq2seq.load import load_seq2seq
 from redmux_server.models.settle import settle
@@ -24,7 +25,7 @@ def load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:
     """
     check_tokenizer(config.model, config.tokenizer)
     reservation = Reservation(Path(resolve(config.model)), choices)
-    with compilation_told() as teller:
+    with compilation_told() as teller, without_compiler():
         loaded = _load(config, choices, reservation)
     settle(has_garbage=teller.num_compiled > 0)
     return loaded

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import redmux_server
-from redmux_server.models.cpu import compiled as compiling
+from redmux_server.models.cpu import kept_code
 
 PACKAGE = Path(redmux_server.__file__).parent
 WING = PACKAGE / "models" / "cpu"
@@ -92,7 +92,7 @@ def test_machine_code_that_is_broken_or_cannot_be_kept_only_costs_time(gate):
 
 def test_every_number_that_machine_code_takes_from_elsewhere_is_part_of_its_key():
     """numba writes the values of globals into machine code, and does not look at them again."""
-    watched = {f"redmux_server.models.{name.removesuffix('.py')}" for name in compiling._BELOW}
+    watched = {f"redmux_server.models.{name.removesuffix('.py')}" for name in kept_code.BELOW}
     for path in WING.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ImportFrom) or not node.module.startswith("redmux"):
@@ -103,7 +103,7 @@ def test_every_number_that_machine_code_takes_from_elsewhere_is_part_of_its_key(
             for alias in node.names:
                 value = getattr(module, alias.name)
                 assert not isinstance(value, int | float | np.generic | np.ndarray), (
-                    f"{path.name} imports {alias.name}: add its module to _BELOW"
+                    f"{path.name} imports {alias.name}: add its module to BELOW"
                 )
 
 
@@ -114,9 +114,9 @@ def test_kernels_of_sources_that_nobody_uses_any_more_go(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
     long_ago_s = time.time() - 40 * 86400
     os.utime(old, (long_ago_s, long_ago_s))
-    compiling._folder.cache_clear()
-    compiling._make_room.cache_clear()
-    compiling._make_room()
-    compiling._folder.cache_clear()
+    kept_code.folder.cache_clear()
+    kept_code.make_room.cache_clear()
+    kept_code.make_room()
+    kept_code.folder.cache_clear()
     assert not old.exists()
     assert new.exists()
