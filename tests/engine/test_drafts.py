@@ -336,19 +336,20 @@ def test_a_score_and_a_reading_and_their_prompts_have_no_drafts():
 
 
 def test_a_draft_takes_no_block_that_holds_a_computed_beginning():
-    parts = drafting(num_blocks=4, max_running=1)
+    parts = drafting(num_blocks=7, max_running=1)
     row = parts.runner.row
 
     def row_with_end(request, token_ids):
-        if len(token_ids) < 2 * BLOCK or request.max_tokens == 1:
+        if len(token_ids) < 5 * BLOCK or request.max_tokens == 1:
             return row(request, token_ids)
         return torch.eye(VOCAB)[7]
 
     parts.runner.row = row_with_end
     beginning = [0, 1, 2, 3, 0, 1, 2, 3, 0]
     run(parts, Caller(beginning, 1))  # leaves two full blocks
-    assert parts.pool.num_unused == 2
-    run(parts, Caller([0], 20, stop_token_ids=frozenset({7})))  # its drafts reach farther than that
+    assert parts.pool.num_unused == 5
+    other = Caller([0], 60, tenant="another", stop_token_ids=frozenset({7}))
+    run(parts, other)  # drafts reach farther
     assert counted(parts, "draft_tokens") > 0
     again = Caller(beginning, 1)
     run(parts, again)
