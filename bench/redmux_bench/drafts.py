@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from redmux_adapters.bases.load import DEFAULT_MODEL
 from redmux_bench import report
 from redmux_bench.lone_engine import LoneEngine
 from redmux_bench.rounds import median_ratio
@@ -131,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
         ("adapter", "at once", "ratio", "equal bits", "tokens/s", "with drafts"),
         [[*row.values()][:-1] for row in told],
     )
-    report.write_json(options, options.model or "smollm2", {"rows": told})
+    report.write_json(options, options.model or DEFAULT_MODEL, {"rows": told})
     return 0 if all(row.equal_bits for row in rows.values()) else 1
 
 

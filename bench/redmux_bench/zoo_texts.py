@@ -1,5 +1,6 @@
 """The test texts of the zoo's adapters, as prompts."""
 
+import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,12 +67,11 @@ def _texts(data: Path, name: str) -> list[str]:
         return [json.loads(line)["user"] for line in lines]
     sys.path.insert(0, str(ROOT / "bench" / "zoo"))
     try:
-        from prepare import select
-        from tasks import TASKS
-
-        return [example.user for example in select(TASKS[name], data, "test")]
+        task = importlib.import_module("tasks").TASKS[name]
+        examples = importlib.import_module("prepare").select(task, data, "test")
     except (ImportError, KeyError, OSError) as err:
         raise InvalidArgumentError(
             f"there are no test texts of {name} in {data}; --data is a folder of the published "
             f"data sets or one that bench/zoo/prepare.py has filled ({err})"
         ) from err
+    return [example.user for example in examples]

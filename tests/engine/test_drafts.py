@@ -224,10 +224,14 @@ def test_drafts_take_what_the_tokens_of_a_step_leave():
     assert max(sizes) == 8
 
 
-def test_nobody_loses_a_place_to_a_draft_and_its_blocks_are_free_behind_the_step():
-    parts, without = (make(num_blocks=7, max_running=2) for make in (drafting, plain))
+@pytest.mark.parametrize("seed", range(4))
+def test_nobody_loses_a_place_to_a_draft_and_its_blocks_are_free_behind_the_step(seed):
+    parts, without = (
+        repeat(seed, make(num_blocks=12, max_running=3)) for make in (drafting, plain)
+    )
+    num_drafted = 0
     for one in (parts, without):
-        callers = [Caller([i], 11) for i in range(2)]
+        callers = [Caller([i], 20) for i in range(3)]
         for caller in callers:
             one.engine.submit(caller.request)
         while one.engine.num_open:
@@ -235,7 +239,9 @@ def test_nobody_loses_a_place_to_a_draft_and_its_blocks_are_free_behind_the_step
             held = sum(len(r.blocks) for r in one.scheduler.running)
             needed = sum(-(-len(r.token_ids) // BLOCK) for r in one.scheduler.running)
             assert held <= needed
-    assert counted(parts, "requests_sent_back") == counted(without, "requests_sent_back")
+        num_drafted += counted(one, "draft_tokens")
+    assert num_drafted > counted(parts, "draft_tokens_accepted")
+    assert counted(parts, "requests_sent_back") <= counted(without, "requests_sent_back")
 
 
 def test_a_tenant_is_charged_for_the_tokens_that_it_got():
@@ -330,12 +336,21 @@ def test_a_score_and_a_reading_and_their_prompts_have_no_drafts():
 
 
 def test_a_draft_takes_no_block_that_holds_a_computed_beginning():
-    parts = drafting(num_blocks=4, max_running=1)
+    parts = drafting(num_blocks=7, max_running=1)
+    row = parts.runner.row
+
+    def row_with_end(request, token_ids):
+        if len(token_ids) < 5 * BLOCK or request.max_tokens == 1:
+            return row(request, token_ids)
+        return torch.eye(VOCAB)[7]
+
+    parts.runner.row = row_with_end
     beginning = [0, 1, 2, 3, 0, 1, 2, 3, 0]
     run(parts, Caller(beginning, 1))  # leaves two full blocks
-    assert parts.pool.num_unused == 2
-    run(parts, Caller([0], 8))  # all of what is left
-    assert parts.pool.num_unused == 2
+    assert parts.pool.num_unused == 5
+    other = Caller([0], 60, tenant="another", stop_token_ids=frozenset({7}))
+    run(parts, other)  # drafts reach farther
+    assert counted(parts, "draft_tokens") > 0
     again = Caller(beginning, 1)
     run(parts, again)
     assert again.request.num_cached == 8

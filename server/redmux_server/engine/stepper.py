@@ -177,7 +177,7 @@ class Stepper:
                     masking.result()
                 results = sample(torch.stack([one.rows[depth] for one in drafted]), requests)
             except Exception:
-                # Nothing of it was committed: the next step meets it again, without a draft.
+                # Nothing of it was committed: the next step meets it again, and tells whose it is.
                 logger.exception("drawing from drafts failed")
                 break
             for request, result in zip(requests, results, strict=True):
