@@ -61,8 +61,10 @@ def fill_panels(panels: Array, scale: Array, weight: Tensor, bits: int) -> bool:
             x = F.pad(x, (0, 0, 0, 0, 0, count * PANEL - len(x)))
             return x.view(count, PANEL, num_blocks, -1).transpose(1, 2)
 
-        levels = by_panel(found.levels.to(torch.uint8)).unflatten(3, (-1, 4)).transpose(2, 3)
-        halves = levels.unflatten(3, split)  # [panels, blocks, lines, 1 or 2, columns, 4]
+        levels = by_panel(found.levels.to(torch.uint8))
+        levels = levels.reshape(*levels.shape[:3], -1, 4).transpose(2, 3)
+        # [panels, blocks, lines, 1 or 2, columns, 4]
+        halves = levels.reshape(*levels.shape[:3], *split, 4)
         line = halves[:, :, :, 0]
         if bits == 4:
             line = line | halves[:, :, :, 1] << 4

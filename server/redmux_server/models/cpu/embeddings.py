@@ -22,7 +22,9 @@ class Embeddings:
         if multiples is not None:
             self._table, self._steps = multiples
         else:
-            is_narrow = all(torch.equal(part.bfloat16(), part) for part in table.split(_CHUNK))
+            is_narrow = all(
+                torch.equal(part.bfloat16(), part) for part in torch.split(table, _CHUNK)
+            )
             self._table = table.bfloat16() if is_narrow else table.float().clone()
 
     @property
@@ -45,7 +47,8 @@ def _multiples(table: Tensor) -> tuple[Tensor, Tensor] | None:
     steps = torch.empty(num_rows, dim // BLOCK, 1)
     for first in range(0, num_rows, _CHUNK):
         some = slice(first, first + _CHUNK)
-        blocks = table[some].float().unflatten(1, (-1, BLOCK))
+        rows = table[some].float()
+        blocks = rows.view(len(rows), -1, BLOCK)
         steps[some] = (blocks.abs().amax(2, keepdim=True) / 127).half()
         found = (blocks / steps[some]).nan_to_num_(0).round_().clamp_(-127, 127)
         if not torch.equal(found * steps[some], blocks):

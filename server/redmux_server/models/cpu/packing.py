@@ -149,9 +149,9 @@ class Packing:
         num_panels, start = -(-out_features // PANEL), int(packed.starts[i])
         if self.precision == "int4":
             size = block_bytes(int(packed.bits[i]))
-            panels = packed.panels[start : start + num_panels * depth // BLOCK * size]
-            panels = panels.reshape(num_panels, -1, size)
-            is_exact = fill_panels(panels, packed.scale[some], weight, int(packed.bits[i]))
+            blocks = packed.panels[start : start + num_panels * depth // BLOCK * size]
+            blocks = blocks.reshape(num_panels, -1, size)
+            is_exact = fill_panels(blocks, packed.scale[some], weight, int(packed.bits[i]))
             self.num_exact += is_exact
             return
         values = weight.float()
