@@ -11,6 +11,7 @@ from redmux.cli import command_parser
 # Commands whose options another package knows: where its parser is made.
 _PARSERS = {
     "serve": ("redmux_server.config", "option_parser"),
+    "warm-up": ("redmux_server.config", "option_parser"),
     "bench": ("redmux_bench.cli", "command_parser"),
     "train": ("redmux_adapters.train.command_line", "option_parser"),
 }

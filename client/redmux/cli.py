@@ -24,6 +24,7 @@ from redmux.errors import RedmuxError
 
 # Commands whose arguments another package parses: its function for them and the extra it needs.
 _SERVE = ("redmux_server.cli", "serve", "server")
+_WARM_UP = ("redmux_server.cli", "warm_up", "server")
 _BENCH = ("redmux_bench.cli", "main", "bench")
 _COMPLETION = ("redmux._completion_command", "main", "completion")
 _TRAIN = ("redmux_adapters.train.cli", "main", "train")
@@ -55,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["serve"]:
             return _run_extra(*_SERVE, arguments[1:])
+        if arguments[:1] == ["warm-up"]:
+            return _run_extra(*_WARM_UP, arguments[1:])
         if arguments[:1] == ["bench"]:
             return _run_extra(*_BENCH, arguments[1:])
         if arguments[:1] == ["train"]:
@@ -111,6 +114,9 @@ def command_parser() -> argparse.ArgumentParser:
     reading = argparse.ArgumentParser(add_help=False, parents=[server])
     add_json(reading)
     commands.add_parser("serve", help="start a server", add_help=False)
+    commands.add_parser(
+        "warm-up", help="convert and compile what a server's first start would", add_help=False
+    )
     commands.add_parser("bench", help="measure a server and this machine", add_help=False)
     commands.add_parser("train", help="train adapters on a base model", add_help=False)
     add_generate(commands, reading)

@@ -1,4 +1,4 @@
-"""The command `redmux serve`."""
+"""The commands `redmux serve` and `redmux warm-up`."""
 
 import asyncio
 import functools
@@ -50,11 +50,29 @@ async def _serve(config: ServerConfig) -> bool:
         config.host, doors.port, doors.http_port, doors.metrics_port,
     )  # fmt: skip
     # Only now: torch takes seconds to import.
-    app = await asyncio.to_thread(_import_app)
+    app = await asyncio.to_thread(_import_app, config)
     is_well: bool = await app.run(config, doors)
     return is_well
 
 
-def _import_app() -> Any:
+def _import_app(config: ServerConfig) -> Any:
+    importlib.import_module("redmux_server.first_start").compile_ahead(config)
     importlib.import_module("redmux_server.models.lean_imports").import_transformers()
     return importlib.import_module("redmux_server.app")
+
+
+def warm_up(argv: Sequence[str]) -> int:
+    """Does what a first start has to do, for the arguments of `serve`; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        config = load_config(argv)
+        _import_app(config)
+        device = importlib.import_module("redmux_server.device")
+        load = importlib.import_module("redmux_server.models.load").load
+        load(config, device.choose(config))
+    except (RedmuxError, MemoryError) as err:
+        print(f"redmux warm-up: {err}", file=sys.stderr)
+        return 1
+    folder = importlib.import_module("redmux_adapters.bases.cache").cache_folder()
+    print(f"ready to serve {config.model}: what was made for it is in {folder}")
+    return 0

@@ -69,7 +69,7 @@ class FusedDecoder:
         self._unedited = aligned.zeros((len(layers), len(SITES) + 1, 2), np.int64)
         self._unedited[...] = -1
         self._starts = self._unedited
-        self._room = self._new_room(_SMALLEST_ROOM)
+        self._room = room_for(packing, _SMALLEST_ROOM)
 
     @property
     def linears(self) -> list[nn.Module]:
@@ -115,7 +115,7 @@ class FusedDecoder:
             row_of = aligned.copied(np.repeat(np.array(edits.owners, np.int32), counts))
             starts = self._placed(layout)
         if len(ids) > len(self._room.h):
-            self._room = self._new_room(len(ids))
+            self._room = room_for(self._packing, len(ids))
         # What comes from torch starts at a line already, unless it is a part of something.
         embedded, cosines, sines, kept = (aligned.at_line(t.numpy()) for t in (x, cos, sin, last))
         step = Step(
@@ -145,27 +145,28 @@ class FusedDecoder:
                             self._starts[layer, site, part] = layout[path + end].start
         return self._starts
 
-    def _new_room(self, num_tokens: int) -> Room:
-        """Returns room for `num_tokens` tokens, or more if that is not much."""
-        shapes, packing = self._packing.shapes, self._packing
-        qkv, hidden, gate_up, inner = shapes[0][0], shapes[0][1], shapes[2][0], shapes[3][1]
 
-        def rows(dim: int) -> Array:
-            return aligned.rows(num_tokens, dim, np.float32)
+def room_for(packing: Packing, num_tokens: int) -> Room:
+    """Returns room for a pass of so many tokens through these products."""
+    shapes = packing.shapes
+    qkv, hidden, gate_up, inner = shapes[0][0], shapes[0][1], shapes[2][0], shapes[3][1]
 
-        def narrow(array: Array) -> Array:
-            if packing.activation is np.float32:
-                return array
-            return aligned.rows(num_tokens, packing.padded(array.shape[1]), packing.activation)
+    def rows(dim: int) -> Array:
+        return aligned.rows(num_tokens, dim, np.float32)
 
-        h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
-        parts = packing.num_steps(max(hidden, inner, attended.shape[1]))
-        return Room(
-            h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
-            narrow(h), narrow(attended), narrow(gated), rows(parts),
-            rows(hidden), narrow(rows(attended.shape[1])), rows(parts),
-            aligned.zeros(num_tokens, np.int32),
-        )  # fmt: skip
+    def narrow(array: Array) -> Array:
+        if packing.activation is np.float32:
+            return array
+        return aligned.rows(num_tokens, packing.padded(array.shape[1]), packing.activation)
+
+    h, attended, gated = rows(hidden), rows(shapes[1][1]), rows(inner)
+    parts = packing.num_steps(max(hidden, inner, attended.shape[1]))
+    return Room(
+        h, rows(qkv), attended, rows(hidden), rows(gate_up), gated,
+        narrow(h), narrow(attended), narrow(gated), rows(parts),
+        rows(hidden), narrow(rows(attended.shape[1])), rows(parts),
+        aligned.zeros(num_tokens, np.int32),
+    )  # fmt: skip
 
 
 def pack(model: Any, precision: str = "fp32", room: Packing | None = None) -> Packing:
