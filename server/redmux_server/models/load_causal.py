@@ -122,7 +122,9 @@ def _on_cpu(
     limit = context_limit(model.config, rules)
     is_fp32 = choices.dtype == torch.float32
     quantization, why = choose_precision(config.quantization, is_fp32, lambda: is_on_grids(model))
-    kv_dtype, kv_reason = choose_kv_dtype(config.kv_dtype, quantization, choices.dtype)
+    dtype = str(choices.dtype).removeprefix("torch.")
+    kv_dtype_name, kv_reason = choose_kv_dtype(config.kv_dtype, quantization, dtype)
+    kv_dtype = getattr(torch, kv_dtype_name)
     per_token = kv_bytes_per_token(shapes, kv_dtype)
     max_context, num_tokens = context_and_cache(config, choices.device, per_token, limit)
     cache, attention_reason = make_cache(shapes, num_tokens // BLOCK, choices, kv_dtype)

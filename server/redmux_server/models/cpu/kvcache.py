@@ -18,7 +18,6 @@ from redmux_server.models.cpu.paged_attention import (
 from redmux_server.models.cpu.vector import Array
 from redmux_server.models.kvcache import BLOCK, KVCache, LayerShape, Segment
 
-_KEPT_AS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
@@ -41,8 +40,9 @@ class NumbaKVCache(KVCache):
         self.paged: list[PagedAttention] = []
         for shape, group in itertools.groupby(shapes):
             keys, values = new_blocks(
-                len(list(group)), num_blocks, shape.num_kv_heads, shape.head_dim, _KEPT_AS[dtype]
-            )
+                len(list(group)), num_blocks, shape.num_kv_heads, shape.head_dim,
+                str(dtype).removeprefix("torch."),
+            )  # fmt: skip
             self.stacks.append((keys, values))
             self.paged += [
                 PagedAttention(shape.num_heads, shape.num_kv_heads, shape.head_dim, *layer)

@@ -26,6 +26,8 @@ from redmux_server.models.kvcache import BLOCK
 
 TILE = 4  # query tokens that share one pass over the keys
 _MANY = 4  # requests for each thread
+# As what keys and values of a dtype lie in memory: bf16 as the bits of its numbers.
+KEPT_AS: dict[str, type] = {"float32": np.float32, "bfloat16": np.uint16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +122,18 @@ def _attend(
 
 
 def new_blocks(
-    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: type
+    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: str
 ) -> tuple[Array, Array]:
     """Returns room for keys and values: [layers, blocks, kv_heads, panels, rows, PANEL].
 
-    `dtype` is np.float32, or np.uint16 for the bits of bf16.
+    `dtype` is one of KEPT_AS.
 
     Memory is committed as blocks are first used, which torch.zeros would not do.
     """
     shape = (num_layers, num_blocks, num_kv_heads)
     return (
-        zeros((*shape, BLOCK // PANEL, head_dim, PANEL), dtype),
-        zeros((*shape, padded(head_dim) // PANEL, BLOCK, PANEL), dtype),
+        zeros((*shape, BLOCK // PANEL, head_dim, PANEL), KEPT_AS[dtype]),
+        zeros((*shape, padded(head_dim) // PANEL, BLOCK, PANEL), KEPT_AS[dtype]),
     )
 
 

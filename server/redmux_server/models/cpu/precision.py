@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import llvmlite.binding
 import numba
-import torch
 
 from redmux.errors import FailedPreconditionError
 from redmux_server.config import ServerConfig
@@ -55,21 +54,19 @@ def choose_precision(
     return "none", [f"quantization none (auto: without tiles fp32 is {within})", tiles]
 
 
-def choose_kv_dtype(
-    kv_dtype: str, quantization: str, dtype: torch.dtype
-) -> tuple[torch.dtype, str]:
+def choose_kv_dtype(kv_dtype: str, quantization: str, dtype: str) -> tuple[str, str]:
     """Returns what keys and values of a model of this dtype are rounded to, and the reason.
 
     `quantization` is what `choose_precision` gives for it.
     """
     why = "set by configuration"
     if kv_dtype != "auto":
-        dtype = getattr(torch, kv_dtype)
+        dtype = kv_dtype
     elif quantization != "none":
-        dtype, why = torch.bfloat16, "auto: products are rounded, too"
+        dtype, why = "bfloat16", "auto: products are rounded, too"
     else:
         why = "auto: as the rest"
-    return dtype, f"keys and values {str(dtype).removeprefix('torch.')} ({why})"
+    return dtype, f"keys and values {dtype} ({why})"
 
 
 def _multiplies_bf16_at_twice_the_rate() -> bool:
