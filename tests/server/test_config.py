@@ -44,8 +44,8 @@ def test_the_file_can_be_named_by_the_environment_and_the_flag_wins(write, tmp_p
 def test_every_field_can_be_set_in_each_of_the_three_places(field, write):
     extra = {"tls_cert": {"tls_key": "k"}, "tls_key": {"tls_cert": "c"}}.get(field.name, {})
     choices = {
-        "device": "cpu", "dtype": "float32", "quantization": "int8", "log_level": "debug",
-        "kv_dtype": "bfloat16", "host": "::1", "admin_key": "a-long-key",
+        "device": "cpu", "dtype": "float32", "quantization": "int8", "kv_dtype": "bfloat16",
+        "drafts": "off", "log_level": "debug", "host": "::1", "admin_key": "a-long-key",
     }  # fmt: skip
     if isinstance(field.default, tuple):
         text = "a-long-key"
@@ -272,7 +272,7 @@ def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
         {"host_cache_bytes": -1}, {"training_share": 0.0}, {"training_share": 1.5},
         {"training_queue": 0}, {"training_max_tokens": 0},
         {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
-        {"dtype": "int8"}, {"quantization": "int4"}, {"log_level": "loud"},
+        {"dtype": "int8"}, {"quantization": "int4"}, {"drafts": "on"}, {"log_level": "loud"},
         {"max_running": 9, "max_batch_tokens": 8}, {"tls_cert": "c"}, {"tls_key": "k"},
         {"host": "10.0.0.7"}, {"training_share": 1.01},
     ],
