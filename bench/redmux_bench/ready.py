@@ -34,20 +34,23 @@ def run(options: argparse.Namespace) -> int:
 
         first = start()
         later = [start() for _ in range(options.rounds)]
-    result = {
-        "first_s": first.ready_s,
-        "later_s": statistics.median(s.ready_s for s in later),
-        "rss_bytes": int(statistics.median(s.rss_bytes for s in later)),
-        "cpu_s": statistics.median(s.cpu_s for s in later),
-        "first_cpu_s": first.cpu_s,
-        "later_rounds": later,
-    }
+    later_s = statistics.median(s.ready_s for s in later)
+    cpu_s = statistics.median(s.cpu_s for s in later)
+    rss_bytes = int(statistics.median(s.rss_bytes for s in later))
     print_table(
         ("start", "s to ready", "s of processors", "MB resident"),
         [
             ("first", first.ready_s, first.cpu_s, first.rss_bytes / 1e6),
-            ("later", result["later_s"], result["cpu_s"], result["rss_bytes"] / 1e6),
+            ("later", later_s, cpu_s, rss_bytes / 1e6),
         ],
     )
+    result = {
+        "first_s": first.ready_s,
+        "later_s": later_s,
+        "rss_bytes": rss_bytes,
+        "cpu_s": cpu_s,
+        "first_cpu_s": first.cpu_s,
+        "later_rounds": later,
+    }
     report.write_json(options, options.model or DEFAULT_MODEL, result)
     return 0
