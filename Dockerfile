@@ -29,10 +29,11 @@ ENV PATH=/opt/venv/bin:$PATH \
     REDMUX_HOST=0.0.0.0 \
     REDMUX_SOCKET=/dev/shm/redmux.sock \
     REDMUX_ADAPTERS=zoo
-# Converts the default model here, so that a container does not have to at its start.
-RUN python -c "from redmux_adapters import load_base; load_base('smollm2')"
+# Converts the default model here, so that a container does not have to at its start, and compiles
+# kernels for the CPU of this machine. On another one they are compiled at the first start.
+RUN redmux warm-up
 EXPOSE 50051 8000 9095
 # By the socket, so that it holds with TLS and for every port; /dev/shm is writable everywhere.
-# A container's first start compiles kernels for its CPU, a minute or more on two cores.
+# A container's first start on another CPU than the image was built on compiles kernels.
 HEALTHCHECK --interval=10s --start-period=300s CMD ["redmux", "health", "--target", "unix:/dev/shm/redmux.sock"]
 ENTRYPOINT ["redmux", "serve"]

@@ -37,10 +37,11 @@ FLOORS = {
         "grpc_api http_api",
         "doors",
         "app",
+        "first_start",
         "cli",
     ],
     "server/redmux_server/models": [
-        "base_model compilation editing kvcache layer_norm proving text token_bytes",
+        "base_model compilation editing kvcache layer_norm lean_imports proving text token_bytes",
         "cpu",
         "causal",
         "cuda",

@@ -54,6 +54,8 @@ def command_parser() -> _Parser:
          "the engine's steps against what this machine allows"),
         ("products", "products", _products, [common],
          "the matrix products of all layers, alone"),
+        ("startup", "ready", _startup, [server, common],
+         "time until a server is ready, at the first start and later"),
         ("engine", "engine", _engine, load,
          "the engine alone against the same load over gRPC and HTTP"),
         ("constrained", "constrained", _constrained, load,
@@ -141,6 +143,10 @@ def _products(parser: _Parser) -> None:
     )  # fmt: skip
     _add(parser, "--threads", count, 0, "that compute; 0 takes every core")
     _add_rounds(parser, 9)
+
+
+def _startup(parser: _Parser) -> None:
+    _add_rounds(parser, 3)
 
 
 def _engine(parser: _Parser) -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -28,7 +28,8 @@ class ServerProcess:
     time from its start until it serves.
     """
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, environ: Mapping[str, str] | None = None) -> None:
+        self._environ = environ  # None for this process's own
         self._command = [
             sys.executable, "-m", "redmux", "serve",
             "--port", "0", "--http-port", "0", "--metrics-port", "0", "--log-level", "info", *flags,
@@ -42,7 +43,9 @@ class ServerProcess:
     def __enter__(self) -> Self:
         """Returns when the server serves; raises UnavailableError if it ends before."""
         self._started_s = time.perf_counter()
-        self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            self._command, stderr=subprocess.PIPE, text=True, env=self._environ
+        )
         self._reader = threading.Thread(target=self._read, name="server log", daemon=True)
         self._reader.start()
         try:
@@ -69,9 +72,9 @@ class ServerProcess:
 
     @property
     def cpu_s(self) -> float:
-        """Processor time that the process has used so far, in all its threads."""
+        """Processor time that the process has used so far, with its processes that have ended."""
         times = psutil.Process(self._process.pid).cpu_times()
-        return float(times.user + times.system)
+        return float(times.user + times.system + times.children_user + times.children_system)
 
     def _read(self) -> None:
         assert self._process.stderr is not None

@@ -9,7 +9,7 @@ import pytest
 from redmux.cli import main
 from redmux_bench import report, tables
 
-COMMANDS = ("serve", "sweep", "load", "floor", "products", "engine", "jobs")
+COMMANDS = ("serve", "sweep", "load", "floor", "products", "startup", "engine", "jobs")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """The commands as people run them, on a tiny random model."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from encoders import save_tiny_encoder
@@ -231,3 +233,29 @@ def test_train_takes_an_encoder(tmp_path, capsys):
     ])  # fmt: skip
     assert code == 0
     assert "2 together tokens/s" in capsys.readouterr().out
+
+
+def test_startup_compares_a_first_start_with_later_ones_from_the_same_cache(bench, monkeypatch):
+    caches = []
+
+    class Server:
+        def __init__(self, *flags, environ):
+            self.cache = environ["REDMUX_CACHE"]
+            self.startup_s = 5.0 - len(caches)
+            self.cpu_s, self.resident_bytes = 2 * self.startup_s, 1000
+
+        def __enter__(self):
+            caches.append((self.cache, sorted(os.listdir(self.cache))))
+            Path(self.cache, "kernels").mkdir(exist_ok=True)
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr("redmux_bench.ready.ServerProcess", Server)
+    code, got = bench("startup", "--rounds", "3")
+    assert code == 0
+    folder = caches[0][0]
+    assert caches == [(folder, []), *[(folder, ["kernels"])] * 3]
+    figures = ("first_s", "later_s", "cpu_s", "rss_bytes", "first_cpu_s")
+    assert [got[name] for name in figures] == [5.0, 3.0, 6.0, 1000, 10.0]

@@ -396,7 +396,7 @@ def test_help_lists_every_command(capsys):
     out = capsys.readouterr().out
     for command in (
         "serve", "bench", "train", "generate", "adapters", "info", "health", "version",
-        "chat", "top", "doctor", "completion",
+        "chat", "top", "doctor", "completion", "warm-up",
     ):  # fmt: skip
         assert re.search(rf"^    {command}\s", out, re.M)
     assert main(["adapters", "--help"]) == 0
