@@ -42,7 +42,6 @@ def fill_panels(panels: Array, scale: Array, weight: Tensor, bits: int) -> bool:
     """
     num_blocks = panels.shape[1]
     target, scales = torch.from_numpy(panels), torch.from_numpy(scale)
-    split = (8 // bits, PANEL * bits // 8)
     end = BLOCK // 4 * line_bytes(bits)
     is_exact = True
     for first in range(0, len(weight), _CHUNK):
@@ -62,13 +61,11 @@ def fill_panels(panels: Array, scale: Array, weight: Tensor, bits: int) -> bool:
             return x.view(count, PANEL, num_blocks, -1).transpose(1, 2)
 
         levels = by_panel(found.levels.to(torch.uint8))
-        levels = levels.reshape(*levels.shape[:3], -1, 4).transpose(2, 3)
-        # [panels, blocks, lines, 1 or 2, columns, 4]
-        halves = levels.reshape(*levels.shape[:3], *split, 4)
-        line = halves[:, :, :, 0]
+        lines = levels.reshape(count, num_blocks, PANEL, -1, 4).transpose(2, 3)
         if bits == 4:
-            line = line | halves[:, :, :, 1] << 4
-        some[:, :, :end] = line.flatten(2)
+            low, high = lines[..., : PANEL // 2, :], lines[..., PANEL // 2 :, :]
+            lines = low | high << 4
+        some[:, :, :end] = lines.flatten(2)
         for part, values in enumerate((found.steps, found.origins)):
             at = end + 2 * PANEL * part
             columns = by_panel(values[:, None])[..., 0].contiguous()

@@ -22,9 +22,7 @@ class Embeddings:
         if multiples is not None:
             self._table, self._steps = multiples
         else:
-            is_narrow = all(
-                torch.equal(part.bfloat16(), part) for part in torch.split(table, _CHUNK)
-            )
+            is_narrow = _is_bf16(table)
             self._table = table.bfloat16() if is_narrow else table.float().clone()
 
     @property
@@ -38,6 +36,11 @@ class Embeddings:
         return rows if self._steps is None else (rows * self._steps[ids]).flatten(1)
 
 
+def _is_bf16(table: Tensor) -> bool:
+    chunks = (table[first : first + _CHUNK] for first in range(0, len(table), _CHUNK))
+    return all(torch.equal(chunk.bfloat16(), chunk) for chunk in chunks)
+
+
 def _multiples(table: Tensor) -> tuple[Tensor, Tensor] | None:
     """Returns table as int8 [rows, blocks, BLOCK] times steps, or None if it is not that."""
     num_rows, dim = table.shape
@@ -47,8 +50,7 @@ def _multiples(table: Tensor) -> tuple[Tensor, Tensor] | None:
     steps = torch.empty(num_rows, dim // BLOCK, 1)
     for first in range(0, num_rows, _CHUNK):
         some = slice(first, first + _CHUNK)
-        rows = table[some].float()
-        blocks = rows.view(len(rows), -1, BLOCK)
+        blocks = table[some].float().reshape(-1, dim // BLOCK, BLOCK)
         steps[some] = (blocks.abs().amax(2, keepdim=True) / 127).half()
         found = (blocks / steps[some]).nan_to_num_(0).round_().clamp_(-127, 127)
         if not torch.equal(found * steps[some], blocks):

@@ -1,5 +1,6 @@
 """The weights of frozen linear layers, laid out as products read them."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -146,14 +147,10 @@ class Packing:
         some = slice(column, column + out_features)
         if bias is not None:
             packed.bias[some] = bias.float().numpy()
-        num_panels, start = -(-out_features // PANEL), int(packed.starts[i])
         if self.precision == "int4":
-            size = block_bytes(int(packed.bits[i]))
-            blocks = packed.panels[start : start + num_panels * depth // BLOCK * size]
-            blocks = blocks.reshape(num_panels, -1, size)
-            is_exact = fill_panels(blocks, packed.scale[some], weight, int(packed.bits[i]))
-            self.num_exact += is_exact
+            self._fill_blocks(i, weight)
             return
+        num_panels, start = -(-out_features // PANEL), int(packed.starts[i])
         values = weight.float()
         if self.precision == "int8":
             steps = (values.abs().amax(1) / LEVELS).clamp_min(float(SMALLEST_STEP))
@@ -177,6 +174,15 @@ class Packing:
             firsts = -OFFSET * sums.transpose(1, 2).flatten().numpy()
             at = int(packed.firsts_at[i])
             packed.firsts[at : at + firsts.size] = firsts
+
+    def _fill_blocks(self, i: int, weight: Tensor) -> None:
+        packed, out_features = self.packed, len(weight)
+        bits, column, start = (int(x[i]) for x in (packed.bits, packed.columns, packed.starts))
+        num_panels, num_blocks = -(-out_features // PANEL), self.padded(weight.shape[1]) // BLOCK
+        shape = (num_panels, num_blocks, block_bytes(bits))
+        panels = packed.panels[start : start + math.prod(shape)].reshape(shape)
+        scale = packed.scale[column : column + out_features]
+        self.num_exact += fill_panels(panels, scale, weight, bits)
 
     def rows(self, i: int, outputs: Array) -> Array:
         """Returns the weights [n, in_features] of these outputs of layer i, in fp32 as they came.
