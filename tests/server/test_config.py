@@ -272,7 +272,7 @@ def test_unknown_or_unfinished_flags_end_the_program(argv, capsys):
         {"host_cache_bytes": -1}, {"training_share": 0.0}, {"training_share": 1.5},
         {"training_queue": 0}, {"training_max_tokens": 0},
         {"drain_s": float("nan")}, {"drain_s": float("inf")}, {"device": "gpu"},
-        {"dtype": "int8"}, {"quantization": "int4"}, {"drafts": "on"}, {"log_level": "loud"},
+        {"dtype": "int8"}, {"quantization": "int2"}, {"drafts": "on"}, {"log_level": "loud"},
         {"max_running": 9, "max_batch_tokens": 8}, {"tls_cert": "c"}, {"tls_key": "k"},
         {"host": "10.0.0.7"}, {"training_share": 1.01},
     ],

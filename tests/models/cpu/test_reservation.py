@@ -38,9 +38,9 @@ def count_shapes(monkeypatch):
     made = []
     init = Packing.__init__
 
-    def noting(self, shapes, precision="fp32"):
+    def noting(self, shapes, precision="fp32", **options):
         made.append((precision, [*shapes]))
-        init(self, shapes, precision)
+        init(self, shapes, precision, **options)
 
     monkeypatch.setattr(Packing, "__init__", noting)
     return made
