@@ -28,13 +28,18 @@ def begun(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "precisions"),
-    [({}, ["fp32"]), ({"quantization": "int8"}, ["fp32", "int8"]), ({"device": "cpu"}, ["fp32"])],
+    ("options", "passes"),
+    [
+        ({}, ["fp32:float32"]),
+        ({"quantization": "int8"}, ["fp32:float32", "int8:bfloat16"]),
+        ({"kv_dtype": "bfloat16"}, ["fp32:float32", "fp32:bfloat16"]),
+        ({"device": "cpu"}, ["fp32:float32"]),
+    ],
     ids=str,
 )
-def test_kernels_are_compiled_beside_the_first_loading(begun, options, precisions):
+def test_kernels_are_compiled_beside_the_first_loading(begun, options, passes):
     first_start.compile_ahead(ServerConfig(**options))
-    assert begun == [["-m", "redmux_server.models.cpu.ahead", "smollm2", *precisions]]
+    assert begun == [["-m", "redmux_server.models.cpu.ahead", "smollm2", *passes]]
 
 
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "bfloat16"}], ids=str)

@@ -19,10 +19,16 @@ def discovered(tiny_folder):
     return model, *discover(model)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8", "bf16"])
-def test_the_types_compiled_ahead_are_those_of_a_decoder(precision, discovered, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "kv_dtype"),
+    [("fp32", "float32"), ("fp32", "bfloat16"), ("int8", "bfloat16"), ("int4", "bfloat16"),
+     ("bf16", "float32")],
+)  # fmt: skip
+def test_the_types_compiled_ahead_are_those_of_a_decoder(
+    precision, kv_dtype, discovered, monkeypatch
+):
     try:
-        expected = types_of_pass(precision)
+        expected = types_of_pass(precision, kv_dtype)
     except FailedPreconditionError as err:
         pytest.skip(str(err))
     called = []
@@ -30,7 +36,7 @@ def test_the_types_compiled_ahead_are_those_of_a_decoder(precision, discovered, 
         fused_decoder, "run", lambda *arguments: called.append(tuple(map(numba.typeof, arguments)))
     )
     model, shapes, rules = discovered
-    cache = NumbaKVCache(shapes, 8)
+    cache = NumbaKVCache(shapes, 8, getattr(torch, kv_dtype))
     decoder = fused_decoder.FusedDecoder(model, rules, cache, fused_decoder.pack(model, precision))
     ids, last = torch.arange(5), torch.tensor([4])
     with torch.inference_mode(), cache.step([Segment(0, 5, 0, [3])]):
