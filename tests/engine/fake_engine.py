@@ -143,6 +143,22 @@ def make_parts(
     return Parts(engine, runner, scheduler, bank, pool, metrics)
 
 
+def run(parts, *callers, limit=200):
+    """Submits callers' requests, steps until all have ended, and returns how many steps computed.
+
+    Nothing is held then by anybody.
+    """
+    for caller in callers:
+        parts.engine.submit(caller.request)
+    for _ in range(limit):
+        if not parts.engine.num_open:
+            assert parts.is_idle
+            assert not parts.runner.misreads
+            return len(parts.runner.batches)
+        parts.step()
+    raise AssertionError("requests are open after many steps")
+
+
 class Caller:
     """A request and the events that reached it."""
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from engine.fake_engine import BLOCK, NAN, VOCAB, Caller, FreeRows, make_adapter, make_parts
+from engine.fake_engine import BLOCK, NAN, VOCAB, Caller, FreeRows, make_adapter, make_parts, run
 from grammars_at_hand import END, make_matcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,18 +23,6 @@ def drafting(row_s=0.0, max_batch_tokens=64, **options):
 
 def plain(**options):
     return make_parts(max_batch_tokens=64, **options)
-
-
-def run(parts, *callers, limit=400):
-    for caller in callers:
-        parts.engine.submit(caller.request)
-    for _ in range(limit):
-        if not parts.engine.num_open:
-            assert parts.is_idle
-            assert not parts.runner.misreads
-            return len(parts.runner.batches)
-        parts.step()
-    raise AssertionError("requests are open after many steps")
 
 
 def counted(parts, name):

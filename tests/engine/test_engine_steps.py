@@ -4,7 +4,7 @@ import logging
 import time
 
 import pytest
-from engine.fake_engine import NAN, POISON, Caller, make_adapter, make_parts
+from engine.fake_engine import NAN, POISON, Caller, make_adapter, make_parts, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,14 +27,6 @@ def submit(parts, *callers):
 
 def cancel(parts, caller):
     parts.engine.end(caller.request, Failed(RequestCancelledError("gone")))
-
-
-def run(parts, limit=200):
-    for _ in range(limit):
-        if not parts.engine.num_open:
-            return
-        parts.step()
-    raise AssertionError("requests are open after many steps")
 
 
 def test_a_request_gets_its_tokens_and_then_its_ending():

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from engine.fake_engine import POISON, VOCAB, Caller, make_parts
+from engine.fake_engine import POISON, VOCAB, Caller, make_parts, run
 from grammars_at_hand import END, allowed, ids, make_matcher
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,17 +19,6 @@ from redmux_server.engine.sampling import Exhausted, NonFinite, sample
 def constrained(regex, max_tokens=9, prompt=(0,), **options):
     options = {"stop_token_ids": frozenset({END})} | options
     return Caller(prompt, max_tokens, matcher=make_matcher(regex), **options)
-
-
-def run(parts, *callers, limit=200):
-    for caller in callers:
-        parts.engine.submit(caller.request)
-    for _ in range(limit):
-        if not parts.engine.num_open:
-            assert parts.is_idle
-            return
-        parts.step()
-    raise AssertionError("requests are open after many steps")
 
 
 def test_a_row_draws_what_its_grammar_allows_and_ends_with_it_without_a_stop_token():

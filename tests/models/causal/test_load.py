@@ -204,7 +204,10 @@ def test_keys_and_values_in_bf16_are_checked_and_exact_in_any_batch(
     assert "keys and values bfloat16 (set by configuration)" in rounded.reasons
 
 
-def test_rounded_keys_do_not_hide_a_wrong_attention(tiny_folder, monkeypatch):
+@pytest.fixture
+def wrong_attention(monkeypatch):
+    """A scale that is off by a fiftieth differs by less than rounding may."""
+
     def attach(model, cache):
         load_attach(model, cache)
         for module in attention_modules(model):
@@ -213,6 +216,10 @@ def test_rounded_keys_do_not_hide_a_wrong_attention(tiny_folder, monkeypatch):
     load_attach = on_cpu.attach
     monkeypatch.setattr(on_cpu, "why_not_fusable", lambda model: "not now")
     monkeypatch.setattr(on_cpu, "attach", attach)
+
+
+@pytest.mark.usefixtures("wrong_attention")
+def test_rounded_keys_do_not_hide_a_wrong_attention(tiny_folder):
     config = ServerConfig(model=str(tiny_folder), kv_cache_tokens=1024, kv_dtype="bfloat16")
     with pytest.raises(FailedPreconditionError, match="differs from the plain model by"):
         load_causal(config, choices())
@@ -237,17 +244,8 @@ def test_int8_weights_leave_the_fingerprint_and_the_sites_as_they_are(int8, base
 
 
 @needs_int8
-def test_int8_does_not_hide_a_wrong_attention(int8, monkeypatch):
-    """A scale that is off by a fiftieth differs by less than the rounding of weights may."""
-
-    def attach(model, cache):
-        load_attach(model, cache)
-        for module in attention_modules(model):
-            module.scaling *= 1.02
-
-    load_attach = on_cpu.attach
-    monkeypatch.setattr(on_cpu, "why_not_fusable", lambda model: "not now")
-    monkeypatch.setattr(on_cpu, "attach", attach)
+@pytest.mark.usefixtures("wrong_attention")
+def test_int8_does_not_hide_a_wrong_attention(int8):
     with pytest.raises(FailedPreconditionError, match="differs from the plain model by"):
         int8()
 
