@@ -35,27 +35,12 @@ class LoneEngine:
         grammar. Raises the error of a request that fails.
         """
         turn = itertools.cycle(matchers)
-        num_tokens, num_open = 0, len(planned)
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def take(event: Event) -> None:
-            nonlocal num_tokens, num_open
-            if isinstance(event, Token):
-                num_tokens += 1
-                return
-            num_open -= 1
-            if isinstance(event, Failed) and not ended.done():
-                ended.set_exception(event.error)
-            elif not num_open and not ended.done():
-                ended.set_result(None)
-
-        for i, one in enumerate(planned):
-            request = greedy_request(one.prompt_ids, one.output_tokens, sink=take)
-            if matchers and i % 2:
+        requests = [greedy_request(one.prompt_ids, one.output_tokens) for one in planned]
+        if matchers:
+            for request in requests[1::2]:
                 request.matcher = next(turn).copy()
-            self.engine.submit(request)
-        await ended
-        return num_tokens
+        answers = await self.answer(requests, len(requests))
+        return sum(map(len, answers))
 
     async def answer(self, requests: Sequence[Request], concurrency: int) -> list[list[Token]]:
         """Returns the tokens of each request, so many of which are open at a time.

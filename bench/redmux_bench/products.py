@@ -13,12 +13,12 @@ import numba
 import torch
 
 from redmux import InvalidArgumentError
+from redmux_adapters.bases.architectures import LLAMA_LIKE
 from redmux_adapters.bases.load import DEFAULT_MODEL, resolve
 from redmux_bench import report
 from redmux_bench.rounds import in_turn, median_ratio
 from redmux_bench.tables import print_table
 from redmux_server.models.cpu import aligned
-from redmux_server.models.cpu.fused_decoder import FUSABLE
 from redmux_server.models.cpu.packed_linear import products
 from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.reservation import product_shapes
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     if shapes is None:
         raise InvalidArgumentError(
             f"the products of {name} are not known from its config.json; name one of the "
-            f"architectures {', '.join(FUSABLE)}"
+            f"architectures {', '.join(LLAMA_LIKE)}"
         )
     packings = [_packing(shapes[:-1], precision) for precision in options.precision]
     starts = (0, _BEHIND) if options.unaligned else (0,)

@@ -15,7 +15,7 @@ from typing import Any
 import redmux
 from redmux.v1 import admin_service_pb2
 from redmux_server.config import ServerConfig
-from redmux_server.device import choose
+from redmux_server.device import choose, name_of
 from redmux_server.doors import Doors
 from redmux_server.fair_thread import FairThread
 from redmux_server.files.store import FileStore
@@ -230,7 +230,7 @@ class Server:
             base_fingerprint=model.fingerprint,
             architecture=model.architecture,
             device=str(model.device),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=name_of(model.dtype),
             choices=model.reasons,
             bit_identical=model.bit_identical,
             vocab_size=model.vocab_size,

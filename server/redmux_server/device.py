@@ -19,6 +19,11 @@ class Choices:
     reasons: tuple[str, ...]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Returns what options and people call a dtype, such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose(config: ServerConfig) -> Choices:
     """Returns the choices for this machine.
 
@@ -41,7 +46,7 @@ def choose(config: ServerConfig) -> Choices:
         dtype, why = torch.float32, "auto: exact, and the fastest on CPUs without bf16 products"
     else:
         dtype, why = torch.bfloat16, "auto: the native precision of current GPUs"
-    dtype_name = str(dtype).removeprefix("torch.")
+    dtype_name = name_of(dtype)
     reasons.append(f"dtype {dtype_name} ({why})")
 
     if config.quantization not in ("none", "auto") and (name, dtype) != ("cpu", torch.float32):

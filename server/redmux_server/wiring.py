@@ -7,6 +7,7 @@ from pathlib import Path
 
 from redmux_server.batches.service import BatchService
 from redmux_server.config import ServerConfig
+from redmux_server.device import name_of
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.drafts import Drafts
 from redmux_server.engine.engine import Engine
@@ -169,7 +170,7 @@ def _training_setup(config: ServerConfig, model: BaseModel | EncoderModel) -> Tr
         model=config.model,
         tokenizer=config.tokenizer,
         device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=name_of(model.dtype),
         num_threads=config.threads or len(os.sched_getaffinity(0)),
         fingerprint=model.fingerprint,
         max_tokens=config.training_max_tokens,

@@ -33,6 +33,6 @@ def test_only_unwritten_parts_of_libraries_are_let_go_of():
 def test_libraries_compute_as_before_when_their_pages_have_gone():
     square = np.arange(9.0).reshape(3, 3)
     before = np.linalg.eigvals(square)
-    settle(has_garbage=True)
+    settle()
     assert np.array_equal(np.linalg.eigvals(square), before)
     assert ctypes.CDLL(None).abs(-3) == 3

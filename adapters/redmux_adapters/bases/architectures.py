@@ -10,6 +10,10 @@ from typing import Any
 
 from redmux.errors import InvalidArgumentError
 
+# Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
+# down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
+LLAMA_LIKE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
 
 @dataclass(frozen=True)
 class Stack:

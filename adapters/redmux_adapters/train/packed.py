@@ -6,18 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..bases.architectures import LLAMA_LIKE
 from .bank import VectorBank
 from .examples import Example
 from .frozen import Group, Product, attended, gated, groups_of, products, rms_norm, rotated
 
-# Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
-# down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
 
 def can_pack(model: Any) -> bool:
     """Whether a PackedDecoder computes what this model does, where it is now."""
-    if type(model).__name__ not in _ARCHITECTURES:
+    if type(model).__name__ not in LLAMA_LIKE:
         return False
     linears = [module for module in model.model.layers.modules() if hasattr(module, "in_features")]
     return (

@@ -1,5 +1,6 @@
 """Load the configured model: which wing serves it, by its kind."""
 
+import gc
 from pathlib import Path
 
 from redmux_adapters import read_config
@@ -14,7 +15,6 @@ from redmux_server.models.encoder.load import EncoderModel, load_encoder
 from redmux_server.models.lean_imports import without_compiler
 from redmux_server.models.load_causal import load_causal
 from redmux_server.models.seq2seq.load import load_seq2seq
-from redmux_server.models.settle import settle
 
 
 def load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:
@@ -27,7 +27,10 @@ def load(config: ServerConfig, choices: Choices) -> BaseModel | EncoderModel:
     reservation = Reservation(Path(resolve(config.model)), choices)
     with compilation_told() as teller, without_compiler():
         loaded = _load(config, choices, reservation)
-    settle(has_garbage=teller.num_compiled > 0)
+    if teller.num_compiled:
+        # What compiles kernels leaves cycles of garbage, which hold the weights that were loaded
+        # meanwhile. Without that a search of half a second would find nothing.
+        gc.collect()
     return loaded
 
 

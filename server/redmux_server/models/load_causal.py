@@ -11,7 +11,7 @@ from torch import nn
 from redmux.errors import FailedPreconditionError
 from redmux_adapters import editable_sites, fingerprint, load_base, read_config, with_layer_norms
 from redmux_server.config import ServerConfig
-from redmux_server.device import Choices
+from redmux_server.device import Choices, name_of
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.causal.attention import attach, discover
@@ -122,7 +122,7 @@ def _on_cpu(
     limit = context_limit(model.config, rules)
     is_fp32 = choices.dtype == torch.float32
     quantization, why = choose_precision(config.quantization, is_fp32, lambda: is_on_grids(model))
-    dtype = str(choices.dtype).removeprefix("torch.")
+    dtype = name_of(choices.dtype)
     kv_dtype_name, kv_reason = choose_kv_dtype(config.kv_dtype, quantization, dtype)
     kv_dtype = getattr(torch, kv_dtype_name)
     per_token = kv_bytes_per_token(shapes, kv_dtype)

@@ -1,28 +1,29 @@
 """Give the system back the memory that loading has needed and serving does not."""
 
 import ctypes
-import gc
 import mmap
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 
-def settle(has_garbage: bool = False) -> None:
-    """Lets go of memory that was freed, and of pages of libraries that were read once.
-
-    A search for cycles of garbage takes half a second, so it is made where there are some: what
-    compiles kernels leaves them, and they hold the weights that were loaded meanwhile.
-    """
-    if has_garbage:
-        gc.collect()
-    system = ctypes.CDLL(None)
-    trim = getattr(system, "malloc_trim", None)
+def settle() -> None:
+    """Lets go of memory that was freed, and of pages of libraries that were read once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
     if sys.platform == "linux":
         for first, size in _unchanged(Path("/proc/self/smaps").read_text()):
-            system.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+            let_go(first, size)
+
+
+def let_go(first: int, size: int) -> None:
+    """Gives whole pages from an address on back to Linux, with what this process has written there.
+
+    They come back when they are next used: as their file has them, or full of zeros.
+    """
+    advise = ctypes.CDLL(None).madvise
+    advise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _unchanged(smaps: str) -> Iterator[tuple[int, int]]:

@@ -105,7 +105,7 @@ def test_the_values_of_tied_embeddings_are_kept_once(family):
     plain, loaded, _ = family
     decoder = loaded.runner._decoder
     embeddings = plain.get_input_embeddings()
-    assert (decoder._embeddings is None) == plain.config.tie_word_embeddings
+    assert (decoder.embeddings is None) == plain.config.tie_word_embeddings
     ids = torch.tensor([0, 259, 17, 31, 32, 17])
     assert torch.equal(decoder._embed(ids), embeddings(ids))
 

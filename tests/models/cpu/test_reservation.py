@@ -11,11 +11,12 @@ from conftest import save_tiny_model
 from transformers import AutoConfig
 
 from redmux_adapters import load_base
+from redmux_adapters.bases.architectures import LLAMA_LIKE
 from redmux_server.config import ServerConfig
 from redmux_server.device import choose
 from redmux_server.models.cpu import reservation
 from redmux_server.models.cpu.arithmetic import HAS_AVX2
-from redmux_server.models.cpu.fused_decoder import FUSABLE, pack
+from redmux_server.models.cpu.fused_decoder import pack
 from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.reservation import Reservation, product_shapes
 from redmux_server.models.load_causal import load_causal
@@ -50,7 +51,7 @@ def count_shapes(monkeypatch):
 def test_a_config_tells_what_is_packed(tmp_path, model_type):
     folder = save(tmp_path, model_type, **MODEL_TYPES[model_type])
     model, _ = load_base(str(folder))
-    assert type(model).__name__ in FUSABLE
+    assert type(model).__name__ in LLAMA_LIKE
     assert product_shapes(folder) == pack(model).shapes
 
 

@@ -105,7 +105,7 @@ def fuse(
     if tolerance:  # only now: what is rounded would hide what else is wrong
         if quantization != "none":
             packing = pack(model, quantization)
-        decoder = FusedDecoder(model, rules, cache, packing)
+        decoder = FusedDecoder(model, rules, cache, packing, decoder.embeddings)
         error, bit_identical = _check(decoder, cache, sites, expected, choices, tolerance)
     linears = decoder.linears
     model.model.layers = nn.ModuleList()

@@ -4,7 +4,6 @@ NumPy starts its arrays 16 bytes behind one, as the C library hands memory out, 
 32 bytes. Rows start at a line too where their length is a multiple of one.
 """
 
-import ctypes
 import math
 import mmap
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from redmux_server.models.cpu.compiled import compiled
+from redmux_server.models.settle import let_go
 
 Array = np.ndarray[Any, Any]
 LINE = 64  # bytes
@@ -68,8 +68,7 @@ def give_back(array: Array) -> None:
     first = -(-address(array) // mmap.PAGESIZE) * mmap.PAGESIZE
     size = (address(array) + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
     if size > 0:
-        system = ctypes.CDLL(None)
-        system.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+        let_go(first, size)
 
 
 @compiled

@@ -82,7 +82,8 @@ def _fp32_by_bf16(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
     return _fp32(builder, totals, word, builder.bitcast(high, totals.type))
 
 
-def _int8(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
+def dot_bytes(builder: Any, totals: Any, word: Any, lanes: Any) -> Any:
+    """Returns totals plus sums of four products of unsigned bytes of `word` by those of `lanes`."""
     register = ir.VectorType(INT32, 16)
     dot = declare(builder, "llvm.x86.avx512.vpdpbusd.512", *[register] * 4)
     return by_registers(builder, 16, lambda *x: builder.call(dot, x), totals, word, lanes)
@@ -115,7 +116,7 @@ FLOATS = {
 # By the type of `a`: unsigned 8-bit by signed 8-bit; 16-bit by 8-bit integers, for CPUs whose
 # products of 8 bits saturate.
 INTEGERS = {
-    types.uint8: _Arithmetic("int8", 4, INT32, INT32, _int8),
+    types.uint8: _Arithmetic("int8", 4, INT32, INT32, dot_bytes),
     types.int16: _Arithmetic("int16", 2, _INT16, INT32, _int16),
 }
 
@@ -220,20 +221,25 @@ def _accumulate(
     """Adds the products of n groups to `sums`, and fetches what lies `ahead` of them."""
     lanes = ir.VectorType(arithmetic.lane, PANEL)
     width = 4 if arithmetic.lane is FLOAT else arithmetic.lane.width // 8
-    pointer = INT8.as_pointer()
-    prefetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *[INT32] * 3)
     with cgutils.for_range(builder, n) as loop:
         line = _at(builder, b, INDEX(PANEL), loop.index)
         panel = builder.load(builder.bitcast(line, lanes.as_pointer()), align=width)
-        coming = builder.bitcast(builder.gep(line, [ahead]), pointer)
-        for start in range(0, PANEL * width, _LINE_BYTES):
-            address = builder.gep(coming, [INDEX(start)])
-            builder.call(prefetch, [address, *(INT32(x) for x in (0, 3, 1))])
+        coming = builder.bitcast(builder.gep(line, [ahead]), INT8.as_pointer())
+        fetch(builder, coming, PANEL * width)
         for r, total in enumerate(sums):
             row = _at(builder, a, a_stride, INDEX(r))
             word = splat(builder, builder.load(builder.gep(row, [loop.index]), align=1))
             before = builder.load(total)
             builder.store(arithmetic.multiply_add(builder, before, word, panel), total)
+
+
+def fetch(builder: Any, address: Any, size: int) -> None:
+    """Has the memory send `size` bytes from an address on, for later."""
+    kinds = [INT8.as_pointer(), *[INT32] * 3]
+    prefetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), *kinds)
+    for start in range(0, size, _LINE_BYTES):
+        line = builder.gep(address, [INDEX(start)])
+        builder.call(prefetch, [line, *(INT32(x) for x in (0, 3, 1))])
 
 
 def splat(builder: Any, value: Any, count: int = PANEL) -> Any:

@@ -9,14 +9,13 @@ from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.folds import LANES, largest, sum_squares, total
 from redmux_server.models.cpu.narrow import kept
-from redmux_server.models.cpu.vector import ADD, ANEW, exp, product
+from redmux_server.models.cpu.vector import ADD, ANEW, START, exp, product
 from redmux_server.models.kvcache import BLOCK
 
 assert BLOCK % PANEL == BLOCK % LANES == 0, "blocks are read in whole panels and folds"
 
 
-_START = np.int64(0)  # a literal is a type of its own, and what it is handed to compiled for it
-_COLUMNS = np.int64(BLOCK)
+_COLUMNS = np.int64(BLOCK)  # see START
 
 
 # Inlined, as handing over arrays takes longer than the work. Indices are unsigned: signed ones may
@@ -48,7 +47,7 @@ def _load_head(x, at, token, weight, eps, cos, sin, room, out, to):
         inverse = np.float32(1.0) / math.sqrt(sum_squares(head) / np.float32(dim) + eps)
         for d in range(dim):
             room[d] = head[d] * inverse * weight[d]
-        _rotate(room, _START, dim, cos, sin, token * dim, out, to)
+        _rotate(room, START, dim, cos, sin, token * dim, out, to)
     else:
         _rotate(x, at, dim, cos, sin, token * dim, out, to)
 
@@ -63,7 +62,7 @@ def store(
     for head in range(head0, head0 + num_heads):
         slot = places[0, token] * num_kv_heads + head
         at = layout[6] + token * layout[7] + head * dim
-        _load_head(k, at, token, k_weight, eps, cos, sin, room[0], room[1], _START)
+        _load_head(k, at, token, k_weight, eps, cos, sin, room[0], room[1], START)
         column = keys[slot * dim * BLOCK + offset // PANEL * dim * PANEL + offset % PANEL :]
         for d in range(dim):
             column[d * PANEL] = kept(room[1, d], keys)
@@ -154,7 +153,7 @@ def attend_tile(
         if p + 1 < num_blocks:
             ahead = (blocks[first_block + p + 1] * num_kv_heads + head - slot) * dim * BLOCK
         product(
-            lines, _COLUMNS, heads, _START, dim, keys, slot * dim * BLOCK, dim * PANEL, dim,
+            lines, _COLUMNS, heads, START, dim, keys, slot * dim * BLOCK, dim * PANEL, dim,
             scores, p * BLOCK, num_keys, ANEW, ahead,
         )  # fmt: skip
     for i in range(rows):
@@ -177,7 +176,7 @@ def attend_tile(
             values, blocks, head, layout, sums,
         )  # fmt: skip
     _add_values(
-        scores, num_keys, origin, _START, lines, shared, position0 + 1, values, blocks, head,
+        scores, num_keys, origin, START, lines, shared, position0 + 1, values, blocks, head,
         layout, sums,
     )  # fmt: skip
     for i in range(rows):

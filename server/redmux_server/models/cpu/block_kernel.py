@@ -28,6 +28,8 @@ from redmux_server.models.cpu.arithmetic import (
     by_registers,
     declare,
     define,
+    dot_bytes,
+    fetch,
     splat,
 )
 
@@ -35,7 +37,6 @@ BLOCK = 32  # inputs
 _GROUP = 4  # inputs that one word of a row holds
 _LINES = BLOCK // _GROUP
 _HALF = PANEL // 2
-_FETCHED = 64  # bytes
 _INT16 = ir.IntType(16)
 _WORDS, _WHOLE = ir.VectorType(INT32, _HALF), ir.VectorType(INT32, PANEL)
 _REALS, _FP16 = ir.VectorType(FLOAT, PANEL), ir.VectorType(ir.HalfType(), PANEL)
@@ -50,12 +51,6 @@ def line_bytes(bits: int) -> int:
 def block_bytes(bits: int) -> int:
     """Returns the size of a block of a panel."""
     return _LINES * line_bytes(bits) + 4 * PANEL
-
-
-def _dot(builder: Any, total: Any, levels: Any, word: Any) -> Any:
-    register = ir.VectorType(INT32, 16)
-    dot = declare(builder, "llvm.x86.avx512.vpdpbusd.512", *[register] * 4)
-    return by_registers(builder, 16, lambda *x: builder.call(dot, x), total, levels, word)
 
 
 def _dot_pairs(builder: Any, total: Any, levels: Any, word: Any) -> Any:
@@ -104,7 +99,7 @@ class _Sums:
                 self._builder.store(_WORDS([0] * _HALF), total)
 
     def add(self, levels: tuple[Any, Any], word: Any) -> None:
-        builder, dot = self._builder, _dot if HAS_VNNI else _dot_pairs
+        builder, dot = self._builder, dot_bytes if HAS_VNNI else _dot_pairs
         for totals, some in zip(self._totals, levels, strict=True):
             planes = [some] if len(totals) == 1 else _halves_of_nibbles(builder, some)
             for total, plane in zip(totals, planes, strict=True):
@@ -159,7 +154,7 @@ def block_kernel(module: ir.Module, bits: int, rows: int) -> ir.Function:
 
     with cgutils.for_range(builder, n) as block:
         start = builder.gep(b, [builder.mul(block.index, INDEX(size))])
-        _fetch(builder, builder.gep(start, [ahead]), size)
+        fetch(builder, builder.gep(start, [ahead]), size)
         first = builder.mul(block.index, INDEX(_LINES))
         for total in sums:
             total.clear()
@@ -187,11 +182,3 @@ def block_kernel(module: ir.Module, bits: int, rows: int) -> ir.Function:
             builder.store(builder.call(fma, [origin, sum_x, so_far]), target, align=4)
     builder.ret_void()
     return function
-
-
-def _fetch(builder: Any, address: Any, size: int) -> None:
-    kinds = [INT8.as_pointer(), *[INT32] * 3]
-    prefetch = declare(builder, "llvm.prefetch.p0", ir.VoidType(), *kinds)
-    for start in range(0, size, _FETCHED):
-        line = builder.gep(address, [INDEX(start)])
-        builder.call(prefetch, [line, *(INT32(x) for x in (0, 3, 1))])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from redmux_adapters.bases.architectures import LLAMA_LIKE
 from redmux_adapters.bases.sites import LAYER_NORM
 from redmux_server.engine.bank import SiteColumns
 from redmux_server.models.cpu import aligned
@@ -22,9 +23,6 @@ from redmux_server.models.cpu.vector import Array
 from redmux_server.models.editing import OwnedRows, StepRows
 from redmux_server.models.kvcache import LayerRule
 
-# Pre-norm decoders whose layer is: RMS norm, q k v, rotation, attention, o, add, RMS norm,
-# down(silu(gate) * up), add. Qwen3 also normalises the heads of q and k.
-FUSABLE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _NO_ROWS = aligned.zeros((1, 0), np.float32)
 _SMALLEST_ROOM = 64  # tokens
 
@@ -32,8 +30,8 @@ _SMALLEST_ROOM = 64  # tokens
 def why_not_fusable(model: Any) -> str | None:
     """Returns what keeps this model from being fused, or None."""
     architecture = type(model).__name__
-    if architecture not in FUSABLE:
-        return f"{architecture} is none of {', '.join(FUSABLE)}"
+    if architecture not in LLAMA_LIKE:
+        return f"{architecture} is none of {', '.join(LLAMA_LIKE)}"
     if model.config.hidden_act != "silu":
         return f"its activation is {model.config.hidden_act}, not silu"
     return None
@@ -52,9 +50,13 @@ class FusedDecoder:
     reads_table = True
 
     def __init__(
-        self, model: Any, rules: Sequence[LayerRule], cache: NumbaKVCache, packing: Packing
-    ) -> None:
-        """`model` must be fusable and stays as it is; `packing` is `pack` of it."""
+        self, model: Any, rules: Sequence[LayerRule], cache: NumbaKVCache, packing: Packing,
+        embeddings: Embeddings | None = None,
+    ) -> None:  # fmt: skip
+        """`model` must be fusable and stays as it is; `packing` is `pack` of it.
+
+        `embeddings` are those of another decoder of this model, if it has any.
+        """
         self._cache = cache
         self._rotary = model.model.rotary_emb
         layers = list(model.model.layers)
@@ -63,7 +65,7 @@ class FusedDecoder:
         is_tied = model.lm_head.weight is table
         # One copy is enough of what is a tenth of a large model and a fifth of a small one.
         has_rows = is_tied and packing.precision == "fp32"
-        self._embeddings = None if has_rows else Embeddings(table.data)
+        self.embeddings = None if has_rows else embeddings or Embeddings(table.data)
         self._model = _model(model, layers, rules, cache)
         self._layout: Mapping[str, SiteColumns] = {}
         self._unedited = aligned.zeros((len(layers), len(SITES) + 1, 2), np.int64)
@@ -125,9 +127,9 @@ class FusedDecoder:
         run(numba.get_num_threads(), step, self._model, self._packing.packed, self._room)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        if self._embeddings is None:
+        if self.embeddings is None:
             return torch.from_numpy(self._packing.rows(len(self._packing.shapes) - 1, ids.numpy()))
-        return self._embeddings(ids)
+        return self.embeddings(ids)
 
     def _placed(self, layout: Mapping[str, SiteColumns]) -> Array:
         """Returns where each layer's sites lie in the rows, looked up when they changed."""

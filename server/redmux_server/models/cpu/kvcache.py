@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redmux_server.device import name_of
 from redmux_server.models.cpu.aligned import copied, give_back, zeros
 from redmux_server.models.cpu.paged_attention import (
     TILE,
@@ -40,9 +41,8 @@ class NumbaKVCache(KVCache):
         self.paged: list[PagedAttention] = []
         for shape, group in itertools.groupby(shapes):
             keys, values = new_blocks(
-                len(list(group)), num_blocks, shape.num_kv_heads, shape.head_dim,
-                str(dtype).removeprefix("torch."),
-            )  # fmt: skip
+                len(list(group)), num_blocks, shape.num_kv_heads, shape.head_dim, name_of(dtype)
+            )
             self.stacks.append((keys, values))
             self.paged += [
                 PagedAttention(shape.num_heads, shape.num_kv_heads, shape.head_dim, *layer)
@@ -65,7 +65,7 @@ class NumbaKVCache(KVCache):
             self.index = None
 
     def give_back(self) -> None:
-        """Forgets all keys and values, and lets the system have their memory until then."""
+        """Forgets all keys and values; the system has their memory until it is written again."""
         for keys, values in self.stacks:
             give_back(keys)
             give_back(values)

@@ -18,12 +18,11 @@ from redmux_server.models.cpu.narrow import PART, narrow_row
 from redmux_server.models.cpu.packing import Packing
 from redmux_server.models.cpu.phases import claim, counters_of, finish
 from redmux_server.models.cpu.tiles import TILE_ROWS, bf16_tiles, configure, int8_tile, release
-from redmux_server.models.cpu.vector import block_product, product, step_product, store_panel
+from redmux_server.models.cpu.vector import START, block_product, product, step_product, store_panel
 
 # Groups of a panel that are multiplied with every row before the next ones: they stay in the L2.
 _DEPTH = 2048
-# Literals are types of their own, and what they are handed to compiled for them.
-_START, _COLUMNS = np.int64(0), np.int64(PANEL)
+_COLUMNS = np.int64(PANEL)  # see START
 _SMALL_BLOCK, _LARGE_BLOCK = block_bytes(4), block_bytes(8)
 # Rows of x that a thread takes on at a time.
 TALL = 16 * ROWS
@@ -41,8 +40,8 @@ def _sum_floats(x, steps, row0, rows, packed, i, p, sums):
         n = min(_DEPTH, groups - k)
         product(
             rows, _COLUMNS, x.reshape(-1), row0 * depth + k * packed.group, depth,
-            packed.panels, packed.starts[i] + (p * groups + k) * PANEL, _START, n * packed.group,
-            sums, _START, _COLUMNS, k, ahead,
+            packed.panels, packed.starts[i] + (p * groups + k) * PANEL, START, n * packed.group,
+            sums, START, _COLUMNS, k, ahead,
         )  # fmt: skip
 
 
@@ -65,7 +64,7 @@ def _sum_integers(x, steps, row0, rows, packed, i, p, sums):
         rows, x.reshape(-1), row0 * depth, depth,
         packed.panels, packed.starts[i] + p * (depth // packed.group) * PANEL, depth, PART,
         packed.firsts, packed.firsts_at[i] + p * -(-depth // PART) * PANEL,
-        steps.reshape(-1), row0 * stride, stride, sums, 0,
+        steps.reshape(-1), row0 * stride, stride, sums, START,
     )  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def _sum_blocks(x, steps, row0, rows, packed, i, p, sums):
     block_product(
         rows, bits, x.reshape(-1), row0 * depth, depth,
         packed.panels, packed.starts[i] + p * (depth // BLOCK) * size, depth,
-        steps.reshape(-1), row0 * stride, stride, sums, 0,
+        steps.reshape(-1), row0 * stride, stride, sums, START,
     )  # fmt: skip
 
 

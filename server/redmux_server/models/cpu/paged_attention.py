@@ -21,7 +21,7 @@ from redmux_server.models.cpu.arithmetic import PANEL
 from redmux_server.models.cpu.attend import attend_tile, attend_token, store
 from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.phases import claim, counters_of, finish, num_threads_of
-from redmux_server.models.cpu.vector import Array
+from redmux_server.models.cpu.vector import START, Array
 from redmux_server.models.kvcache import BLOCK
 
 TILE = 4  # query tokens that share one pass over the keys
@@ -52,7 +52,7 @@ def _store_some(counters, thread, k, v, keys, values, places, layout, k_weight, 
     token = claim(counters, thread, num_tokens)
     while token < num_tokens:
         store(
-            k, v, keys, values, places, token, np.int64(0), layout[1], layout, k_weight, eps, cos,
+            k, v, keys, values, places, token, START, layout[1], layout, k_weight, eps, cos,
             sin, room,
         )  # fmt: skip
         num_done += 1

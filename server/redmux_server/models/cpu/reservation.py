@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from redmux_adapters.bases.architectures import LLAMA_LIKE
 from redmux_server.device import Choices
-from redmux_server.models.cpu.fused_decoder import FUSABLE
 from redmux_server.models.cpu.packing import Packing
 
 
@@ -48,7 +48,7 @@ def product_shapes(folder: Path) -> list[tuple[int, int]] | None:
     """
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        if {*config["architectures"]}.isdisjoint(FUSABLE):
+        if {*config["architectures"]}.isdisjoint(LLAMA_LIKE):
             return None
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]

@@ -16,10 +16,9 @@ from redmux_server.models.cpu.compiled import compiled
 from redmux_server.models.cpu.folds import LANES
 from redmux_server.models.cpu.paged_attention import padded
 from redmux_server.models.cpu.phases import claim, counters_of, finish
-from redmux_server.models.cpu.vector import ANEW, Array, product
+from redmux_server.models.cpu.vector import ANEW, START, Array, product
 
 _ROWS = 32  # queries that share one pass over the keys
-_START = np.int64(0)  # a literal is a type of its own, and what it is handed to compiled for it
 NO_BIAS = np.zeros((0, 0), np.float32)
 
 
@@ -53,8 +52,8 @@ def _attend_rows(q, row0, rows, head, keys, values, num_keys, bias, position0, s
         for d in range(dim):
             heads[r * dim + d] = q[row0 + r, head, d]
     product(
-        rows, room, heads, _START, dim, keys.reshape(-1), _START, dim * PANEL, dim,
-        scores, _START, room, ANEW, _START,
+        rows, room, heads, START, dim, keys.reshape(-1), START, dim * PANEL, dim,
+        scores, START, room, ANEW, START,
     )  # fmt: skip
     for r in range(rows):
         line = scores[r * room : (r + 1) * room]
@@ -63,13 +62,13 @@ def _attend_rows(q, row0, rows, head, keys, values, num_keys, bias, position0, s
             for j in range(num_keys):
                 line[j] = line[j] * scale + bias[head, first + j]
         inverse = softmax(
-            line, _START, num_keys, np.float32(1) if bias.size > 0 else scale, np.float32(0)
+            line, START, num_keys, np.float32(1) if bias.size > 0 else scale, np.float32(0)
         )
         for j in range(num_keys):
             line[j] *= inverse
     product(
-        rows, width, scores, _START, room, values.reshape(-1), _START, values.shape[1] * PANEL,
-        num_keys, sums, _START, width, ANEW, _START,
+        rows, width, scores, START, room, values.reshape(-1), START, values.shape[1] * PANEL,
+        num_keys, sums, START, width, ANEW, START,
     )  # fmt: skip
     for r in range(rows):
         for d in range(dim):
@@ -113,7 +112,7 @@ def _attend_one(q, keys, values, num_keys, bias, position, scale, out):
     one = np.int64(1)
     for head in range(q.shape[1]):
         _attend_rows(
-            q, _START, one, head, keys[head], values[head], num_keys, bias, position, scale, out
+            q, START, one, head, keys[head], values[head], num_keys, bias, position, scale, out
         )
 
 

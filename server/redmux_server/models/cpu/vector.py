@@ -187,8 +187,9 @@ def store_panel(typing, rows, sums, scale, bias, column, out, out_at, out_stride
     return types.void(rows, sums, scale, bias, column, out, out_at, out_stride), codegen
 
 
-# Whether a product adds to what is there. A literal would be a type of its own, for which the
-# product and all that hands it on are compiled.
+# A literal would be a type of its own, for which all that it is handed to is compiled: the begin
+# of an array, and whether a product adds to what is there.
+START = np.int64(0)
 ADD, ANEW = np.int64(1), np.int64(0)
 
 
