@@ -39,6 +39,12 @@ MAX_CONTINUATIONS = 128
 MAX_SCORED_TOKENS = 300_000  # of all continuations; up to ten bytes each in the answer
 
 
+def check_num_biases(number: int) -> None:
+    """Raises InvalidArgumentError for more tokens than logit_bias may have."""
+    if number > MAX_BIASES:
+        raise InvalidArgumentError(f"logit_bias has {number} tokens; limit {MAX_BIASES}")
+
+
 @dataclass(frozen=True, slots=True)
 class Validator:
     """The limits of the served model; every method raises InvalidArgumentError.
@@ -258,8 +264,7 @@ class Validator:
             )
 
     def _biases(self, biases: Mapping[int, float]) -> None:
-        if len(biases) > MAX_BIASES:
-            raise InvalidArgumentError(f"logit_bias has {len(biases)} tokens; limit {MAX_BIASES}")
+        check_num_biases(len(biases))
         self._token_ids("logit_bias", list(biases), MAX_BIASES)
         for token_id, bias in biases.items():
             _number(f"logit_bias[{token_id}]", bias, 0.0, -MAX_BIAS, MAX_BIAS)

@@ -1,14 +1,19 @@
 """Body: fields that are served, fields without effect, and fields that are refused by name."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import JsonSchemaValue
 
 from redmux_server.http_api.errors import Refusal
 
 Unserved = Mapping[str, tuple[tuple[Any, ...], str]]  # values that ask for nothing; the reason
+# Of all that is wrong in a list only the first is told: it may have a million of them.
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+_MOST_FIELDS = 256  # of a request; none has as many
 _TOLD = frozenset(("title", "description", "default"))  # of a field, whatever it takes
 
 
@@ -52,6 +57,8 @@ class Body(BaseModel):
     def _served(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > _MOST_FIELDS:
+            raise Refusal(f"the request has {len(data)} fields; limit {_MOST_FIELDS}", param=None)
         kept = {}
         for name, value in data.items():
             if value is None or name in cls.no_effect:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from redmux_server.http_api.errors import Refusal
-from redmux_server.http_api.schemas.body import Body, Unserved
+from redmux_server.http_api.schemas.body import Body, Objects, Unserved
 from redmux_server.http_api.schemas.completion import MAX_TOP_LOGPROBS
 from redmux_server.http_api.schemas.sampling import SamplingBody
 from redmux_server.services.chat import check_num_messages
@@ -46,7 +46,7 @@ class ChatBody(SamplingBody):
         "reasoning_effort", "verbosity", "include_reasoning",
     }  # fmt: skip
     unserved: ClassVar[Unserved] = {**SamplingBody.unserved, **_OTHERS}
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Objects = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -54,7 +54,7 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = Field(None, description="Unless a message is continued.")
     continue_final_message: bool = False
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: Objects = Field(default_factory=list)
     tool_choice: str | NamedTool = "auto"
     parallel_tool_calls: bool = True
 

@@ -6,11 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
-from redmux_server.http_api.schemas.body import Body, Unserved
+from redmux_server.http_api.schemas.body import Body, Objects, Unserved
 from redmux_server.http_api.schemas.sampling import JsonSchema, schema_grammar
 from redmux_server.services.chat import check_num_messages
 from redmux_server.services.spec import Chat, GenerationSpec, Grammar, GrammarKind, Message
 
+_Included = Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)]
 _PARTS = ("input_text", "output_text", "text")
 _LOGPROBS = "message.output_text.logprobs"
 _MEMORY = "nothing is kept; send the whole conversation as input"
@@ -60,7 +61,7 @@ class ResponseBody(Body):
     }
     model: str
     input: Annotated[
-        list[dict[str, Any]],
+        Objects,
         BeforeValidator(
             lambda given: [{"role": "user", "content": given}] if isinstance(given, str) else given,
             str | list[dict[str, Any]],
@@ -71,7 +72,7 @@ class ResponseBody(Body):
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: _Included | None = None
     text: TextOptions = Field(default_factory=TextOptions)
     stream: bool = False
     seed: int | None = None

@@ -7,14 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
-from redmux_server.http_api.schemas.body import Body, Unserved
+from redmux_server.http_api.schemas.body import Body, Ids, Texts, Unserved
 from redmux_server.services.spec import GenerationSpec, Grammar, GrammarKind, Prompt
+from redmux_server.services.validation import check_num_biases
 
-Texts = Annotated[list[str], Field(fail_fast=True)]
-Ids = Annotated[list[int], Field(fail_fast=True)]
 OneOrMore = Annotated[
     Texts, BeforeValidator(lambda v: [v] if isinstance(v, str) else v, str | list[str])
 ]
+
+
+def _counted(biases: Any) -> Any:
+    if isinstance(biases, dict):
+        check_num_biases(len(biases))
+    return biases
 
 
 class StreamOptions(Body):
@@ -93,7 +98,9 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="By token id.")
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_counted)] | None = Field(
+        None, description="By token id."
+    )
     allowed_token_ids: Ids | None = None
     bad_words: Texts | None = None
     bad_token_ids: Ids | None = None

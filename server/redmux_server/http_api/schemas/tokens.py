@@ -1,15 +1,13 @@
 """Bodies of /tokenize and /detokenize."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from redmux_server.http_api.errors import Refusal
-from redmux_server.http_api.schemas.body import Body, Unserved
+from redmux_server.http_api.schemas.body import Body, Ids, Objects, Unserved
 from redmux_server.services.chat import check_num_messages
 from redmux_server.services.spec import Chat
-
-Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class TokenizeBody(Body):
@@ -20,14 +18,14 @@ class TokenizeBody(Body):
     }
     model: str
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Objects | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = Field(None, description="Unless a message is continued.")
     continue_final_message: bool = False
-    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tools: Objects = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _checked(self) -> "TokenizeBody":
