@@ -32,7 +32,7 @@ class Run:
         if state is not None:
             if not resume:
                 raise FailedPreconditionError(
-                    f"{self._output} holds an interrupted run; go on with it by resume, or remove "
+                    f"{self._output} holds an interrupted run; go on with it by --resume, or remove "
                     f"its {CHECKPOINT_NAME}"
                 )
             trainer.restore(state["trainer"])
