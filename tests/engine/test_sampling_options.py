@@ -183,7 +183,7 @@ def test_cuts_reach_beyond_the_first_candidates(name, flat):
 # -- what vLLM makes of it ------------------------------------------------------------------------
 
 
-def test_penalties_are_those_of_vllm_to_the_bit():
+def test_penalties_are_by_the_formula_of_vllm():
     """vllm/model_executor/layers/utils.py: apply_penalties."""
     logits = random_logits(1, 60)
     names = ["repetition_penalty", "frequency_penalty", "presence_penalty"]
