@@ -41,7 +41,8 @@ FLOORS = {
         "cli",
     ],
     "server/redmux_server/models": [
-        "base_model compilation editing kvcache layer_norm lean_imports proving settle text token_bytes too_long",
+        "base_model compilation editing kvcache layer_norm lean_imports proving settle text"
+        " token_bytes too_long",
         "cpu",
         "causal",
         "cuda",

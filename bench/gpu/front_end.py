@@ -1,4 +1,4 @@
-"""The server with its front end on the device: the engine alone against the load through gRPC and HTTP."""
+"""The server on the device: the engine alone against the load through gRPC and HTTP."""
 
 import json
 import os

@@ -32,8 +32,8 @@ class Run:
         if state is not None:
             if not resume:
                 raise FailedPreconditionError(
-                    f"{self._output} holds an interrupted run; go on with it by --resume, or remove "
-                    f"its {CHECKPOINT_NAME}"
+                    f"{self._output} holds an interrupted run; go on with it by --resume, or "
+                    f"remove its {CHECKPOINT_NAME}"
                 )
             trainer.restore(state["trainer"])
         self._num_steps = 0 if state is None else state["num_steps"]
