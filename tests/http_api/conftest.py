@@ -8,6 +8,7 @@ import jsonschema
 import openai
 import pytest
 import pytest_asyncio
+from allowed_steps import Steps
 
 from redmux import AsyncClient
 from redmux_adapters import to_bytes
@@ -34,6 +35,14 @@ async def server(tiny_folder):
     server = await Server.start(config)
     yield server
     await server.stop(drain_s=0)
+
+
+@pytest.fixture
+def steps(server):
+    """Steps of the engine that happen when they are allowed."""
+    steps = Steps(server.engine)
+    yield steps
+    steps.free()
 
 
 @pytest.fixture(scope="module")

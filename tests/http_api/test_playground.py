@@ -145,7 +145,8 @@ async def test_completions_stand_side_by_side_as_well(http, api):
     assert texts[0].startswith("a\n\ndata: b")
 
 
-async def test_one_of_several_streams_is_stopped_by_the_id_of_the_request(http, server):
+async def test_one_of_several_streams_is_stopped_by_the_id_of_the_request(http, server, steps):
+    steps.allow(3)
     asked = asking("tiny", "tiny", max_tokens=150, ignore_eos=True)
     headers = {"x-request-id": "mine-1"}
     asked_once = http.stream("POST", "/v1/side_by_side", json=asked, headers=headers)
@@ -159,6 +160,8 @@ async def test_one_of_several_streams_is_stopped_by_the_id_of_the_request(http, 
         assert (await http.delete("/v1/side_by_side/mine-2/0")).status_code == 404
         stopped = await http.delete("/v1/side_by_side/mine-1/0")
         assert stopped.json() == {"id": "mine-1", "index": 0, "stopped": True}
+        await until(lambda: len(steps.ended) == 1)
+        steps.free()
         text += "".join([piece async for piece in lines])
     found = events(text)
     assert found[0][-1] == found[1][-1] == "[DONE]"
@@ -220,13 +223,16 @@ async def test_stops_of_a_stream_whose_end_waits_for_its_reader_do_not_take_the_
     assert found[0][-1] == found[1][-1] == "[DONE]"
 
 
-async def test_a_reader_who_leaves_stops_all_streams(http, server):
+async def test_a_reader_who_leaves_stops_all_streams(http, server, steps):
+    steps.allow(3)
     before = load_message(server.metrics).num_completion_tokens
     asked = asking(*["tiny"] * 5, max_tokens=200, ignore_eos=True)
     with contextlib.suppress(asyncio.CancelledError):
         async with http.stream("POST", "/v1/side_by_side", json=asked) as response:
             await anext(response.aiter_text())
             assert server.engine.num_open == 5
+    await until(lambda: len(steps.ended) == 5)
+    steps.free()
     await until(lambda: server.engine.num_open == 0)
     assert load_message(server.metrics).num_completion_tokens - before < 5 * 199
 

@@ -6,10 +6,10 @@
 import asyncio
 import contextlib
 import shutil
-import threading
 
 import pytest
 import pytest_asyncio
+from allowed_steps import Steps
 
 from redmux import AsyncClient
 from redmux_adapters import to_bytes
@@ -119,37 +119,6 @@ def steps(server):
     steps = Steps(server.engine)
     yield steps
     steps.free()
-
-
-class Steps:
-    """`ended` are the requests that somebody has ended: the next step leaves them out.
-
-    A page shows that before the server knows: steps that are allowed in between leave nothing out.
-    """
-
-    def __init__(self, engine):
-        self.engine = engine
-        self.allowed = threading.Semaphore(0)
-        self.ended = set()
-        step, end = engine.step, engine.end
-
-        def when_allowed():
-            self.allowed.acquire()
-            step()
-
-        def end_noted(request, event):
-            self.ended.add(request)
-            end(request, event)
-
-        engine.step, engine.end = when_allowed, end_noted
-
-    def allow(self, num):
-        self.allowed.release(num)
-
-    def free(self):
-        for name in ("step", "end"):
-            self.engine.__dict__.pop(name, None)
-        self.allow(1)
 
 
 @pytest.fixture
