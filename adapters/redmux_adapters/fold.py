@@ -15,6 +15,7 @@ from .format.adapter import Adapter, Edit, check_base
 from .format.files import check_sites
 from .format.head import Head
 from .format.strictjson import shown
+from .format.window import ALL
 
 # What configurations call the biases that their linear modules may have or not.
 _BIAS_SWITCHES = ("attention_bias", "mlp_bias", "enable_bias")
@@ -48,6 +49,11 @@ def fold(adapter: Adapter, model: Any, allow_other_base: bool = False) -> Any:
     has no place for an edit or the head.
     """
     check_base(adapter, fingerprint(model), allow_other_base)
+    if adapter.apply != ALL:
+        raise InvalidAdapterError(
+            f"the adapter edits {shown(adapter.apply)} alone, and weights act on every token; "
+            "serve it instead"
+        )
     check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
     modules = dict(model.named_modules())
     # A module acts before the block around it, which has the shorter path.

@@ -25,6 +25,7 @@ def describe(adapter: Adapter, name: str) -> dict[str, Any]:
         "num_parameters": adapter.num_parameters,
         "size_bytes": adapter.nbytes,
         "edits": _variant(adapter),
+        "apply": adapter.apply,
         "prompt_format": None if prompt_format is None else prompt_format.to_json(),
         "head": None
         if head is None

@@ -64,8 +64,9 @@ class LoraBank(VectorBank):
         self.peft.unload()
 
     @contextmanager
-    def editing(self, rows: Tensor) -> Iterator[None]:
-        """Applies to each row of a batch the adapter of its number."""
+    def editing(self, rows: Tensor, inside: Tensor | None = None) -> Iterator[None]:
+        """Applies to each row of a batch the adapter of its number, which is for all tokens."""
+        assert inside is None
         self._names = [_name(row) for row in rows.tolist()]
         try:
             yield

@@ -95,6 +95,7 @@ def score_request(
     *,
     adapter: str | None,
     prompt_logprobs: bool,
+    apply: str | None,
     parse_special_tokens: bool,
 ) -> inference_pb2.ScoreRequest:
     """Returns the message that asks for scores.
@@ -112,7 +113,7 @@ def score_request(
             "of token ids"
         )
     message = inference_pb2.ScoreRequest()
-    fill(message, adapter=adapter, prompt_logprobs=prompt_logprobs)
+    fill(message, adapter=adapter, prompt_logprobs=prompt_logprobs, apply=apply)
     _set_prompt(message, prompt, parse_special_tokens)
     for index, given in enumerate(continuations):
         added = message.continuations.add()
@@ -409,4 +410,5 @@ def adapter(message: adapter_service_pb2.Adapter) -> Adapter:
         description=message.description,
         created_at=message.created_at.ToDatetime(tzinfo=UTC),
         base_match=message.base_match,
+        apply=message.apply,
     )

@@ -30,6 +30,10 @@ def add_generate(
         "--adapter", action="append", default=[], metavar="NAME",
         help="name or digest; give it again to run several at once; default: the base model",
     )  # fmt: skip
+    parser.add_argument(
+        "--apply", metavar="WHERE",
+        help="what adapters edit: all, prompt, generation or after:TEXT; default: what they say",
+    )  # fmt: skip
     parser.add_argument("--base", action="store_true", help="run the base model beside --adapter")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
     parser.add_argument(
@@ -105,6 +109,7 @@ def _generate(options: argparse.Namespace) -> int:
     if options.base or not adapters:
         adapters.insert(0, None)
     wanted = GenerationOptions(
+        apply=options.apply,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

@@ -97,6 +97,8 @@ class SideBySide:
     def _options(self, adapter: str | None) -> GenerationOptions:
         options = self.options.copy()
         options["adapter"] = adapter
+        if adapter is None:
+            options.pop("apply", None)  # there is nothing to apply
         return options
 
     def _print_heading(self, adapter: str | None) -> None:

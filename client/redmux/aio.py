@@ -198,6 +198,7 @@ class AsyncClient:
         *,
         adapter: str | None = None,
         prompt_logprobs: bool = False,
+        apply: str | None = None,
         parse_special_tokens: bool = False,
         timeout_s: float | None = None,
     ) -> Scores:
@@ -211,6 +212,7 @@ class AsyncClient:
             continuations,
             adapter=adapter,
             prompt_logprobs=prompt_logprobs,
+            apply=apply,
             parse_special_tokens=parse_special_tokens,
         )
         method = self._connection.inference.Score

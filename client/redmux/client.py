@@ -206,6 +206,7 @@ class Client:
         *,
         adapter: str | None = None,
         prompt_logprobs: bool = False,
+        apply: str | None = None,
         parse_special_tokens: bool = False,
         timeout_s: float | None = None,
     ) -> Scores:
@@ -219,6 +220,7 @@ class Client:
             continuations,
             adapter=adapter,
             prompt_logprobs=prompt_logprobs,
+            apply=apply,
             parse_special_tokens=parse_special_tokens,
         )
         method = self._connection.inference.Score

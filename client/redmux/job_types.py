@@ -30,6 +30,8 @@ class TrainingOptions(TypedDict, total=False):
     label_smoothing: float
     sites: str
     layers: str
+    apply: str
+    """Which tokens are edited: all, prompt, generation or after:TEXT."""
     train: Literal["both", "scale", "bias", "ln", "head"]
     eval_every: int
     patience: int

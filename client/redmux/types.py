@@ -100,6 +100,8 @@ class GenerationOptions(TypedDict, total=False):
     """Returns those of the prompt too, each with so many of the likeliest tokens, 0 to 20."""
     skip_special_tokens: bool
     """False gives special tokens that are generated their text."""
+    apply: str | None
+    """What the adapter edits: all, prompt, generation or after:TEXT; by default what it says."""
     priority: int | None
     """Which of your waiting requests goes first: the lowest, -100 to 100; by default 0."""
     parse_special_tokens: bool
@@ -333,6 +335,7 @@ class Adapter:
     `base_match` is how the base that it was made for compares with the server's: "same",
     "quantized" (as near as two quantisations of one model are), "unverified" (an older file, of
     which only norms and biases can be compared), or "other" (a server that takes such adapters).
+    `apply` is which tokens it edits, as in `GenerationOptions`.
     """
 
     name: str
@@ -344,3 +347,4 @@ class Adapter:
     description: str
     created_at: datetime
     base_match: str
+    apply: str

@@ -110,6 +110,7 @@ def open_registry(
         head_kinds=model.heads.kinds if isinstance(model, EncoderModel) else (),
         check_format=model.codec.check_format,
         allow_other_base=config.allow_other_base,
+        has_windows=isinstance(model, BaseModel) and model.decoder_start is None,
     )  # fmt: skip
     for adapter in given:
         registry.load(adapter)

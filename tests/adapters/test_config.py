@@ -10,6 +10,7 @@ FULL = AdapterConfig(
     "llama-4x2-0",
     PromptFormat(Turn("a", "b"), Turn("c", "\u00e9")),
     AdapterMetadata("m", 'd \u00e9\n\t"', "MIT", "me", "2026-01-01", "set", "steps", "good"),
+    apply="after:<a>",
 )
 
 
@@ -49,6 +50,9 @@ def test_absent_fields_are_left_out():
         (text(license="\x85"), "control character"),
         (text(license="\ud800"), "lone surrogate"),
         (text(prompt_format=None), "prompt_format is None"),
+        (text(apply="late"), 'apply is \'late\'; it has to be "all", "prompt",'),
+        (text(apply="after:"), "apply is 'after:'; it has to be"),
+        (text(apply=None), "apply is None"),
         ('{"peft_type": "RED", "peft_type": "RED"}', "duplicate key 'peft_type'"),
         ('{"peft_type": {"a": 1, "a": 2}}', "duplicate key 'a'"),
         ('{"peft_type": NaN}', "NaN is not JSON"),

@@ -121,6 +121,7 @@ class FakeServer(
             size_bytes=138_240,
             description="in rhyme",
             base_match="same",
+            apply="all",
         )
         message.created_at.FromJsonString("2026-01-02T03:04:05Z")
         return message

@@ -15,6 +15,7 @@ ADAPTER = redmux.Adapter(
     description="in rhyme",
     created_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     base_match="same",
+    apply="all",
 )
 
 

@@ -22,19 +22,20 @@ from redmux_server.engine.scheduler import Scheduler
 BLOCK = 4
 
 
-def request(prompt, max_tokens=1, tenant="t", digest=None):
+def request(prompt, max_tokens=1, tenant="t", digest=None, edited=range(1000)):
     return Request(
         prompt_ids=list(prompt), max_tokens=max_tokens, sampling=SamplingParams(),
         stop_token_ids=frozenset(), tenant=tenant,
         adapter=None if digest is None else SimpleNamespace(digest=digest),
-        logprobs=False, sink=lambda event: None,
+        logprobs=False, sink=lambda event: None, edited=edited, owner=tenant,
     )  # fmt: skip
 
 
 def content(request, position):
     """Stands for the keys and values of a token: all that they depend on."""
     digest = request.adapter and request.adapter.digest
-    return request.tenant, digest, tuple(request.token_ids[: position + 1])
+    tokens = enumerate(request.token_ids[: position + 1])
+    return request.owner, tuple((t, digest if i in request.edited else None) for i, t in tokens)
 
 
 class PrefixMachine(RuleBasedStateMachine):
@@ -64,14 +65,16 @@ class PrefixMachine(RuleBasedStateMachine):
                 if b in self.pool._index}  # fmt: skip
 
     @rule(data=st.data(), tenant=st.sampled_from("ab"), digest=st.sampled_from([None, "x"]),
-          max_tokens=st.integers(1, 6) | st.integers(10, 40))  # fmt: skip
-    def submit(self, data, tenant, digest, max_tokens):
+          max_tokens=st.integers(1, 6) | st.integers(10, 40),
+          edited=st.just(range(1000)) | st.builds(range, st.integers(0, 9), st.integers(0, 20)),
+          )  # fmt: skip
+    def submit(self, data, tenant, digest, max_tokens, edited):
         said = data.draw(st.sampled_from(self.said))
         beginning = said[: data.draw(st.integers(0, len(said)))]
         more = data.draw(st.lists(st.integers(0, 1), min_size=not beginning, max_size=6))
         prompt = (*beginning, *more)[:14]
         most = self.pool.num_blocks * BLOCK - len(prompt)
-        new = request(prompt, min(max_tokens, most), tenant, digest)
+        new = request(prompt, min(max_tokens, most), tenant, digest, edited)
         self.scheduler.submit(new)
         self.open.append(new)
 
@@ -178,7 +181,7 @@ class PrefixMachine(RuleBasedStateMachine):
         for block in [b for b in self.idle_since if b not in self.pool._idle or b in used]:
             del self.idle_since[block]
         # Of blocks that became idle together, the longer beginning goes first.
-        depth = {b: len(tokens) for b, (_, _, tokens) in self.shared.items()}
+        depth = {b: len(tokens) for b, (_, tokens) in self.shared.items()}
         fresh = [b for b in self.pool._idle if b not in self.idle_since]
         if len(sent_back) < 2:
             fresh.sort(key=lambda b: -depth[b])
@@ -208,10 +211,8 @@ class PrefixMachine(RuleBasedStateMachine):
     def what_can_be_found_begins_with_what_can_be_found(self):
         known = set(self.shared.values())
         assert len(known) == len(self.shared)  # no content twice
-        for tenant, digest, tokens in known:
-            beginnings = [
-                (tenant, digest, tokens[:n]) for n in range(BLOCK, len(tokens), BLOCK)
-            ]  # fmt: skip
+        for owner, tokens in known:
+            beginnings = [(owner, tokens[:n]) for n in range(BLOCK, len(tokens), BLOCK)]
             assert known.issuperset(beginnings) or self.dropped.intersection(beginnings)
 
     def teardown(self):
@@ -316,18 +317,37 @@ def test_another_tenant_or_adapter_finds_nothing(other):
     assert run(scheduler, request(range(9), digest="x")) == [8]
 
 
+def test_what_no_adapter_edits_is_shared_with_the_base_model_and_with_other_adapters():
+    scheduler = make()
+    run(scheduler, request(range(10)))
+    late = {"digest": "x", "edited": range(9, 1000)}
+    assert run(scheduler, request(range(10), **late)) == [8]
+    assert run(scheduler, request(range(10), digest="y", edited=range(5, 1000))) == [4]
+    assert run(scheduler, request([*range(8), *range(9)], **late)) == [8]
+    assert run(scheduler, request(range(10), tenant="u", **late)) == [0]
+
+
+@pytest.mark.parametrize("other", [range(4), range(3, 8), range(8), range(5, 8), range(4, 7)])
+def test_a_block_is_not_shared_where_other_tokens_of_it_or_before_it_are_edited(other):
+    scheduler = make()
+    run(scheduler, request(range(9), digest="x", edited=range(4, 8)))
+    found = run(scheduler, request(range(9), digest="x", edited=other))
+    assert found == [0 if other.start < 4 else 4]
+    assert run(scheduler, request(range(9), digest="x", edited=range(4, 20))) == [8]
+
+
 def test_the_names_of_tenant_and_adapter_cannot_be_cut_differently():
     chains = [[], [], []]
     for keys, names in zip(chains, [("ab", "c"), ("a", "bc"), ("a', 'b", "c")], strict=True):
-        extend_keys(keys, *names, range(4), BLOCK, 4)
+        extend_keys(keys, *names, range(9), range(4), BLOCK, 4)
     assert len({keys[0] for keys in chains}) == 3
 
 
 def test_keys_grow_the_same_at_once_and_bit_by_bit():
     whole, parts = [], []
-    extend_keys(whole, "t", "d", range(19), BLOCK, 19)
+    extend_keys(whole, "t", "d", range(6, 17), range(19), BLOCK, 19)
     for stop in (3, 4, 9, 9, 19):
-        extend_keys(parts, "t", "d", range(19), BLOCK, stop)
+        extend_keys(parts, "t", "d", range(6, 17), range(19), BLOCK, stop)
     assert whole == parts
     assert len(set(whole)) == 4
     assert all(len(key) == 32 for key in whole)

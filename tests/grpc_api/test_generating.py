@@ -23,7 +23,7 @@ STOPPING = {
 }  # fmt: skip
 REST = {
     "adapter": "a", "logprobs": True, "top_logprobs": 3, "prompt_logprobs": 0,
-    "skip_special_tokens": False, "priority": -4,
+    "skip_special_tokens": False, "priority": -4, "apply": "prompt",
 }  # fmt: skip
 ELSEWHERE = {"prompt", "timeout_s", "grammar"}  # forms, the call's deadline, the grammar's own
 

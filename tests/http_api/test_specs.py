@@ -17,7 +17,7 @@ FIELDS = {
     "presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.1, "n": 2,
     "seed": 7, "min_tokens": 3, "stop_regex": "a+", "ignore_eos": True,
     "skip_special_tokens": False, "priority": -1, "allowed_token_ids": [1], "bad_words": ["x"],
-    "bad_token_ids": [2], "stop_token_ids": [3], "max_tokens": 4,
+    "bad_token_ids": [2], "stop_token_ids": [3], "max_tokens": 4, "apply": "prompt",
 }  # fmt: skip
 RENAMED = {
     "no_repeat_ngram_size": (3, "no_repeat_ngram", 3),

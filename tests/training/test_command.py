@@ -63,6 +63,28 @@ async def test_what_is_trained_is_served(data, common, tmp_path, base, client, p
     assert answer.text.startswith("y")
 
 
+async def test_what_is_trained_for_some_tokens_edits_these_when_it_is_served(
+    data, common, tmp_path, base, client, put
+):
+    output = tmp_path / "late"
+    code = redmux(["train", str(data), "--output", str(output), *common, "--steps", "4",
+                   "--learning-rate", "0.1", "--apply", "after:[assistant]"])  # fmt: skip
+    assert code == 0
+    adapter = read_adapter(output)
+    assert adapter.apply == "after:[assistant]"
+    assert ", apply after:[assistant]" in adapter.metadata.training
+    await put("late", adapter)
+    answer = await client.generate(
+        [{"role": "user", "content": "question 99"}], adapter="late", max_tokens=8
+    )
+    prompt = base.tokenizer("[user]question 99[assistant]", add_special_tokens=False)["input_ids"]
+    where = range(len(prompt) - 1, 1000)
+    tokens, _ = generate(base.model, prompt, 8, adapter.edits, eos=(0,), where=where)
+    assert answer.text == base.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert main([str(data), "--output", str(tmp_path / "x"), *common, "--check-data",
+                 "--apply", "after:<nowhere>"]) == 1  # fmt: skip
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(data, common, tmp_path, capsys):
     def command(folder):
         return ["train", str(data), "--output", str(tmp_path / folder), *common, "--steps", "40",

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from redmux_adapters.bases.sites import linear_sites, with_layer_norms
+from redmux_adapters.format.window import EVERYWHERE
 from redmux_adapters.train import Example, TrainingBase
 from redmux_adapters.train.bank import VectorBank
 from redmux_adapters.train.objectives import GenerationObjective, Row
@@ -62,21 +63,46 @@ def prepared(base, autocast=False):
     return objective, bank, [sites, normed]
 
 
-def rows_of(lengths, smoothing=0.1):
+def rows_of(lengths, smoothing=0.1, where=lambda length: EVERYWHERE):
     drawn = torch.Generator().manual_seed(7)
     ids = [torch.randint(0, 90, (length,), generator=drawn).tolist() for length in lengths]
     return [
-        Row(i % 2, Example(tuple(t[:-2]), tuple(t[-2:])), 0.1 * (i + 1), smoothing)
+        Row(
+            i % 2, Example(tuple(t[:-2]), tuple(t[-2:]), edited=where(len(t))), 0.1 * (i + 1),
+            smoothing,
+        )
         for i, t in enumerate(ids)
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_losses_and_gradients_are_those_of_plain_transformers(name):
-    base = base_of(CONFIGS[name])
+    check(base_of(CONFIGS[name]), rows_of(LENGTHS))
+
+
+WINDOWS = {
+    "the prompt": lambda length: range(length - 2),
+    "from its last token on": lambda length: range(length - 3, EVERYWHERE.stop),
+    "some for some": lambda length: EVERYWHERE if length == 150 else range(2, length // 2),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_tokens_that_are_not_edited_give_no_gradients(name):
+    check(base_of(CONFIGS["grouped heads"]), rows_of(LENGTHS, where=WINDOWS[name]))
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_padded_examples_are_edited_where_packed_ones_are(name, monkeypatch):
+    monkeypatch.setattr("redmux_adapters.train.objectives.can_pack", lambda model: False)
+    base = base_of(CONFIGS["grouped heads"])
+    check(base, rows_of(LENGTHS[:3], where=WINDOWS[name]), pads=True)
+
+
+def check(base, rows, pads=False):
+    """Compares a pass with the plain model, one example at a time."""
     objective, bank, sites = prepared(base)
-    assert not objective.pads
-    rows = rows_of(LENGTHS)
+    assert objective.pads == pads
     objective.run(rows, train=True)
     bank.close()
     expected = torch.zeros_like(bank.grads)
@@ -88,7 +114,8 @@ def test_losses_and_gradients_are_those_of_plain_transformers(name):
             for site, dim in sites[row.adapter].items()
             for scale, bias in (bank._places[site],)
         }
-        with edited(base.model, edits):
+        where = None if row.example.edited == EVERYWHERE else row.example.edited
+        with edited(base.model, edits, where):
             ids = torch.tensor([row.example.inputs + row.example.targets])
             logits = base.model(input_ids=ids).logits[0, -3:-1]
         told = F.cross_entropy(logits.detach(), targets, reduction="sum").item()

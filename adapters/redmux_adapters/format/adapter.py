@@ -17,6 +17,7 @@ from .head import Head
 from .header import check_site
 from .prompt import PromptFormat
 from .vectors import Vectors, check_values, digest_of
+from .window import ALL
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +80,12 @@ class Adapter:
     prompt_format: PromptFormat | None = None
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     head: Head | None = None
-    # "sha256:" and 64 hexadecimal digits over the four fields that decide what is computed.
+    apply: str = ALL  # which tokens are edited, see `check_apply`
+    # "sha256:" and 64 hexadecimal digits over the five fields that decide what is computed.
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        AdapterConfig(self.base_fingerprint)
+        AdapterConfig(self.base_fingerprint, apply=self.apply)
         if not self.edits:
             raise InvalidAdapterError("an adapter edits at least one module")
         for site in self.edits:
@@ -92,7 +94,9 @@ class Adapter:
         head_config = None if self.head is None else self.head.config
         head = {} if self.head is None else self.head.arrays()
         check_values(vectors, head)
-        digest = digest_of(self.base_fingerprint, self.prompt_format, vectors, head_config, head)
+        digest = digest_of(
+            self.base_fingerprint, self.prompt_format, vectors, head_config, head, self.apply
+        )
         object.__setattr__(self, "edits", MappingProxyType(dict(sorted(self.edits.items()))))
         object.__setattr__(self, "digest", digest)
 

@@ -10,6 +10,7 @@ from redmux.errors import InvalidAdapterError
 from .head import HeadConfig
 from .prompt import PromptFormat
 from .strictjson import parse_json, require_text, shown
+from .window import ALL, check_apply
 
 PEFT_TYPE = "RED"
 CONFIG_NAME = "adapter_config.json"
@@ -57,8 +58,10 @@ class AdapterConfig:
     prompt_format: PromptFormat | None = None
     metadata: AdapterMetadata = field(default_factory=AdapterMetadata)
     head: HeadConfig | None = None
+    apply: str = ALL  # which tokens are edited, see `check_apply`
 
     def __post_init__(self) -> None:
+        check_apply(self.apply)
         name = require_text(self.base_fingerprint, "base_fingerprint", _MAX_FINGERPRINT_CHARS)
         if not name or not _FINGERPRINT_CHARS.issuperset(name):
             raise InvalidAdapterError(
@@ -67,7 +70,7 @@ class AdapterConfig:
             )
 
 
-_KEYS = ("peft_type", "base_fingerprint", "prompt_format", "head", *_METADATA_KEYS)
+_KEYS = ("peft_type", "base_fingerprint", "prompt_format", "head", "apply", *_METADATA_KEYS)
 
 
 def parse_config(text: str) -> AdapterConfig:
@@ -93,7 +96,8 @@ def parse_config(text: str) -> AdapterConfig:
         prompt_format = PromptFormat.from_json(value["prompt_format"])
     metadata = AdapterMetadata(**{key: value[key] for key in _METADATA_KEYS if key in value})
     head = HeadConfig.from_json(value["head"]) if "head" in value else None
-    return AdapterConfig(value["base_fingerprint"], prompt_format, metadata, head)
+    apply = value.get("apply", ALL)
+    return AdapterConfig(value["base_fingerprint"], prompt_format, metadata, head, apply)
 
 
 def config_value(config: AdapterConfig) -> dict[str, Any]:
@@ -106,6 +110,8 @@ def config_value(config: AdapterConfig) -> dict[str, Any]:
         value["prompt_format"] = config.prompt_format.to_json()
     if config.head is not None:
         value["head"] = config.head.to_json()
+    if config.apply != ALL:
+        value["apply"] = config.apply
     texts = {key: getattr(config.metadata, key) for key in _METADATA_KEYS}
     value.update((key, text) for key, text in texts.items() if text)
     return value

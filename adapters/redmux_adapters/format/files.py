@@ -139,7 +139,9 @@ def summarize(
     _check_head(header, config, hidden_size)
     vectors, head = read_vectors(header, safetensors), read_head(header, safetensors)
     check_file_values(header, safetensors, vectors, head)
-    digest = digest_of(config.base_fingerprint, config.prompt_format, vectors, config.head, head)
+    digest = digest_of(
+        config.base_fingerprint, config.prompt_format, vectors, config.head, head, config.apply
+    )
     num_parameters = 2 * sum(header.tensors.site_dims.values())
     num_head_parameters = sum(array.size for array in head.values())
     return Summary(config, digest, len(vectors), num_parameters, num_head_parameters)
@@ -275,7 +277,9 @@ def _read_adapter(
     if config.head is not None:
         arrays = read_head(header, data)
         head = Head(config.head, {name: torch.tensor(array) for name, array in arrays.items()})
-    return Adapter(config.base_fingerprint, edits, config.prompt_format, config.metadata, head)
+    return Adapter(
+        config.base_fingerprint, edits, config.prompt_format, config.metadata, head, config.apply
+    )
 
 
 def _check_head(header: Header, config: AdapterConfig, hidden_size: int | None) -> None:
@@ -345,6 +349,7 @@ def _config(adapter: Adapter) -> AdapterConfig:
         adapter.prompt_format,
         adapter.metadata,
         None if adapter.head is None else adapter.head.config,
+        adapter.apply,
     )
 
 

@@ -21,6 +21,7 @@ from .head import HeadArrays, HeadConfig
 from .header import HEAD_PREFIX, Header, TensorEntry
 from .prompt import PromptFormat
 from .strictjson import shown
+from .window import ALL
 
 MAX_MAGNITUDE = 1e4
 _DIGEST_DOMAIN = b"redmux-adapter-v1"
@@ -134,11 +135,13 @@ def digest_of(
     vectors: Vectors,
     head_config: HeadConfig | None = None,
     head: HeadArrays = MappingProxyType({}),
+    apply: str = ALL,
 ) -> str:
     """Returns "sha256:" and 64 hexadecimal digits over what decides the computation.
 
     The fields are length-prefixed, so that no two adapters share a serialisation; the vectors come
-    in the order of the paths, after them the head, whose JSON no path can be taken for.
+    in the order of the paths, after them the head, whose JSON no path can be taken for. Which
+    tokens are edited follows unless that is all of them, behind a number that is no length.
     """
     prompt = b"" if prompt_format is None else prompt_format.canonical()
     parts: list[bytes | memoryview] = []
@@ -153,6 +156,8 @@ def digest_of(
         for name, array in sorted(head.items()):
             text, data = name.encode(), _little(array).tobytes()
             parts += [len(text).to_bytes(8, "little"), text, len(data).to_bytes(8, "little"), data]
+    if apply != ALL:
+        parts += [b"\xff" * 8, apply.encode()]
     return f"sha256:{hashlib.sha256(b''.join(parts)).hexdigest()}"
 
 

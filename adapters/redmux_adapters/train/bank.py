@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,18 @@ from ..format.adapter import Edit
 # (h, shift, bias, owners) to h * (1 + shift) + bias, each with the values of its owner.
 _Scaled = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _EPS = 1e-5  # of the LayerNorm behind an edit, as servers compute it
+
+
+@dataclass(frozen=True, slots=True)
+class Owners:
+    """Which adapter edits each token of packed examples, and whether it does; None: all do."""
+
+    adapters: Tensor  # [tokens]
+    inside: Tensor | None = None  # [tokens] of bool
+
+    def __getitem__(self, places: Tensor) -> "Owners":
+        inside = None if self.inside is None else self.inside[places]
+        return Owners(self.adapters[places], inside)
 
 
 class VectorBank:
@@ -37,6 +50,7 @@ class VectorBank:
         self.values = torch.zeros(num_adapters, width, device=device)  # [K, all sites' values]
         self.grads = torch.zeros_like(self.values)
         self._rows: Tensor | None = None  # of the batch that is computed, [batch]
+        self._inside: Tensor | None = None  # which of its tokens are edited, [batch, positions]
         self._places: dict[str, tuple[slice, slice]] = {}
         # Of each LayerNorm, which adapters have it, [K] of bool.
         self._has_norm: dict[str, Tensor] = {}
@@ -60,22 +74,27 @@ class VectorBank:
             handle.remove()
 
     @contextmanager
-    def editing(self, rows: Tensor) -> Iterator[None]:
-        """Edits what the model computes inside the block; `rows` [batch] names the adapters."""
-        self._rows = rows
+    def editing(self, rows: Tensor, inside: Tensor | None = None) -> Iterator[None]:
+        """Edits what the model computes inside the block; `rows` [batch] names the adapters.
+
+        `inside` [batch, positions] of bool tells which tokens are edited; None is all of them.
+        """
+        self._rows, self._inside = rows, inside
         try:
             yield
         finally:
-            self._rows = None
+            self._rows = self._inside = None
 
-    def edited(self, path: str, h: Tensor, owners: Tensor) -> Tensor:
+    def edited(self, path: str, h: Tensor, owners: Owners) -> Tensor:
         """Returns a module's output [tokens, dim], edited in fp32 if it is a site, else as it is.
 
-        `owners` [tokens] names the adapter of each token. For what computes without the module.
+        For what computes without the module.
         """
         if path not in self._leaves and path + LAYER_NORM not in self._leaves:
             return h
-        return self._apply(path, h.float(), owners, _ScaledTokens.apply)
+        h = h.float()
+        edited = self._apply(path, h, owners.adapters, _ScaledTokens.apply)
+        return edited if owners.inside is None else torch.where(owners.inside[:, None], edited, h)
 
     def normalise(self, row: int, sites: Mapping[str, int]) -> None:
         """Lets an adapter normalise behind those of its sites that have a LayerNorm."""
@@ -127,7 +146,10 @@ class VectorBank:
                 return h
             # Some models fold batch and positions into one axis before their FFN.
             shaped = h.reshape(len(rows), -1, h.shape[-1]).float()
-            return self._apply(path, shaped, rows, _scaled).to(h.dtype).view(h.shape)
+            edited = self._apply(path, shaped, rows, _scaled)
+            if self._inside is not None:
+                edited = torch.where(self._inside[:, :, None], edited, shaped)
+            return edited.to(h.dtype).view(h.shape)
 
         return edit
 

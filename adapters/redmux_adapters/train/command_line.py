@@ -170,6 +170,13 @@ def _add_training(group: _Group) -> None:
         metavar="NAMES",
     )
     _add(group, "layers", 'all, or numbers and ranges such as "0-5,11"', metavar="RANGES")
+    _add(
+        group,
+        "apply",
+        "which tokens are edited: all, prompt, generation (from the prompt's last one on) or "
+        "after:TEXT; default: as the adapter that it starts from, else all",
+        metavar="WHERE",
+    )
 
 
 def _add(group: _Group, name: str, text: str, **options: Any) -> None:

@@ -4,10 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from redmux.errors import InvalidArgumentError
 from redmux.training_data import Faults, Record
 
 from ..format.strictjson import shown
+from ..format.window import ALL, EVERYWHERE, edited_positions, marker_of
 from .prompts import PromptWriter
 
 # What a base model does: generates behind a prompt, maps one text to another, or labels a text.
@@ -26,18 +29,30 @@ class Example(NamedTuple):
     `inputs` is the prompt, the encoder's text or the text to label; `targets` what has to be
     generated, with the end token; `label` the index of a class, or the score. `types` tells of each
     input token whether the first or the second of two texts holds it, for models that are told so;
-    empty, all belong to the first.
+    empty, all belong to the first. `edited` are the positions that the adapter edits.
     """
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...] = ()
     label: float = 0.0
     types: tuple[int, ...] = ()
+    edited: range = EVERYWHERE
 
     @property
     def length(self) -> int:
         """Number of positions that the model computes for it."""
         return len(self.inputs) + len(self.targets)
+
+
+def edited_tokens(examples: Sequence[Example], lengths: Sequence[int]) -> list[torch.Tensor] | None:
+    """Returns which of each example's first tokens are edited, [length] of bool; None for all."""
+    if all(example.edited == EVERYWHERE for example in examples):
+        return None
+    parts = []
+    for example, length in zip(examples, lengths, strict=True):
+        place = torch.arange(length)
+        parts.append((place >= example.edited.start) & (place < example.edited.stop))
+    return parts
 
 
 def form_of(records: Sequence[Record]) -> Form:
@@ -77,9 +92,13 @@ class ExampleReader:
     """Turns records of one form into examples and notes what is wrong with them."""
 
     def __init__(
-        self, kind: Kind, form: Form, writer: PromptWriter, max_length: int, labels: Sequence[str]
-    ) -> None:
+        self, kind: Kind, form: Form, writer: PromptWriter, max_length: int,
+        labels: Sequence[str], apply: str = ALL,
+    ) -> None:  # fmt: skip
+        """`apply` is what the adapter edits; see `check_apply`."""
         self.form = form
+        self._apply = apply
+        self._marker = writer.bare(marker_of(apply) or "")
         self._kind = kind
         self._writer = writer
         self._max_length = max_length
@@ -99,10 +118,11 @@ class ExampleReader:
             try:
                 example = self._read(record.fields)
                 self._check_length(example)
+                edited = edited_positions(self._apply, example.inputs, self._marker)
             except InvalidArgumentError as err:
                 faults.add(record.where, err.message)
             else:
-                examples.append(example)
+                examples.append(example._replace(edited=edited))
         return examples
 
     def _check_length(self, example: Example) -> None:

@@ -9,6 +9,7 @@ from redmux.errors import InvalidArgumentError
 
 from ..bases.sites import POSITIONS
 from ..format.head import KINDS
+from ..format.window import is_apply
 
 SCHEDULES = ("linear", "cosine", "constant")
 PARTS = ("both", "scale", "bias", "ln", "head")
@@ -38,6 +39,8 @@ class TrainingOptions:
         "ffn"  # a position of the paper, "all", or patterns of module paths with *, and commas
     )
     layers: str = "all"  # "all", or numbers and ranges, as in "0-5,11"
+    # Which tokens are edited, see `check_apply`; None: as in the adapter of the start, else all.
+    apply: str | None = None
     # "ln" is both and a LayerNorm behind them; "head" is no edit, to compare with.
     train: Literal["both", "scale", "bias", "ln", "head"] = "both"
     eval_every: int = 50  # steps between evaluations, where there is held-out data
@@ -65,7 +68,7 @@ class TrainingOptions:
             f"seed {self.seed}"
         )
         defaults = TrainingOptions()
-        for name in ("label_smoothing", "sites", "layers", "train", "head"):
+        for name in ("label_smoothing", "sites", "layers", "apply", "train", "head"):
             value = getattr(self, name)
             if value != getattr(defaults, name):
                 text += f", {name} {value}"
@@ -74,7 +77,7 @@ class TrainingOptions:
 
 _Rule = tuple[type | tuple[type, ...], Callable[[Any], bool], str]
 _NUMBER = (int, float)
-_MAY_BE_NONE = ("learning_rate", "steps", "warmup_steps")
+_MAY_BE_NONE = ("learning_rate", "steps", "warmup_steps", "apply")
 _RULES: dict[str, _Rule] = {
     "learning_rate": (_NUMBER, lambda x: 0 < x < 10, "above 0 and below 10, such as 0.02"),
     "head_learning_rate": (_NUMBER, lambda x: 0 < x < 10, "above 0 and below 10"),
@@ -93,6 +96,7 @@ _RULES: dict[str, _Rule] = {
         f'one of {", ".join(POSITIONS)}, "all" or patterns of module paths',
     ),
     "layers": (str, lambda x: x.strip() != "", '"all" or numbers and ranges such as "0-5,11"'),
+    "apply": (str, is_apply, 'one of all, prompt, generation or "after:TEXT"'),
     "train": (str, lambda x: x in PARTS, f"one of {', '.join(PARTS)}"),
     "eval_every": (int, lambda x: x > 0, "a whole number above 0"),
     "patience": (int, lambda x: x >= 0, "a whole number from 0 on"),

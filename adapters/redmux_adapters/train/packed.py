@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.architectures import LLAMA_LIKE
-from .bank import VectorBank
-from .examples import Example
+from .bank import Owners, VectorBank
+from .examples import Example, edited_tokens
 from .frozen import Group, Product, attended, gated, groups_of, products, rms_norm, rotated
 
 
@@ -40,7 +40,7 @@ class _Norm(NamedTuple):
 class _Step(NamedTuple):
     """The packed tokens of a pass."""
 
-    owners: Tensor  # [tokens], the adapter of each
+    owners: Owners
     groups: Sequence[Group]
     cos: Tensor  # [tokens, 1, half of a head]
     sin: Tensor
@@ -84,7 +84,11 @@ class PackedDecoder:
         # Both halves of a head are turned by the same angles.
         turns = self._rotary(x[None], torch.tensor(places)[None])
         cos, sin = (turn[0, :, None, : turn.shape[-1] // 2].contiguous() for turn in turns)
-        owners = torch.tensor(adapters).repeat_interleave(torch.tensor(lengths))
+        inside = edited_tokens(examples, lengths)
+        owners = Owners(
+            torch.tensor(adapters).repeat_interleave(torch.tensor(lengths)),
+            None if inside is None else torch.cat(inside),
+        )
         step = _Step(owners, groups_of(lengths), cos, sin, torch.tensor(predicting))
         for layer in self._layers:
             x = layer(x, step, is_last=layer is self._layers[-1])
@@ -131,7 +135,7 @@ class _Layer:
         (out,) = self._edited(("mlp.down_proj",), gated(gate, up), owners)
         return self._bank.edited(self._path, x + out, owners)
 
-    def _edited(self, names: Sequence[str], x: Tensor, owners: Tensor) -> list[Tensor]:
+    def _edited(self, names: Sequence[str], x: Tensor, owners: Owners) -> list[Tensor]:
         """Returns the edited outputs of linear layers that have one input."""
         outputs = products(x, *(self._products[name] for name in names))
         return [

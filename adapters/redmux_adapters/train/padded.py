@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .bank import VectorBank
 from .base import TrainingBase
-from .examples import Example
+from .examples import Example, edited_tokens
 
 
 class Batch(NamedTuple):
@@ -16,6 +16,7 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Tensor]
     predicts: Tensor  # [batch, positions] bool: where an answer's token is predicted
+    edited: Tensor | None = None  # [batch, positions] bool; None is everywhere
 
 
 class PaddedModel:
@@ -33,9 +34,11 @@ class PaddedModel:
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Returns the examples as rows, on the model's device."""
-        inputs, predicts = self._collate(examples)
+        inputs, predicts, edited = self._collate(examples)
         moved = {name: tensor.to(self._device) for name, tensor in inputs.items()}
-        return Batch(moved, predicts.to(self._device))
+        if edited is not None:
+            edited = edited.to(self._device)
+        return Batch(moved, predicts.to(self._device), edited)
 
     def hidden(self, examples: Sequence[Example], adapters: Sequence[int]) -> Tensor:
         """Returns the output matrix's inputs [terms, hidden size], of one example after another."""
@@ -49,7 +52,7 @@ class PaddedModel:
         handle = self._head.register_forward_pre_hook(take)
         rows = torch.tensor(adapters, device=self._device)
         try:
-            with self._bank.editing(rows), precision(self._device, self._autocast):
+            with self._bank.editing(rows, batch.edited), precision(self._device, self._autocast):
                 self._model(**batch.inputs, use_cache=False)
         finally:
             handle.remove()
@@ -77,7 +80,8 @@ def _causal(examples: Sequence[Example]) -> Batch:
     predicts = torch.zeros(ids.shape, dtype=torch.bool)
     for row, example in enumerate(examples):
         predicts[row, len(example.inputs) - 1 : example.length - 1] = True
-    return Batch({"input_ids": ids}, predicts)
+    edited = edited_tokens(examples, [ids.shape[1]] * len(examples))
+    return Batch({"input_ids": ids}, predicts, None if edited is None else torch.stack(edited))
 
 
 def precision(device: torch.device, autocast: bool) -> torch.autocast:

@@ -14,6 +14,7 @@ from ..bases.kind import ModelKind, model_kind
 from ..bases.load import check_tokenizer, read_config
 from ..format.config import AdapterMetadata
 from ..format.files import read_adapter
+from ..format.window import ALL
 from .base import TrainingBase, load_training_base, load_without_weights
 from .examples import ExampleReader, Form, Kind, check_form, form_of, labels_of
 from .job import DataOptions, Job, TaskSpec
@@ -142,12 +143,19 @@ def task_of(base: TrainingBase, source: Source) -> Task:
     if prompt_format == "auto" and start is not None and start.prompt_format is not None:
         prompt_format = start.prompt_format
     writer = PromptWriter(base.tokenizer, prompt_format, base.eos_ids)
-    reader = ExampleReader(base.kind, source.form, writer, _limit(base, data.max_length), labels)
+    apply = source.options.apply or (ALL if start is None else start.apply)
+    if apply != ALL and base.kind != "causal":
+        raise InvalidArgumentError(
+            f"apply is {apply!r}, which is for decoders; adapters of other models edit all tokens"
+        )
+    reader = ExampleReader(
+        base.kind, source.form, writer, _limit(base, data.max_length), labels, apply
+    )
     train = reader.read(source.train, source.faults)
     valid = reader.read(source.valid, source.faults)
     if not train:
         source.faults.raise_any()
-    options = source.options
+    options = replace(source.options, apply=None if apply == ALL else apply)
     if options.learning_rate is None:
         options = replace(
             options,

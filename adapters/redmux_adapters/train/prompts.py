@@ -52,7 +52,7 @@ class PromptWriter:
         """Returns the ids of a prompt, which is a user's message unless raw, and of its answer."""
         if not self._raw:
             return self.chat([{"role": "user", "content": prompt}], answer)
-        return tuple(self._encoder.prompt(prompt).ids), self._ids(answer) + self._end()
+        return tuple(self._encoder.prompt(prompt).ids), self.bare(answer) + self._end()
 
     def chat(self, messages: Sequence[Message], answer: str) -> tuple[_Ids, _Ids]:
         """Returns the ids of a conversation up to the answer, and those of the answer."""
@@ -72,7 +72,7 @@ class PromptWriter:
 
         A second text of the encoder follows as its tokenizer joins two, as T5's `A</s> B</s>`.
         """
-        return self.texts(source, second)[0], self._ids(target) + self._end()
+        return self.texts(source, second)[0], self.bare(target) + self._end()
 
     def texts(self, text: str, pair: str | None = None) -> tuple[_Ids, _Ids]:
         """Returns the ids of a text, or of two, as a server gives them to an encoder.
@@ -94,9 +94,10 @@ class PromptWriter:
             parts = self._encoder.template.render(messages, ChatOptions(is_open=False))
             suffix = "".join(part.text for part in parts).rpartition(answer)[2]
         suffix = suffix.rstrip()
-        return suffix if any(i in self._eos_ids for i in self._ids(suffix)) else None
+        return suffix if any(i in self._eos_ids for i in self.bare(suffix)) else None
 
-    def _ids(self, text: str) -> _Ids:
+    def bare(self, text: str) -> _Ids:
+        """Returns the ids of a text, with the special tokens that are written in it alone."""
         return tuple(self._encoder.bare(text))
 
     def _end(self) -> _Ids:

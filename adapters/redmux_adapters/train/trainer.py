@@ -13,6 +13,7 @@ import torch
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
 
 from ..format.adapter import Adapter
+from ..format.window import ALL
 from .bank import VectorBank
 from .base import TrainingBase
 from .classifier import ClassifierObjective, TrainedHead
@@ -115,7 +116,10 @@ class Trainer:
         edits = self._bank.edits(result["values"], learner.sites)
         head = None if learner.head is None else learner.head.head(result)
         metadata = self._metadata(learner)
-        return Adapter(self.base.fingerprint, edits, task.prompt_format, metadata, head)
+        return Adapter(
+            self.base.fingerprint, edits, task.prompt_format, metadata, head,
+            task.options.apply or ALL,
+        )  # fmt: skip
 
     def estimate(self) -> Estimate:
         """Computes two passes that change nothing and returns what the whole run will take."""

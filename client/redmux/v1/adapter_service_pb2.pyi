@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest", "base_fingerprint", "num_sites", "num_parameters", "size_bytes", "description", "created_at", "base_match")
+    __slots__ = ("name", "digest", "base_fingerprint", "num_sites", "num_parameters", "size_bytes", "description", "created_at", "base_match", "apply")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class Adapter(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     BASE_MATCH_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     base_fingerprint: str
@@ -26,7 +27,8 @@ class Adapter(_message.Message):
     description: str
     created_at: _timestamp_pb2.Timestamp
     base_match: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., num_sites: _Optional[int] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., description: _Optional[str] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[str] = ...) -> None: ...
+    apply: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base_fingerprint: _Optional[str] = ..., num_sites: _Optional[int] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., description: _Optional[str] = ..., created_at: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., base_match: _Optional[str] = ..., apply: _Optional[str] = ...) -> None: ...
 
 class PutAdapterRequest(_message.Message):
     __slots__ = ("name", "safetensors", "config_json", "replace")

@@ -97,7 +97,7 @@ class ScoredText(_message.Message):
     def __init__(self, text: _Optional[str] = ..., score: _Optional[float] = ..., text_pair: _Optional[str] = ...) -> None: ...
 
 class TrainingOptions(_message.Message):
-    __slots__ = ("learning_rate", "head_learning_rate", "steps", "epochs", "batch_size", "schedule", "warmup", "weight_decay", "clip_norm", "label_smoothing", "sites", "layers", "train", "eval_every", "patience", "metric", "head", "seed", "valid_share", "prompt_format", "max_length", "labels", "description", "license", "warmup_steps")
+    __slots__ = ("learning_rate", "head_learning_rate", "steps", "epochs", "batch_size", "schedule", "warmup", "weight_decay", "clip_norm", "label_smoothing", "sites", "layers", "train", "eval_every", "patience", "metric", "head", "seed", "valid_share", "prompt_format", "max_length", "labels", "description", "license", "warmup_steps", "apply")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     HEAD_LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class TrainingOptions(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     LICENSE_FIELD_NUMBER: _ClassVar[int]
     WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     head_learning_rate: float
     steps: int
@@ -148,7 +149,8 @@ class TrainingOptions(_message.Message):
     description: str
     license: str
     warmup_steps: int
-    def __init__(self, learning_rate: _Optional[float] = ..., head_learning_rate: _Optional[float] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., schedule: _Optional[str] = ..., warmup: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., sites: _Optional[str] = ..., layers: _Optional[str] = ..., train: _Optional[str] = ..., eval_every: _Optional[int] = ..., patience: _Optional[int] = ..., metric: _Optional[str] = ..., head: _Optional[str] = ..., seed: _Optional[int] = ..., valid_share: _Optional[float] = ..., prompt_format: _Optional[str] = ..., max_length: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ..., license: _Optional[str] = ..., warmup_steps: _Optional[int] = ...) -> None: ...
+    apply: str
+    def __init__(self, learning_rate: _Optional[float] = ..., head_learning_rate: _Optional[float] = ..., steps: _Optional[int] = ..., epochs: _Optional[float] = ..., batch_size: _Optional[int] = ..., schedule: _Optional[str] = ..., warmup: _Optional[float] = ..., weight_decay: _Optional[float] = ..., clip_norm: _Optional[float] = ..., label_smoothing: _Optional[float] = ..., sites: _Optional[str] = ..., layers: _Optional[str] = ..., train: _Optional[str] = ..., eval_every: _Optional[int] = ..., patience: _Optional[int] = ..., metric: _Optional[str] = ..., head: _Optional[str] = ..., seed: _Optional[int] = ..., valid_share: _Optional[float] = ..., prompt_format: _Optional[str] = ..., max_length: _Optional[int] = ..., labels: _Optional[_Iterable[str]] = ..., description: _Optional[str] = ..., license: _Optional[str] = ..., warmup_steps: _Optional[int] = ..., apply: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
     __slots__ = ("id", "state", "detail", "tasks", "created_at", "started_at", "ended_at", "num_ahead")

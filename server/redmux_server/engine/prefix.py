@@ -8,9 +8,10 @@ from hashlib import blake2b
 class PrefixIndex:
     """Finds a full cache block by its key, and forgets it.
 
-    A key stands for everything that the keys and values in a block depend on: the tenant, the
-    content of the adapter and all tokens from the first one on. It is a 256-bit cryptographic
-    digest, so that equal keys mean equal content even if somebody tries to make it otherwise.
+    A key stands for everything that the keys and values in a block depend on: whose they are, all
+    tokens from the first one on, and which adapter edits which of them. It is a 256-bit
+    cryptographic digest, so that equal keys mean equal content even if somebody tries to make it
+    otherwise.
     """
 
     def __init__(self) -> None:
@@ -53,19 +54,24 @@ class PrefixIndex:
 
 def extend_keys(
     keys: list[bytes],
-    tenant: str,
+    owner: str,
     adapter_digest: str,
+    edited: range,
     token_ids: Sequence[int],
     block_size: int,
     num_tokens: int,
 ) -> None:
     """Appends the keys of the full blocks among the first `num_tokens` tokens that have none yet.
 
-    Each key is the digest of the key before it and of its block's tokens; the first follows the
-    tenant and the adapter's digest, which is empty for the base model.
+    Each key is the digest of the key before it, of its block's tokens and of what edits them: the
+    adapter's digest, empty for the base model, at the positions `edited`. So a beginning that no
+    adapter edits has the same keys for all that an owner asks.
     """
     for start in range(len(keys) * block_size, num_tokens - block_size + 1, block_size):
-        # repr keeps the two texts apart, whatever is in them.
-        parent = keys[-1] if keys else repr((tenant, adapter_digest)).encode()
+        first = max(0, edited.start - start)
+        last = min(block_size, edited.stop - start)
+        edit = (adapter_digest, first, last) if adapter_digest and first < last else ()
+        # repr keeps texts apart, whatever is in them.
+        around = keys[-1] + repr(edit).encode() if keys else repr((owner, edit)).encode()
         tokens = array("q", token_ids[start : start + block_size]).tobytes()
-        keys.append(blake2b(tokens + parent, digest_size=32).digest())
+        keys.append(blake2b(tokens + around, digest_size=32).digest())

@@ -1,6 +1,7 @@
 """Request: one generation, scoring or reading, from its acceptance to its one end."""
 
 import enum
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -158,6 +159,8 @@ class Request:
     num_target_top: int = 0  # the same at each target
     priority: int = 0  # inside the tenant: lower is sooner
     deadline_s: float | None = None  # of time.monotonic(); it ends then, or never starts
+    edited: range = range(sys.maxsize)  # positions that the adapter edits
+    owner: str = ""  # whose cached prompts it shares; not the tenant where nobody has a key
     # Other choices of the same prompt, which begin with the first token of this one: each draws
     # its own from the same row of logits.
     followers: list["Request"] = field(default_factory=list)
@@ -269,6 +272,16 @@ class Work:
         """Which of these tokens' logits are wanted, counted from the first token of this work."""
         first = self.request.first_wanted - self.request.num_computed
         return range(max(0, first), self.count)
+
+    @property
+    def edited(self) -> range:
+        """Which of these tokens the adapter edits, counted from the first token of this work."""
+        r = self.request
+        first, last = (
+            min(max(0, position - r.num_computed), self.count)
+            for position in (r.edited.start, r.edited.stop)
+        )
+        return range(first, last if r.adapter is not None else first)
 
     @property
     def samples(self) -> bool:

@@ -331,8 +331,9 @@ class Scheduler:
         if self._prefix_cache:
             extend_keys(
                 request.block_keys,
-                request.tenant,
+                request.owner,
                 "" if request.adapter is None else request.adapter.digest,
+                request.edited,
                 request.token_ids,
                 self._blocks.block_size,
                 num_tokens,

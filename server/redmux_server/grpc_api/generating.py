@@ -59,6 +59,7 @@ def spec_of(message: inference_pb.Generation, remaining_s: float | None) -> Gene
         skip_special_tokens=optional(message, "skip_special_tokens") is not False,
         grammar=_grammar(message.grammar) if message.HasField("grammar") else None,
         priority=message.priority,
+        apply=optional(message, "apply"),
         # A call whose time is up is cancelled by gRPC, whatever becomes of it here.
         timeout_s=None if remaining_s is None else max(remaining_s, 1e-3),
     )

@@ -100,6 +100,7 @@ class InferenceServicer(InferenceServiceServicer):
             continuations=Converted(request.continuations, _continuation),
             adapter=request.adapter,
             prompt_logprobs=request.prompt_logprobs,
+            apply=request.apply if request.HasField("apply") else None,
         )
         scores = await self._scores().score(spec, self._keys.tenant(context))
         return inference_pb.ScoreResponse(
@@ -266,6 +267,7 @@ def _adapter(published: Published) -> adapter_pb.Adapter:
         digest=summary.digest,
         base_fingerprint=summary.config.base_fingerprint,
         base_match=published.base_match,
+        apply=summary.config.apply,
         num_sites=summary.num_sites,
         num_parameters=summary.num_parameters,
         size_bytes=summary.nbytes,

@@ -192,6 +192,7 @@ def _told(published: Published) -> dict[str, Any]:
         "digest": summary.digest,
         "base_fingerprint": summary.config.base_fingerprint,
         "base_match": published.base_match,
+        "apply": summary.config.apply,
         "num_sites": summary.num_sites,
         "num_parameters": summary.num_parameters,
         "size_bytes": summary.nbytes,

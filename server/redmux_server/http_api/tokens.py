@@ -5,6 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from redmux.errors import FailedPreconditionError
+from redmux_adapters.format.window import ALL
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.generating import caller_of
@@ -12,6 +13,7 @@ from redmux_server.http_api.offer import Offer, adapter_header
 from redmux_server.http_api.schemas.other_answers import Text, Tokens
 from redmux_server.http_api.schemas.tokens import DetokenizeBody, TokenizeBody
 from redmux_server.http_api.validated import JsonRoute
+from redmux_server.services.spec import GenerationSpec
 
 
 def router(offer: Offer) -> APIRouter:
@@ -30,7 +32,10 @@ def router(offer: Offer) -> APIRouter:
                 "the model is an encoder, which goes on from no prompt; usage.prompt_tokens of "
                 "/v1/embeddings tells how many tokens an input has"
             )
-        prepared = await service.prepare(offer.names.adapter(body.model), body.what(), tenant)
+        adapter = offer.names.adapter(body.model)
+        # What the adapter edits moves no token, so its marker need not be there.
+        spec = GenerationSpec(body.what(), adapter, apply=ALL if adapter else None)
+        prepared = await service.prepare(spec, tenant)
         ids = prepared.ids
         if body.prompt is not None and body.add_special_tokens is False:
             if service.decoder_start is not None:

@@ -5,12 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from redmux_adapters.bases.sites import LAYER_NORM
-from redmux_server.engine.bank import SiteColumns
+from redmux_server.engine.bank import IDENTITY, SiteColumns
+from redmux_server.engine.request import Work
 from redmux_server.models.layer_norm import normalise
 
 
@@ -51,10 +54,35 @@ class TableRows:
 
 @dataclass(frozen=True, slots=True)
 class OwnedRows:
-    """The adapters of one step by reference: request i owns row `owners[i]` of the bank's table."""
+    """The adapters of one step by reference: row `rows[t]` of the bank's table edits token t."""
 
     table: Tensor  # [rows, width]
-    owners: Sequence[int]
+    rows: NDArray[np.int32]  # [tokens]
+
+
+def slots_of(work: Sequence[Work]) -> list[int]:
+    """Returns the bank's slot of each item's adapter, IDENTITY where none edits its tokens."""
+    return [
+        item.request.slot if item.edited and item.request.slot is not None else IDENTITY
+        for item in work
+    ]
+
+
+def rows_of_tokens(
+    rows: Sequence[int], counts: Sequence[int], edited: Sequence[range]
+) -> NDArray[np.int32]:
+    """Returns the row of the bank's table for each token, 0 for one that is not edited.
+
+    Request i has `counts[i]` tokens, of which row `rows[i]` edits `edited[i]`.
+    """
+    of_tokens = np.repeat(np.array(rows, np.int32), counts)
+    start = 0
+    for count, some in zip(counts, edited, strict=True):
+        if 0 < len(some) < count:
+            of_tokens[start : start + some.start] = 0
+            of_tokens[start + some.stop : start + count] = 0
+        start += count
+    return of_tokens
 
 
 class Editing:

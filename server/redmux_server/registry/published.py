@@ -21,6 +21,7 @@ from redmux_adapters import (
 )
 from redmux_adapters.format.config import AdapterConfig
 from redmux_adapters.format.files import parse_known, read_file
+from redmux_adapters.format.window import ALL
 from redmux_server.registry.folder_index import Stamp
 from redmux_server.registry.tenants import OPERATOR
 
@@ -38,6 +39,7 @@ class Rules(NamedTuple):
     # Raises WrongBaseError where the base's tokenizer has not the format's special tokens.
     check_format: Callable[[PromptFormat | None], None] = lambda prompt_format: None
     allow_other_base: bool = False
+    has_windows: bool = True  # whether adapters may edit some of the tokens alone
 
     def parse(self, safetensors: bytes, config_json: str) -> Adapter:
         """Returns the adapter in a file; raises InvalidAdapterError and what `check` raises."""
@@ -57,6 +59,11 @@ class Rules(NamedTuple):
         """Raises WrongBaseError, or FailedPreconditionError for a head that nothing would apply."""
         check_base(config, self.base_fingerprint, self.allow_other_base)
         self.check_format(config.prompt_format)
+        if config.apply != ALL and not self.has_windows:
+            raise FailedPreconditionError(
+                f"the adapter edits {config.apply!r} alone, and this server's model is no decoder; "
+                "its adapters edit all tokens"
+            )
         if config.head is None:
             return
         if not self.head_size:

@@ -50,6 +50,7 @@ class AdapterRegistry:
         head_kinds: Collection[str] = KINDS,
         check_format: Callable[[PromptFormat | None], None] = lambda prompt_format: None,
         allow_other_base: bool = False,
+        has_windows: bool = True,
     ) -> None:
         """`cache_bytes` bounds the adapters that are kept ready beside those in use.
 
@@ -57,7 +58,7 @@ class AdapterRegistry:
         `head_kinds` are those that the base model can have. `check_format` raises WrongBaseError
         for a prompt format whose special tokens the base's tokenizer has not; from any thread. With
         `allow_other_base`, adapters of relatives are taken: of bases with other weights in modules
-        of the same sizes.
+        of the same sizes; with `has_windows`, those that edit some of the tokens alone.
         """
         self._catalogue = Catalogue()
         self._unusable: dict[str, Unusable] = {}  # names that are not in the catalogue
@@ -72,7 +73,14 @@ class AdapterRegistry:
             num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
         )  # fmt: skip
         self._rules = Rules(
-            base_fingerprint, sites, limits, head_size, head_kinds, check_format, allow_other_base
+            base_fingerprint,
+            sites,
+            limits,
+            head_size,
+            head_kinds,
+            check_format,
+            allow_other_base,
+            has_windows,
         )
         self._folder = None if folder is None else AdapterFolder(folder, self._rules)
 

@@ -37,10 +37,11 @@ from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.choice import Choice, Delta, choice_seed
 from redmux_server.services.grammar import Grammars
 from redmux_server.services.inbox import Inbox
-from redmux_server.services.spec import Chat, GenerationSpec, Prompt
+from redmux_server.services.spec import Chat, GenerationSpec, Prompt, ScoreSpec
 from redmux_server.services.tool_grammar import with_tools
 from redmux_server.services.tools import ToolCallParser
 from redmux_server.services.validation import Validator
+from redmux_server.services.windows import Windows
 
 
 def generates_nothing() -> FailedPreconditionError:
@@ -146,6 +147,8 @@ class Prepared:
     num_added: int  # of them, special tokens that no text asked for
     published: Published | None
     adapter: Adapter | None
+    edited: range  # positions that the adapter edits
+    owner: str  # whose cached prompts it shares
     tool_format: ToolFormat | None = None  # of the calls that the completion may have
 
 
@@ -189,6 +192,7 @@ class GenerationService:
         self._metrics = metrics
         self._tokenizing = tokenizing
         self._grammars = grammars
+        self._windows = Windows(codec, tokenizing, has_source=decoder_start is not None)
 
     async def submit(
         self, spec: GenerationSpec, tenant: str
@@ -221,7 +225,7 @@ class GenerationService:
             raise InvalidArgumentError(
                 "the encoder of the model reads the prompt, so it has no log-probabilities"
             )
-        prepared = await self.prepare(spec.adapter, spec.prompt, tenant)
+        prepared = await self.prepare(spec, tenant)
         spec, make_parser = with_tools(spec, prepared.tool_format)
         self._validator.grammar(spec)
         max_tokens = self._validator.max_tokens(spec, len(prepared.ids))
@@ -268,6 +272,8 @@ class GenerationService:
             num_top=spec.top_logprobs or 0,
             priority=spec.priority or 0,
             deadline_s=None if spec.timeout_s is None else accepted.started_s + spec.timeout_s,
+            edited=prepared.edited,
+            owner=prepared.owner,
         )
         choice = Choice(
             index,
@@ -281,18 +287,23 @@ class GenerationService:
         )
         return choice
 
-    async def prepare(self, adapter: str, prompt: Prompt, tenant: str) -> Prepared:
-        """Returns the prompt as token ids, beside the adapter of this name ("" is the base model).
+    async def prepare(self, spec: GenerationSpec | ScoreSpec, tenant: str) -> Prepared:
+        """Returns the prompt as token ids, beside the adapter of that name ("" is the base model).
 
         Raises a RedmuxError for an adapter that is not there or a prompt that cannot be served.
         """
-        published = self._registry.resolve(adapter, tenant) if adapter else None
+        self._windows.check(spec.apply, spec.adapter)
+        prompt, owner = spec.prompt, tenant
+        published = self._registry.resolve(spec.adapter, tenant) if spec.adapter else None
         prompt_format = published.summary.config.prompt_format if published else None
         self._validator.prompt(prompt, prompt_format)
         tenant = tenant or (published.name if published else "")
         encoded, tool_format = await self._encode(prompt, prompt_format, tenant)
         vectors = await self._registry.fetch(published) if published else None
-        return Prepared(encoded.ids, encoded.num_added, published, vectors, tool_format)
+        edited = await self._windows.positions(vectors, spec.apply, encoded.ids, tenant)
+        return Prepared(
+            encoded.ids, encoded.num_added, published, vectors, edited, owner, tool_format
+        )
 
     async def _without_bad_words(
         self, sampling: SamplingParams, words: Sequence[str], tenant: str

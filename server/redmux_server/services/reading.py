@@ -34,6 +34,7 @@ from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.spec import ReadInput, TextPair
 from redmux_server.services.validation import Validator
+from redmux_server.services.windows import Windows
 
 MAX_INPUTS = 1024
 _ANSWER_BYTES = 3 << 20  # of values, so that a message stays below gRPC's usual limit
@@ -92,6 +93,7 @@ class ReadingService:
         self._validator = validator
         self._metrics = metrics
         self._tokenizing = tokenizing
+        self._windows = Windows(codec, tokenizing, has_source=False)
         fitting = _ANSWER_BYTES // (4 * model.hidden_size)
         self._max_inputs = max(1, min(MAX_INPUTS, fitting, engine.most_for_one))
 
@@ -177,6 +179,7 @@ class ReadingService:
         adapter = await self._registry.fetch(published) if published else None
         calls = []
         for (ids, num_added), type_ids in encoded:
+            edited = await self._windows.positions(adapter, None, ids, tenant)
             future: asyncio.Future[Sequence[float]] = loop.create_future()
             request = Request(
                 prompt_ids=ids,
@@ -188,6 +191,7 @@ class ReadingService:
                 logprobs=False,
                 sink=functools.partial(_answer, future),
                 priority=priority,
+                edited=edited,
                 reading=dataclasses.replace(reading, type_ids=type_ids),
             )
             calls.append(_Call(request, future, num_added))

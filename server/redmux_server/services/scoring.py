@@ -68,7 +68,7 @@ class ScoringService:
                     "ask for those of continuations"
                 )
             self._validator.continuations(spec)
-            prepared = await self._service.prepare(spec.adapter, spec.prompt, tenant)
+            prepared = await self._service.prepare(spec, tenant)
             tenant = tenant or (prepared.published.name if prepared.published else "")
             self._validator.scored_prompt(len(prepared.ids))
             continuations = await self._encode(spec, prepared.ids, tenant)
@@ -134,6 +134,7 @@ class ScoringService:
             prompt_ids=ids[:-1], source_ids=() if start is None else prepared.ids, max_tokens=0,
             sampling=SamplingParams(), stop_token_ids=frozenset(), tenant=tenant,
             adapter=prepared.adapter, logprobs=True, sink=events.put, targets=scores.token_ids,
+            edited=prepared.edited, owner=prepared.owner,
         )  # fmt: skip
         if waits:
             await self._engine.submit_in_turn(request)

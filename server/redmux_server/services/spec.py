@@ -65,6 +65,7 @@ class GenerationSpec:
 
     prompt: Prompt
     adapter: str = ""
+    apply: str | None = None  # which tokens the adapter edits, instead of what it says itself
     # Sampling.
     temperature: float | None = None
     top_p: float | None = None
@@ -108,3 +109,4 @@ class ScoreSpec:
     continuations: Sequence[str | Sequence[int]]
     adapter: str = ""
     prompt_logprobs: bool = False
+    apply: str | None = None  # as in GenerationSpec

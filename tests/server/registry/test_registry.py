@@ -1,6 +1,7 @@
 """Names of adapters: what put, delete, page and resolve promise."""
 
 import asyncio
+import dataclasses
 
 import pytest
 import torch
@@ -192,6 +193,16 @@ async def test_the_largest_head_fits_where_heads_are_applied(
     assert published.read().head.hidden_size == 400
     with pytest.raises(InvalidAdapterError, match="limit"):
         await open_registry().put("a", file, "", replace=False)
+
+
+async def test_an_adapter_of_some_tokens_is_refused_where_all_are_edited(
+    open_registry, make_adapter
+):
+    file = to_bytes(dataclasses.replace(make_adapter(0), apply="prompt"))
+    with pytest.raises(FailedPreconditionError, match="edits 'prompt' alone, and this server's"):
+        await open_registry(has_windows=False).put("a", file, "", replace=False)
+    published, _ = await open_registry().put("a", file, "", replace=False)
+    assert published.read().apply == "prompt"
 
 
 async def test_a_head_is_refused_where_none_are_applied(tmp_path, open_registry, make_adapter):

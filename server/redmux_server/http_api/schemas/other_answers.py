@@ -56,6 +56,7 @@ class AdapterTold(Answer):
     digest: str
     base_fingerprint: str
     base_match: str
+    apply: str
     num_sites: int
     num_parameters: int
     size_bytes: int

@@ -125,6 +125,9 @@ class SamplingBody(Body):
     guided_regex: str | None = None
     guided_choice: Texts | None = None
     guided_grammar: str | None = None
+    apply: str | None = Field(
+        None, description="Which tokens the adapter edits: all, prompt, generation or after:TEXT."
+    )
     # Scheduling.
     priority: int | None = None
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
@@ -177,7 +180,7 @@ class SamplingBody(Body):
 _SAME = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "n", "seed", "min_tokens", "stop_regex", "ignore_eos",
-    "skip_special_tokens", "priority",
+    "skip_special_tokens", "priority", "apply",
 )  # fmt: skip
 _LISTS = ("allowed_token_ids", "bad_words", "bad_token_ids", "stop_token_ids")
 

@@ -12,7 +12,7 @@ from redmux_server.engine.request import Work
 from redmux_server.engine.stepper import Runner
 from redmux_server.models.cpu.accelerate import computes_in_torch
 from redmux_server.models.cpu.threads import set_threads
-from redmux_server.models.editing import Editing, OwnedRows, StepRows
+from redmux_server.models.editing import Editing, OwnedRows, StepRows, rows_of_tokens, slots_of
 from redmux_server.models.kvcache import KVCache, Segment
 
 
@@ -178,16 +178,18 @@ class CausalRunner:
     def _rows(
         self, work: Sequence[Work], segments: Sequence[Segment]
     ) -> StepRows | OwnedRows | None:
-        slots = [IDENTITY if item.request.slot is None else item.request.slot for item in work]
+        edited = [item.edited for item in work]
+        slots = slots_of(work)
         if not any(slots):
             return None
         if self._decoder.reads_table:
-            return OwnedRows(self._bank.table, self._bank.table_rows(slots))
+            rows = rows_of_tokens(self._bank.table_rows(slots), [s.count for s in segments], edited)
+            return OwnedRows(self._bank.table, rows)
         # A one-token prefill is edited like a decode: the arithmetic is the same.
         num_decodes = next((i for i, s in enumerate(segments) if s.count > 1), len(segments))
         prefills = [
-            (s.start, s.start + s.count, i)
-            for i, s in enumerate(segments[num_decodes:], num_decodes)
+            (segments[i].start + edited[i].start, segments[i].start + edited[i].stop, i)
+            for i in range(num_decodes, len(segments))
             if slots[i] != IDENTITY
         ]
         return StepRows(self._bank.rows(slots), num_decodes, prefills)

@@ -113,8 +113,7 @@ class FusedDecoder:
         if edits is not None:
             assert isinstance(edits, OwnedRows), "kernels read the bank's own table"
             rows = edits.table.numpy()
-            counts = [s.count for s in self._cache.segments]
-            row_of = aligned.copied(np.repeat(np.array(edits.owners, np.int32), counts))
+            row_of = aligned.copied(edits.rows)
             starts = self._placed(layout)
         if len(ids) > len(self._room.h):
             self._room = room_for(self._packing, len(ids))

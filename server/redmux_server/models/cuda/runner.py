@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redmux_server.engine.bank import IDENTITY, AdapterBank
-from redmux_server.engine.request import Request, Work
+from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.request import Work
 from redmux_server.models.cuda.decode_ways import Seconds, cuda_seconds, summary
 from redmux_server.models.cuda.decoder import DeviceDecoder, StepTensors
 from redmux_server.models.cuda.graphed_decode import Capture, GraphedDecode, batch_sizes
 from redmux_server.models.cuda.paged_cache import PagedKVCache
 from redmux_server.models.cuda.paged_step import BlockTable, HostIndex, Ints, PagedStep, to_device
+from redmux_server.models.editing import rows_of_tokens, slots_of
 from redmux_server.models.kvcache import KVCache, Segment
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ class DeviceRunner:
         """See Runner.forward."""
         self._prepare_or_go_on()
         if self._decode is not None and self._decode.fits(len(work)) and _is_decode(work):
-            return self._replay(self._decode, [item.request for item in work])
+            return self._replay(self._decode, work)
         step = self._host_step(work)
         tensors = self._tensors(step)
         return self._decoder.logits(tensors, self._bank.table)[: len(step.last)]
@@ -125,11 +126,12 @@ class DeviceRunner:
         except RuntimeError:
             logger.exception("capturing CUDA graphs failed; steps are launched eagerly from now on")
 
-    def _replay(self, decode: GraphedDecode, requests: list[Request]) -> Tensor:
+    def _replay(self, decode: GraphedDecode, work: Sequence[Work]) -> Tensor:
+        requests = [item.request for item in work]
         blocks = self._blocks.of([r.blocks for r in requests])
         positions = np.array([r.num_computed for r in requests], np.int32)
         ids = np.array([r.token_ids[r.num_computed] for r in requests], np.int32)
-        rows = np.array(self._bank.table_rows(_slots(requests)), np.int32)
+        rows = np.array(self._bank.table_rows(slots_of(work)), np.int32)
         index = HostIndex.of_decodes(positions, blocks, self.cache.block_size)
         return decode.run(ids, positions, rows, index)
 
@@ -144,11 +146,14 @@ class DeviceRunner:
             last += [len(ids) + i for i in item.wanted]
             ids += item.token_ids
             positions += range(first, first + item.count)
-        slots = _slots([item.request for item in work])
-        rows = np.repeat(self._bank.table_rows(slots), [item.count for item in work])
+        rows = rows_of_tokens(
+            self._bank.table_rows(slots_of(work)),
+            [item.count for item in work],
+            [item.edited for item in work],
+        )
         index = HostIndex.of(segments, self.cache.block_size)
         return _HostStep(
-            np.array(ids, np.int32), np.array(positions, np.int32), rows.astype(np.int32),
+            np.array(ids, np.int32), np.array(positions, np.int32), rows,
             np.array(last, np.int32), index,
         )  # fmt: skip
 
@@ -183,7 +188,3 @@ class DeviceRunner:
 def _is_decode(work: Sequence[Work]) -> bool:
     """Whether there is one token per request and the logits of all of them are wanted."""
     return all(w.count == 1 and w.request.first_wanted <= w.request.num_computed for w in work)
-
-
-def _slots(requests: Sequence[Request]) -> list[int]:
-    return [IDENTITY if r.slot is None else r.slot for r in requests]
