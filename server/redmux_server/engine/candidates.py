@@ -31,6 +31,9 @@ def candidates(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
 def _likeliest(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     top_k, top_p = params.top_k, params.top_p
     values, order = probs.topk(min(top_k or _CANDIDATES, len(probs)))
+    if top_k and values[-1] > 0:  # what is not likely at all may be left out
+        order = _with_ties(probs, order)
+        values = probs[order]
     reached = values.double().cumsum(0)
     lowest = params.min_p * values[0]
     if not top_k and reached[-1] < top_p and values[-1] >= lowest:
@@ -43,6 +46,12 @@ def _likeliest(probs: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
         limit = top_p * reached[-1] if top_k else torch.tensor(top_p, dtype=torch.float64)
         keep = min(keep, int(((reached - values.double()) < limit).sum().clamp(min=1)))
     return order[:keep], values[:keep]
+
+
+def _with_ties(probs: Tensor, order: Tensor) -> Tensor:
+    """Returns the likeliest tokens, in this order, and all that are as likely as their last."""
+    last = probs[order[-1]]
+    return torch.cat([order[probs[order] > last], (probs == last).nonzero()[:, 0]])
 
 
 def _typical(probs: Tensor, mass: float) -> Tensor:

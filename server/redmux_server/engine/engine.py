@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from redmux.errors import AbortedError, UnavailableError
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.drafts import Drafts
+from redmux_server.engine.grammar import Bar, bar_tokens
 from redmux_server.engine.places import Places
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import Event, Failed, Finished, Request, Scored, Token
@@ -48,16 +49,20 @@ class Engine:
         max_open: int,
         reader: Reader | None = None,
         drafts: Drafts | None = None,
+        bar: Bar = bar_tokens,
     ) -> None:
         """`max_open` bounds the requests that wait or run, of which each tenant has its share.
 
         `reader` applies the heads of adapters, where the model has any. `drafts` is for models
-        whose results do not depend on what is computed beside them.
+        whose results do not depend on what is computed beside them. `bar` takes out what grammars
+        bar, in the way that suits the runner's logits best.
         """
         self._runner = runner
         self._scheduler = scheduler
         self._metrics = metrics
-        self._stepper = Stepper(runner, scheduler, bank, metrics, reader or Reader(), drafts)
+        self._stepper = Stepper(
+            runner, scheduler, bank, metrics, reader or Reader(), bar, drafts
+        )  # fmt: skip
         self._places = Places(max_open)
         self._inbox: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)

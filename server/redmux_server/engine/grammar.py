@@ -1,6 +1,6 @@
 """Matcher: where a completion stands in its grammar, and which tokens may follow there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,9 @@ if TYPE_CHECKING:  # the scheduler knows matchers, but not torch
 
 Mask = NDArray[np.uint8]  # bit i % 8 of byte i // 8: token i may follow
 
-# Of each byte of a mask, what is added to the logits of its eight tokens.
-_BARS = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1,
-    np.float32(0),
-    np.float32(-np.inf),
-)  # [256, 8]
+# Makes -inf of the logits [n, vocab] of tokens that masks bar, one mask for each of these rows, in
+# place. Infinity is taken from them, so that what is not finite stays so: nothing is hidden.
+Bar = Callable[["Tensor", Sequence[int], Sequence[Mask]], None]
 
 
 class Matcher:
@@ -92,34 +89,23 @@ def allows(mask: Mask, token_id: int) -> bool:
     return bool(mask[token_id >> 3] >> (token_id & 7) & 1)
 
 
-def allowed_ids(mask: Mask, vocab_size: int) -> NDArray[np.int64]:
-    """Returns the ids of all tokens that may follow, in their order."""
-    return np.flatnonzero(np.unpackbits(mask, bitorder="little", count=vocab_size))
-
-
-def apply_masks(logits: "Tensor", masks: Sequence[Mask | None]) -> None:
-    """Makes -inf of the logits [rows, vocab] of tokens that the row's mask bars, in place.
-
-    Rows without a mask are not touched. What is not finite stays so: nothing is hidden.
-    """
+def apply_masks(logits: "Tensor", masks: Sequence[Mask | None], bar: Bar) -> None:
+    """Bars tokens of the rows of logits [rows, vocab] that have a mask, and touches no others."""
     barred = {i: mask for i, mask in enumerate(masks) if mask is not None}
-    if not barred:
-        return
+    if barred:
+        bar(logits, [*barred], [*barred.values()])
+
+
+def bar_tokens(logits: "Tensor", rows: Sequence[int], masks: Sequence[Mask]) -> None:
+    """Bars tokens as `Bar` has it, on any device and in any precision."""
     import torch
 
-    vocab_size = logits.shape[1]
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        values = logits.numpy()
-        with np.errstate(invalid="ignore"):  # inf - inf
-            for i, mask in barred.items():
-                # take() needs a fifth of the time of indexing.
-                values[i] += _BARS.take(mask, axis=0).reshape(-1)[:vocab_size]
-        return
-    packed = np.stack([*barred.values()])
+    device = logits.device
     with torch.inference_mode():  # as the logits were computed
-        bars = torch.from_numpy(_BARS).to(logits.device, logits.dtype)
-        added = bars[torch.from_numpy(packed).to(logits.device).int()].flatten(1)
-        logits[[*barred]] += added[:, :vocab_size]
+        packed = torch.from_numpy(np.stack(masks)).to(device)
+        bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+        taken = torch.where(bits.flatten(1)[:, : logits.shape[1]] == 1, 0.0, torch.inf)
+        logits[[*rows]] -= taken.to(logits.dtype)
 
 
 _MOST_TOLD = 500  # characters

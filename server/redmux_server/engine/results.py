@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from redmux_server.engine.grammar import Bar
 from redmux_server.engine.request import Read, Request, Scored, Token, Work
 from redmux_server.engine.sampling import Exhausted, NonFinite, sample
 from redmux_server.engine.scoring import score
@@ -27,7 +28,7 @@ class Drafted:
 
 
 def evaluate(
-    logits: Tensor, work: Sequence[Work]
+    logits: Tensor, work: Sequence[Work], bar: Bar
 ) -> tuple[dict[Work, list[tuple[Request, Result]]], list[Drafted]]:
     """Returns what the wanted rows of each work item come to, of those that want any.
 
@@ -56,7 +57,7 @@ def evaluate(
                 drafted.append(Drafted(item.request, item.draft, logits[behind:row]))
     if drawing:
         drawn_logits = logits if rows == list(range(len(logits))) else logits[rows]
-        tokens = sample(drawn_logits, drawers)
+        tokens = sample(drawn_logits, drawers, bar)
         for item, request, token in zip(drawing, drawers, tokens, strict=True):
             results.setdefault(item, [])
             if request is item.request or not isinstance(token, NonFinite):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from redmux_server.engine.candidates import candidates
-from redmux_server.engine.grammar import allowed_ids, allows, apply_masks
+from redmux_server.engine.grammar import Bar, allows, apply_masks, bar_tokens
 from redmux_server.engine.logit_edits import edited
 from redmux_server.engine.request import Request, Token
 
@@ -26,8 +26,10 @@ class Exhausted:
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinite | Exhausted]:
-    """Draws one token per row of `logits` [requests, vocab].
+def sample(
+    logits: Tensor, requests: Sequence[Request], bar: Bar = bar_tokens
+) -> list[Token | NonFinite | Exhausted]:
+    """Draws one token per row of `logits` [requests, vocab]; `bar` takes out what grammars bar.
 
     Row i depends on row i and request i alone: the random number is a hash of the request's seed
     and the index of the token, so neither neighbours nor scheduling move it. What the grammar bars
@@ -41,10 +43,8 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
     as_they_are, with_edits = [], []
     for i, request in enumerate(requests):
         if is_finite[i] and (request.sampling.edits_logits or request.matcher is not None):
-            if (token_id := _greedy_in_grammar(logits[i], ids[i], request)) is None:
+            if not _greedy_is_allowed(ids[i], request):
                 with_edits.append(i)
-            else:
-                tokens[i] = Token(token_id, None)
         elif is_finite[i] and request.sampling.temperature > 0:
             as_they_are.append(i)
     if as_they_are:
@@ -52,36 +52,24 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[Token | NonFinit
         for i, token_id in zip(as_they_are, chosen, strict=True):
             tokens[i] = Token(token_id, None)
     if with_edits:
-        told = _choose_edited(logits[with_edits], [requests[i] for i in with_edits])
+        told = _choose_edited(logits[with_edits], [requests[i] for i in with_edits], bar)
         for i, token in zip(with_edits, told, strict=True):
             tokens[i] = token
     _tell_logprobs(logits, requests, tokens)
     return tokens
 
 
-def _greedy_in_grammar(row: Tensor, likeliest_id: int, request: Request) -> int | None:
-    """Returns the likeliest token of a finite row that the grammar allows, without a copy of it.
-
-    None where other options have a say, where nothing is allowed, or on other devices.
-    """
+def _greedy_is_allowed(likeliest_id: int, request: Request) -> bool:
+    """Whether a request wants the likeliest token, and its grammar allows that very one."""
     params, matcher = request.sampling, request.matcher
-    is_plain = params.temperature == 0 and not params.edits_logits
-    on_cpu = row.device.type == "cpu" and row.dtype == torch.float32
-    if not (is_plain and on_cpu) or matcher is None or matcher.mask is None:
-        return None
-    if allows(matcher.mask, likeliest_id):
-        return likeliest_id
-    allowed = allowed_ids(matcher.mask, len(row))
-    if not len(allowed):
-        return None
-    values = row.numpy()[allowed]
-    best = int(values.argmax())  # of equal ones the lowest id, as of a whole row
-    return int(allowed[best]) if np.isfinite(values[best]) else None
+    if params.temperature > 0 or params.edits_logits or matcher is None or matcher.mask is None:
+        return False
+    return allows(matcher.mask, likeliest_id)
 
 
-def _choose_edited(rows: Tensor, requests: Sequence[Request]) -> list[Token | Exhausted]:
+def _choose_edited(rows: Tensor, requests: Sequence[Request], bar: Bar) -> list[Token | Exhausted]:
     """Draws from rows that are nobody else's."""
-    apply_masks(rows, [None if r.matcher is None else r.matcher.mask for r in requests])
+    apply_masks(rows, [None if r.matcher is None else r.matcher.mask for r in requests], bar)
     if any(r.sampling.edits_logits for r in requests):
         rows = edited(rows, requests)
     ids, is_left = likeliest(rows)

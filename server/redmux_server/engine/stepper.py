@@ -13,7 +13,7 @@ from torch import Tensor
 from redmux.errors import DeadlineExceededError, FailedPreconditionError, RedmuxError
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.drafts import Drafts
-from redmux_server.engine.grammar import MaskThread
+from redmux_server.engine.grammar import Bar, MaskThread
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import (
     Event,
@@ -57,7 +57,7 @@ class Stepper:
 
     def __init__(
         self, runner: Runner, scheduler: Scheduler, bank: AdapterBank, metrics: Metrics,
-        reader: Reader, drafts: Drafts | None = None,
+        reader: Reader, bar: Bar, drafts: Drafts | None = None,
     ) -> None:  # fmt: skip
         """Without `drafts` a step draws one token of a request."""
         self._runner = runner
@@ -66,6 +66,7 @@ class Stepper:
         self._metrics = metrics
         self._reader = reader
         self._drafts = drafts
+        self._bar = bar
         self._masks = MaskThread()
         self._events: list[tuple[Request, Event]] = []
         self._num_failures = 0  # of requests, since the last one of which something came
@@ -152,7 +153,7 @@ class Stepper:
         finally:
             if masking is not None:
                 masking.result()
-        return evaluate(logits, work)
+        return evaluate(logits, work, self._bar)
 
     def _begin_masks(self, requests: Sequence[Request]) -> Future[None] | None:
         """Begins to compute what may follow in the grammars of requests, where that is due."""
@@ -175,7 +176,8 @@ class Stepper:
             try:
                 if (masking := self._begin_masks(requests)) is not None:
                     masking.result()
-                results = sample(torch.stack([one.rows[depth] for one in drafted]), requests)
+                rows = torch.stack([one.rows[depth] for one in drafted])
+                results = sample(rows, requests, self._bar)
             except Exception:
                 # Nothing of it was committed: the next step meets it again, and tells whose it is.
                 logger.exception("drawing from drafts failed")

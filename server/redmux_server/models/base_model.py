@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from redmux_server.engine.bank import AdapterBank
+from redmux_server.engine.grammar import Bar
 from redmux_server.engine.stepper import Runner
 from redmux_server.models.text import TextCodec
 
@@ -30,6 +31,7 @@ class BaseModel:
     kv_bytes_per_token: int
     device: torch.device
     dtype: torch.dtype
+    bar: Bar  # takes out of its logits what grammars bar
     linears: Sequence[nn.Module]  # the matrix products of a step, in the order of running
     bit_identical: bool
     reasons: Sequence[str]

@@ -29,6 +29,7 @@ from redmux_server.models.causal.selfcheck import reference
 from redmux_server.models.cpu.block_weights import is_on_grids
 from redmux_server.models.cpu.precision import choose_kv_dtype, choose_precision
 from redmux_server.models.cpu.reservation import Reservation
+from redmux_server.models.cpu.token_masks import choose_bar
 from redmux_server.models.cuda.runtime import DeviceRuntime
 from redmux_server.models.kvcache import BLOCK
 from redmux_server.models.text import TextCodec
@@ -84,6 +85,7 @@ def load_causal(
         kv_bytes_per_token=parts.kv_bytes_per_token,
         device=choices.device,
         dtype=choices.dtype,
+        bar=choose_bar(choices.device, choices.dtype),
         linears=parts.linears,
         bit_identical=parts.bit_identical,
         reasons=reasons,

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from redmux_server.models.cpu import aligned
+from redmux_server.models.cpu import aligned, token_masks
 from redmux_server.models.cpu.decoder_pass import SITES, Model, Step, run
 from redmux_server.models.cpu.fused_decoder import room_for
 from redmux_server.models.cpu.packing import Packing
@@ -33,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
         return
     for each in passes:
         run.compile(types_of_pass(*each.split(":")))
+    token_masks.make_ready()
 
 
 def types_of_pass(precision: str, kv_dtype: str) -> tuple[Any, ...]:

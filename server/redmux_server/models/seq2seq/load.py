@@ -24,6 +24,7 @@ from redmux_server.models.base_model import BaseModel
 from redmux_server.models.cpu.accelerate import pack_linears
 from redmux_server.models.cpu.packed_linear import PackedLinear
 from redmux_server.models.cpu.precision import check_not_rounded
+from redmux_server.models.cpu.token_masks import choose_bar
 from redmux_server.models.editing import Editing
 from redmux_server.models.kvcache import BLOCK, check_memory, total_bytes
 from redmux_server.models.proving import random_edits, relative_error
@@ -93,6 +94,7 @@ def load_seq2seq(config: ServerConfig, choices: Choices) -> BaseModel:
         num_blocks=num_blocks, block_size=BLOCK,
         kv_bytes_per_token=per_token,
         device=choices.device, dtype=choices.dtype,
+        bar=choose_bar(choices.device, choices.dtype),
         linears=[m for m in model.modules() if isinstance(m, PackedLinear)],
         bit_identical=bit_identical, reasons=reasons,
         decoder_start=model.config.decoder_start_token_id,
