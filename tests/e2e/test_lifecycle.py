@@ -224,6 +224,36 @@ async def test_a_row_that_is_not_finite_fails_its_request_only(base, server, cli
     assert await client.generate("abc", adapter="good", **options) == alone
 
 
+async def test_an_adapter_that_is_never_finite_is_refused_until_other_content_has_its_name(
+    base, server, client, put
+):
+    await put("bad", base.adapter(2))
+    fill = server.model.bank._fill
+    bad = await server.registry.fetch(server.registry.resolve("bad"))
+
+    def poison(slot, edits):
+        fill(slot, edits)
+        if edits is bad.edits:
+            server.model.bank._table[slot, 3] = float("nan")
+
+    server.model.bank._fill = poison
+    for _ in range(3):
+        with pytest.raises(FailedPreconditionError, match="not finite for this prompt"):
+            await client.generate("abc", adapter="bad", max_tokens=2)
+    steps = server.engine._num_steps
+    calls = (
+        client.generate("abc", adapter="bad", max_tokens=2),
+        client.score("abc", ["d"], adapter="bad"),
+        client.embed(["abc"], adapter="bad"),
+    )
+    for call in calls:
+        with pytest.raises(FailedPreconditionError, match="in 3 requests in a row and is not comp"):
+            await call
+    assert server.engine._num_steps == steps
+    await put("bad", base.adapter(3), replace=True)
+    assert (await client.generate("abc", adapter="bad", max_tokens=2)).token_ids
+
+
 async def test_a_cancelled_stream_gives_back_everything(base, server, client, put):
     await put("x", base.adapter(1))
     for _ in range(10):

@@ -81,9 +81,11 @@ class FakeRunner:
         request = item.request
         digest = request.adapter and request.adapter.digest
         token_ids = [*request.token_ids[: request.num_computed], *item.token_ids]
+        made_by = [digest if place in request.edited else None for place in range(len(token_ids))]
         for position in range(len(token_ids)):
             where = request.blocks[position // BLOCK], position % BLOCK
-            content = request.tenant, digest, tuple(token_ids[: position + 1])
+            before = zip(token_ids[: position + 1], made_by, strict=False)
+            content = request.owner, tuple(before)
             if position >= request.num_computed:
                 self.cache[where] = content
             elif self.cache.get(where) != content:

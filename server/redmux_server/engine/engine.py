@@ -134,13 +134,16 @@ class Engine:
         """Accepts requests of one tenant, all or none: each one's sink gets exactly one ending.
 
         Followers are accepted with the request that they follow. Raises ResourceExhaustedError if
-        the queue or the tenant's share of it is full, and UnavailableError while draining or while
-        a step does not end.
+        the queue or the tenant's share of it is full, FailedPreconditionError for an adapter in
+        quarantine, and UnavailableError while draining or while a step does not end.
         """
         if self._is_draining or self.died.is_set():
             raise UnavailableError("the server is shutting down")
         if self._stuck_step is not None and self._stuck_step == self.step_under_way:
             raise UnavailableError("the server computes a step that does not end")
+        for request in requests:
+            if request.adapter is not None:
+                self._stepper.quarantine.check(request.adapter.digest)
         accepted = [one for request in requests for one in (request, *request.followers)]
         self._places.take(accepted)
         now = time.monotonic()

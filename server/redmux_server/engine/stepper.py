@@ -14,6 +14,7 @@ from redmux.errors import DeadlineExceededError, FailedPreconditionError, Redmux
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.drafts import Drafts
 from redmux_server.engine.grammar import Bar, MaskThread
+from redmux_server.engine.quarantine import Quarantine
 from redmux_server.engine.reading import Reader
 from redmux_server.engine.request import (
     Event,
@@ -68,6 +69,7 @@ class Stepper:
         self._drafts = drafts
         self._bar = bar
         self._masks = MaskThread()
+        self.quarantine = Quarantine()
         self._events: list[tuple[Request, Event]] = []
         self._num_failures = 0  # of requests, since the last one of which something came
 
@@ -208,6 +210,8 @@ class Stepper:
             case NonFinite():
                 name = "the base model" if request.adapter is None else request.adapter.digest
                 message = f"{name} produced a value that is not finite for this prompt"
+                if request.adapter is not None:
+                    self.quarantine.failed(request.adapter.digest)
                 self._fail(request, FailedPreconditionError(message))
             case Exhausted(why):
                 self._end(request, Failed(FailedPreconditionError(why)))
@@ -263,6 +267,8 @@ class Stepper:
         self._scheduler.take_back(probe)
 
     def _end(self, request: Request, event: Event, *, is_sound: bool = True) -> None:
+        if request.adapter is not None and isinstance(event, Finished | Read):
+            self.quarantine.passed(request.adapter.digest)
         self._scheduler.remove(request, is_sound=is_sound)
         self._release_slot(request)
         self._events += [(ended, event) for ended in (request, *request.followers)]
