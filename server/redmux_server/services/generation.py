@@ -286,7 +286,7 @@ class GenerationService:
 
         Raises a RedmuxError for an adapter that is not there or a prompt that cannot be served.
         """
-        published = self._registry.resolve(adapter, tenant) if adapter else None
+        published = await self._registry.resolve(adapter, tenant) if adapter else None
         prompt_format = published.summary.config.prompt_format if published else None
         self._validator.prompt(prompt, prompt_format)
         tenant = tenant or (published.name if published else "")
