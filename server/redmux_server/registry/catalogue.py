@@ -89,6 +89,8 @@ def find(connection: Connection, reference: Reference, tenant: str) -> Version |
     the newest. Raises InvalidArgumentError where a digest's beginning is that of several.
     """
     if not reference.name:
+        if not reference.digest:
+            return None
         query = _visible(_VERSIONS.where(versions.c.digest == reference.digest), tenant)
         first = _one(connection, query.order_by(versions.c.id).limit(1))
         if first is None:

@@ -43,6 +43,8 @@ class LocalAdapters:
 
         Raises what keeps the file of that name from being used.
         """
+        if not (reference.name or reference.digest):
+            return None
         if not reference.name:
             same = self._by_digest.get(reference.digest, {}).values()
             return next((found for found in same if may_see(tenant, found.owner)), None)

@@ -18,7 +18,7 @@ _FULL_DIGEST = 71  # characters
 class Reference(NamedTuple):
     """Which adapter is meant: one of the four last is set, none for the newest of a name."""
 
-    name: str  # "" where it is a digest alone
+    name: str  # "" where it is a digest alone, or nothing that there can be
     number: int = 0
     digest: str = ""  # the beginning of one behind a name
     alias: str = ""
@@ -73,7 +73,12 @@ def parse_reference(text: str) -> Reference:
             f"no adapter {text[:160]!r}; behind the name and '@' comes a version's number, "
             f"sha256: and 8 or more digits of its digest, an alias, or {LATEST}"
         )
-    return Reference(text)  # what is no name is nobody's
+    return Reference("")  # what is no name is nobody's
+
+
+def near_name(text: str) -> str:
+    """Returns a text without what no name has, to look for names like it."""
+    return re.sub(r"[^a-z0-9._/-]", "", text[:160].partition("@")[0].lower())
 
 
 def spare_name(name: str) -> str:

@@ -30,7 +30,13 @@ from redmux_server.registry.folder import FolderChanges
 from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.host_cache import HostCache
 from redmux_server.registry.local import LocalAdapters
-from redmux_server.registry.names import Reference, check_alias, check_name, parse_reference
+from redmux_server.registry.names import (
+    Reference,
+    check_alias,
+    check_name,
+    near_name,
+    parse_reference,
+)
 from redmux_server.registry.published import Published, Rules
 from redmux_server.registry.recent import RecentVersions
 from redmux_server.registry.tenants import OPERATOR, may_change
@@ -405,13 +411,13 @@ class AdapterRegistry:
 
     async def _not_found(self, text: str, reference: Reference, tenant: str) -> NotFoundError:
         """Returns the error for what a tenant does not see, with a near name that it sees."""
-        shown, name = text[:160], reference.name[:128]
-        if not reference.is_name and name:
+        shown, name = text[:160], near_name(text)
+        if reference.name and not reference.is_name:
             with suppress(RedmuxError):
-                newest = await self.resolve(name, tenant)
+                newest = await self.resolve(reference.name, tenant)
                 return NotFoundError(
-                    f"adapter {name!r} has no version {shown.partition('@')[2]!r}; its newest is "
-                    f"{newest.number or newest.digest}"
+                    f"adapter {newest.name!r} has no version {shown.partition('@')[2]!r}; its "
+                    f"newest is {newest.number or newest.digest}"
                 )
         read = functools.partial(catalogue.neighbours, name=name, size=_NEIGHBOURS, tenant=tenant)
         known = [

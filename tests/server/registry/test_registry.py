@@ -312,3 +312,12 @@ def test_it_behaves_like_a_dict_that_survives_restarts(
             }
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "\ud800", "é", "x" * 70_000, "a@", "a@b c", "@3"])
+async def test_what_nothing_can_be_called_is_not_found(text, open_kept):
+    registry = open_kept()
+    with pytest.raises(NotFoundError, match="no adapter"):
+        await registry.resolve(text)
+    with pytest.raises(NotFoundError, match="no adapter"):
+        await registry.delete(text)
