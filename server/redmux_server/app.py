@@ -31,6 +31,8 @@ from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
 from redmux_server.models.load import load
 from redmux_server.models.settle import settle
+from redmux_server.registry.database import Database
+from redmux_server.registry.folder import AdapterFolder, FolderChanges
 from redmux_server.registry.folder_lock import FolderLock
 from redmux_server.registry.given import read_given
 from redmux_server.registry.registry import AdapterRegistry
@@ -40,7 +42,9 @@ from redmux_server.wiring import (
     make_engine,
     make_services,
     make_training,
+    open_database,
     open_files,
+    open_folder,
     open_registry,
     readable,
 )
@@ -57,9 +61,11 @@ class Server:
 
     def __init__(
         self, config: ServerConfig, doors: Doors, model: BaseModel | EncoderModel,
-        registry: AdapterRegistry, files: FileStore, locks: Sequence[FolderLock] = (),
+        registry: AdapterRegistry, folder: AdapterFolder | None, files: FileStore,
+        locks: Sequence[FolderLock] = (),
     ) -> None:  # fmt: skip
         """`locks` are those of its folders, released when the server has stopped."""
+        self._folder = folder
         self._locks = locks
         self.config = config
         self.doors = doors
@@ -84,6 +90,7 @@ class Server:
         # Where the model lies is the operator's to know.
         is_file = Path(config.model).expanduser().exists()
         self._model_name = Path(config.model).name if is_file else config.model
+        self._following: asyncio.Task[None] | None = None
         self._is_draining = False
         self._is_stuck = False
         self._started_s = time.monotonic()
@@ -98,6 +105,7 @@ class Server:
         doors = doors or await Doors.open(config)
         logger.info("loading %s", config.model)
         locks: list[FolderLock] = []
+        database: Database | None = None
         try:
             choices = choose(config)
             # What can be wrong with adapters is told before the model takes its time.
@@ -107,19 +115,21 @@ class Server:
             with ThreadPoolExecutor(1, "loader") as loader:
                 in_loader = functools.partial(asyncio.get_running_loop().run_in_executor, loader)
                 given = await in_loader(read_given, config.adapters)
-                if config.adapter_dir:
-                    locks.append(FolderLock(Path(config.adapter_dir)))
                 if config.data_dir:
-                    locks.append(FolderLock(Path(config.data_dir), "data_dir", "files"))
+                    locks.append(FolderLock(Path(config.data_dir)))
+                database = await in_loader(open_database, config)
                 # FastAPI takes a while to be imported, which is the loading's time otherwise.
                 importing = asyncio.to_thread(importlib.import_module, "redmux_server.http_api.app")
                 model, _ = await asyncio.gather(in_loader(load, config, choices), importing)
-                registry = await in_loader(open_registry, config, model, given)
+                registry = await in_loader(open_registry, config, model, database, given)
+                folder = await in_loader(open_folder, config, registry)
                 files = await in_loader(open_files, config)
-            server = cls(config, doors, model, registry, files, locks)
+            server = cls(config, doors, model, registry, folder, files, locks)
             await server._serve()
         except BaseException:
             await doors.close()
+            if database is not None:
+                database.close()
             for lock in locks:
                 lock.close()
             raise
@@ -145,6 +155,10 @@ class Server:
         self._is_draining = True
         await self.doors.grpc.health.enter_graceful_shutdown()
         self._watch.cancel()
+        if self._following is not None:
+            self._following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._following
         await self.desk.batches.stop()
         await self.training.stop()
         await self.desk.tuning.stop()
@@ -176,6 +190,8 @@ class Server:
             doors.http.serve(app, body_limits(offer))
         doors.state = lambda: self.state
         self._watch = asyncio.create_task(self._watch_engine())
+        if self._folder is not None:
+            self._following = asyncio.create_task(self._folder.watch(self._follow))
         logger.info(
             "serving %s on %s:%d, HTTP on port %d, metrics on port %d, %d adapters",
             self.config.model, self.config.host, self.port, self.http_port, self.metrics_port,
@@ -200,6 +216,10 @@ class Server:
             return State.DRAINING
         return State.STUCK if self._is_stuck else State.SERVING
 
+    def _follow(self, changes: FolderChanges) -> None:
+        self.registry.follow(changes)
+        self._count_adapters()
+
     def _count_adapters(self) -> None:
         self.metrics.adapters.set(len(self.registry))
 
@@ -221,7 +241,7 @@ class Server:
                 if is_stuck and self.engine.is_alive:
                     self.engine.give_up_step()
 
-    def info(self, tenant: str = "") -> admin_service_pb2.ServerInfo:
+    async def info(self, tenant: str = "") -> admin_service_pb2.ServerInfo:
         """Returns what GetServerInfo tells a tenant."""
         config, model = self.config, self.model
         return admin_service_pb2.ServerInfo(
@@ -241,7 +261,7 @@ class Server:
             kv_cache_tokens=(
                 model.num_blocks * model.block_size if isinstance(model, BaseModel) else 0
             ),
-            num_adapters=self.registry.count(tenant),
+            num_adapters=await self.registry.count(tenant),
             num_running=self.engine.num_running,
             num_waiting=max(0, self.engine.num_open - self.engine.num_running),
             uptime_s=time.monotonic() - self._started_s,

@@ -85,14 +85,25 @@ class ServerConfig:
     )
     bank_bytes: int = _option(256 << 20, "memory for the vectors of adapters in use")
     host_cache_bytes: int = _option(
-        256 << 20, "memory for the vectors of adapters that were used last, read from adapter_dir"
+        256 << 20,
+        "memory for the vectors of adapters that were used last, beside those in use",
     )
     adapters: tuple[str, ...] = _option(
         (), "adapters to load at start: files or folders, NAME=PATH to name them, or zoo"
     )
-    adapter_dir: str = _option("", "folder that keeps adapters put at run time; empty keeps none")
+    adapter_dir: str = _option(
+        "", "folder whose adapter files are served, as they come, change and go; it is only read"
+    )
     data_dir: str = _option(
-        "", "folder that keeps files, batches and fine-tuning jobs; empty keeps them in memory"
+        "",
+        "folder that keeps the registry of adapters, files, batches and fine-tuning jobs; empty "
+        "keeps them in memory",
+    )
+    registry: str = _option(
+        "",
+        "URL of a PostgreSQL database that keeps the registry of adapters instead of data_dir, "
+        "postgresql+psycopg://USER@HOST/DATABASE; prefer REDMUX_REGISTRY where it has a password",
+        is_secret=True,
     )
     allow_other_base: bool = _option(
         False,

@@ -19,6 +19,8 @@ from redmux_server.files.store import FileStore
 from redmux_server.metrics import Metrics
 from redmux_server.models.base_model import BaseModel
 from redmux_server.models.encoder.load import EncoderModel
+from redmux_server.registry.database import Database
+from redmux_server.registry.folder import AdapterFolder
 from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
@@ -96,16 +98,23 @@ def _data_folder(config: ServerConfig, name: str) -> Path | None:
     return Path(config.data_dir) / name if config.data_dir else None
 
 
+def open_database(config: ServerConfig) -> Database:
+    """Returns where adapters are kept; blocks. Raises where it cannot be opened, and why."""
+    if config.registry:
+        return Database.at(config.registry)
+    return Database.in_folder(Path(config.data_dir)) if config.data_dir else Database.in_memory()
+
+
 def open_registry(
-    config: ServerConfig, model: BaseModel | EncoderModel, given: Iterable[GivenAdapter]
-) -> AdapterRegistry:
-    """Returns the registry with the adapters given at start, and those of the adapter folder.
+    config: ServerConfig, model: BaseModel | EncoderModel, database: Database,
+    given: Iterable[GivenAdapter],
+) -> AdapterRegistry:  # fmt: skip
+    """Returns the registry with the adapters that are kept and those given at start.
 
     Raises for a given one that does not fit the model.
     """
-    folder = Path(config.adapter_dir) if config.adapter_dir else None
     registry = AdapterRegistry(
-        model.fingerprint, model.sites, folder, config.host_cache_bytes,
+        model.fingerprint, model.sites, database, config.host_cache_bytes,
         head_size=model.hidden_size if isinstance(model, EncoderModel) else 0,
         head_kinds=model.heads.kinds if isinstance(model, EncoderModel) else (),
         check_format=model.codec.check_format,
@@ -114,9 +123,16 @@ def open_registry(
     )  # fmt: skip
     for adapter in given:
         registry.load(adapter)
-    if folder is not None:
-        registry.load_folder()
     return registry
+
+
+def open_folder(config: ServerConfig, registry: AdapterRegistry) -> AdapterFolder | None:
+    """Publishes the files of the adapter folder and returns it, if there is one; blocks."""
+    if not config.adapter_dir:
+        return None
+    folder = AdapterFolder(Path(config.adapter_dir), registry.rules)
+    registry.follow(folder.open_all())
+    return folder
 
 
 def make_engine(config: ServerConfig, model: BaseModel | EncoderModel, metrics: Metrics) -> Engine:

@@ -1,6 +1,8 @@
 """Adapters that come, change and go while requests run."""
 
 import asyncio
+import contextlib
+import sqlite3
 
 import pytest
 
@@ -127,17 +129,20 @@ async def test_more_adapters_than_bank_rows_are_served(base, start_server):
 async def test_adapters_of_an_earlier_run_are_read_when_first_asked_for(
     base, start_server, tmp_path
 ):
-    options = {"adapter_dir": str(tmp_path), "host_cache_bytes": 0}
+    options = {"data_dir": str(tmp_path), "host_cache_bytes": 0}
     expected = {}
     server = await start_server(**options)
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-        for name, seed in {"a": 1, "b": 2, "c": 2}.items():
+        for name, seed in {"a": 1, "b": 2, "c": 3}.items():
             await client.adapters.put(name, to_bytes(base.adapter(seed)))
             expected[name] = await client.generate("abc", adapter=name, max_tokens=8)
     await server.stop(drain_s=0)
     server = await start_server(**options)
-    path = tmp_path / "b.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+    with contextlib.closing(sqlite3.connect(tmp_path / "registry.db")) as database, database:
+        database.execute(
+            "UPDATE blobs SET bytes = substr(bytes, 2) WHERE sha256 = (SELECT sha256 FROM versions "
+            "JOIN adapters ON adapter_id = adapters.id WHERE name = 'b')"
+        )
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
         listed = {adapter.name: adapter.digest async for adapter in client.adapters.list()}
         assert listed == {name: got.digest for name, got in expected.items()}
@@ -147,7 +152,7 @@ async def test_adapters_of_an_earlier_run_are_read_when_first_asked_for(
         )
         assert [got[0], got[2], got[3]] == [expected["a"], expected["c"], expected["a"]]
         assert isinstance(got[1], DataLossError)
-        assert "adapter 'b'" in str(got[1])
+        assert "version 1 of adapter 'b'" in str(got[1])
 
 
 async def test_values_in_freed_blocks_reach_nobody(base, server, client, put):
@@ -205,7 +210,7 @@ async def test_a_row_that_is_not_finite_fails_its_request_only(base, server, cli
     options = {"max_tokens": 20, "ignore_eos": True, "logprobs": True}
     alone = await client.generate("abc", adapter="good", **options)
     fill = server.model.bank._fill
-    bad = await server.registry.fetch(server.registry.resolve("bad"))
+    bad = await server.registry.fetch(await server.registry.resolve("bad"))
 
     def poison(slot, edits):
         fill(slot, edits)
@@ -229,7 +234,7 @@ async def test_an_adapter_that_is_never_finite_is_refused_until_other_content_ha
 ):
     await put("bad", base.adapter(2))
     fill = server.model.bank._fill
-    bad = await server.registry.fetch(server.registry.resolve("bad"))
+    bad = await server.registry.fetch(await server.registry.resolve("bad"))
 
     def poison(slot, edits):
         fill(slot, edits)

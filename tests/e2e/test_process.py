@@ -77,7 +77,7 @@ async def finish(stream):
 async def test_an_acknowledged_adapter_survives_kill_9(serve, base, tmp_path):
     folder = str(tmp_path / "adapters")
     adapter, other = base.adapter(1), base.adapter(2)
-    async with serve("--adapter-dir", folder) as server:
+    async with serve("--data-dir", folder) as server:
         async with AsyncClient(await server.ready()) as client:
             await client.adapters.put("acme/x", to_bytes(adapter))
             await client.adapters.put("gone", to_bytes(other))
@@ -85,18 +85,18 @@ async def test_an_acknowledged_adapter_survives_kill_9(serve, base, tmp_path):
         server.process.kill()
         await server.process.wait()
     async with (
-        serve(REDMUX_ADAPTER_DIR=folder) as server,
+        serve(REDMUX_DATA_DIR=folder) as server,
         AsyncClient(await server.ready()) as client,
     ):
         kept = [(a.name, a.digest) async for a in client.adapters.list()]
     assert kept == [("acme/x", adapter.digest)]
 
 
-async def test_two_servers_on_one_adapter_folder_are_one_too_many(serve, base, tmp_path):
+async def test_two_servers_on_one_data_folder_are_one_too_many(serve, base, tmp_path):
     folder = str(tmp_path)
-    async with serve("--adapter-dir", folder) as first:
+    async with serve("--data-dir", folder) as first:
         target = await first.ready()
-        async with serve("--adapter-dir", folder) as second:
+        async with serve("--data-dir", folder) as second:
             code, text = await second.ended()
         assert code == 1
         assert f"(pid {first.process.pid} on " in text.splitlines()[-1]
@@ -294,7 +294,10 @@ CASES = {
     "adapter": (["--adapters", "nowhere"], "nowhere"),
     "base": (["--adapters", "{tmp}/stranger"], "other-1x1-00"),
     "cut adapter": (["--adapters", "{tmp}/cut.safetensors"], "{tmp}/cut.safetensors: the tensors"),
-    "folder in use": (["--adapter-dir", "{tmp}/held"], "{tmp}/held belongs to another server"),
+    "folder in use": (["--data-dir", "{tmp}/held"], "{tmp}/held belongs to another server"),
+    "registry": (["--data-dir", "{tmp}/lost"], "{tmp}/lost/registry.db is empty; restore it"),
+    "registry's url": (["--registry", "x.db"], "registry has to be a URL like postgresql"),
+    "adapter folder": (["--adapter-dir", "{tmp}/none"], "there is no folder {tmp}/none; make it"),
     "port": (["--port", "{port}"], "cannot listen on 127.0.0.1:{port}; is it taken by another"),
     "http": (["--http-port", "{port}"], "cannot serve HTTP"),
     "metrics": (["--metrics-port", "{port}"], "cannot serve metrics"),
@@ -321,6 +324,8 @@ def test_a_start_up_error_is_one_line_and_exit_1(case, base, tiny_folder, tmp_pa
     write_folder(stranger, tmp_path / "stranger")
     (tmp_path / "cut.safetensors").write_bytes(to_bytes(base.adapter(1))[:-1])
     lock = FolderLock(tmp_path / "held")
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "registry.db").touch()
     with socket.create_server(("127.0.0.1", 0)) as taken, contextlib.closing(lock):
         port = taken.getsockname()[1]
         flags = [flag.format(tmp=tmp_path, port=port) for flag in flags]

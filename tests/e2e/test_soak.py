@@ -35,7 +35,7 @@ async def test_answers_stay_right_and_nothing_leaks(base, start_server, tmp_path
 
     server = await start_server(
         max_running=16, max_batch_tokens=64, max_queue=24, bank_bytes=0,
-        kv_cache_tokens=2048, adapter_dir=str(tmp_path),
+        kv_cache_tokens=2048, data_dir=str(tmp_path),
     )  # fmt: skip
     async with AsyncClient(f"127.0.0.1:{server.port}", timeout_s=120) as client:
         names = [f"tenant-{i % 8}/adapter-{i}" for i in range(40)]

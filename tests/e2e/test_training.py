@@ -53,7 +53,7 @@ def trained_by_the_library(folder, tasks, kind="causal"):
 async def test_adapters_come_out_as_the_library_trains_them_while_streams_do_not_notice(
     start_server, tiny_folder, tmp_path
 ):
-    server = await start_server(adapter_dir=str(tmp_path), training_share=0.5)
+    server = await start_server(data_dir=str(tmp_path), training_share=0.5)
     options = {"steps": 12, "batch_size": 4, "eval_every": 6, "prompt_format": "raw"}
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
         prompts = [f"prompt {i}" for i in range(4)]
@@ -88,7 +88,7 @@ async def test_adapters_come_out_as_the_library_trains_them_while_streams_do_not
         inline = [InlineTask(t.adapter, t.records, t.valid, t.options) for t in tasks]
         expected = await asyncio.to_thread(trained_by_the_library, tiny_folder, inline)
         for task, adapter in zip(last.tasks, expected, strict=True):
-            published = server.registry.resolve(task.adapter)
+            published = await server.registry.resolve(task.adapter)
             assert published.digest == task.digest
             assert furthest(await server.registry.fetch(published), adapter) < 1e-5
         await client.adapters.put("offline", to_bytes(expected[0]))
@@ -132,7 +132,7 @@ async def test_an_encoder_learns_to_classify_pairs_and_to_score(start_server, tm
         inline = [InlineTask(t.adapter, t.records, t.valid, t.options) for t in tasks]
         expected = await asyncio.to_thread(trained_by_the_library, folder, inline, "classifier")
         for task, adapter in zip(last.tasks, expected, strict=True):
-            served = await server.registry.fetch(server.registry.resolve(task.adapter))
+            served = await server.registry.fetch(await server.registry.resolve(task.adapter))
             assert furthest(served, adapter) < 1e-4
             assert served.head.config == adapter.head.config
             for name, tensor in adapter.head.tensors.items():

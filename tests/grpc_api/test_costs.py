@@ -85,6 +85,8 @@ def servicers():
     data = to_bytes(Adapter("tiny-1x4-0", {"a": Edit(torch.ones(4), torch.zeros(4))}))
     for name in NAMES:
         asyncio.run(registry.put(name, data, "", replace=False))
+    with contextlib.suppress(RedmuxError):  # the first time, SQL has to be written
+        asyncio.run(registry.delete("none"))
     validator, metrics, engine = Validator(260, CONTEXT), Metrics(), FullEngine()
     with contextlib.closing(FairThread("tokenizer")) as tokenizing:
         parts = engine, registry, Codec(), validator, metrics, tokenizing

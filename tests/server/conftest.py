@@ -1,10 +1,12 @@
 """A small base, as far as the registry knows one, and adapters for it."""
 
+import postgres
 import pytest
 import torch
 
 from redmux_adapters import Adapter, Edit, Head, HeadConfig, to_bytes
 from redmux_adapters.format.head import MAX_LABELS
+from redmux_server.registry.database import Database
 from redmux_server.registry.registry import AdapterRegistry
 
 FINGERPRINT = "tiny-2x4-0"
@@ -53,11 +55,39 @@ def make_head():
 
 @pytest.fixture(scope="session")
 def open_registry():
-    """Opens a registry over a folder as a starting server does; `unusable` is set on it."""
+    """Opens a registry in a folder or at a URL as a starting server does, or one in memory."""
 
-    def open_registry(folder=None, **options):
-        registry = AdapterRegistry(FINGERPRINT, SITES, folder, **options)
-        registry.unusable = registry.load_folder() if folder is not None else []
-        return registry
+    def open_registry(place=None, **options):
+        database = None
+        if place is not None:
+            database = Database.at(place) if isinstance(place, str) else Database.in_folder(place)
+        return AdapterRegistry(FINGERPRINT, SITES, database, **options)
 
     return open_registry
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """A real PostgreSQL server."""
+    if reason := postgres.missing():
+        pytest.skip(reason)
+    server = postgres.PostgreSQL()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def open_kept(request, tmp_path, open_registry):
+    """Opens one registry over and over, as servers do that start one after the other."""
+    is_sqlite = request.param == "sqlite"
+    place = tmp_path if is_sqlite else request.getfixturevalue("postgresql").new_database()
+    registries = []
+
+    def open_kept(**options):
+        registries.append(open_registry(place, **options))
+        return registries[-1]
+
+    open_kept.place = place
+    yield open_kept
+    for registry in registries:
+        registry._database.close()

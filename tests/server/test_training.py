@@ -141,7 +141,7 @@ async def test_adapters_are_published_when_their_training_ends_well(rig, adapter
     process.step("acme/a")
     process.complete("acme/a", adapters[0])
     await until(lambda: job.tasks[0].digest)
-    assert rig.registry.resolve("acme/a").digest == adapters[0].digest
+    assert (await rig.registry.resolve("acme/a")).digest == adapters[0].digest
     assert job.state is JobState.RUNNING
     assert [task.state for task in job.tasks] == [TaskState.COMPLETED, TaskState.RUNNING]
     process.tell("diverged", task="b", detail="loss inf")
@@ -151,7 +151,7 @@ async def test_adapters_are_published_when_their_training_ends_well(rig, adapter
     first, second = job.tasks
     assert (first.digest, first.loss, first.num_tokens) == (adapters[0].digest, 1.0, 7)
     assert (second.state, second.detail, second.digest) == (TaskState.DIVERGED, "loss inf", "")
-    assert "b" not in rig.registry
+    assert not await rig.registry.has("b")
     seen = await watching
     assert seen[0] is seen[-1] is job
     assert [event.task for event in seen if event is not job] == ["acme/a"]
@@ -277,7 +277,7 @@ async def test_a_cancelled_task_does_not_disturb_the_others(rig, adapters):
     assert job.state is JobState.FINISHED
     assert [task.state for task in job.tasks] == [TaskState.CANCELLED, TaskState.COMPLETED]
     assert job.tasks[0].step == 0
-    assert ["a" in rig.registry, "b" in rig.registry] == [False, True]
+    assert [await rig.registry.has("a"), await rig.registry.has("b")] == [False, True]
     with pytest.raises(InvalidArgumentError, match="trains no adapter 'x'; it has a, b"):
         await rig.service.cancel(job.id, ["x"], "me")
 
@@ -307,7 +307,7 @@ async def test_names_that_are_taken_are_refused_unless_they_are_to_be_replaced(r
     rig.processes[0].complete("a", adapters[1])
     rig.processes[0].leave()
     await job.ended.wait()
-    assert rig.registry.resolve("a").digest == adapters[1].digest
+    assert (await rig.registry.resolve("a")).digest == adapters[1].digest
 
 
 @pytest.mark.parametrize(
@@ -334,8 +334,8 @@ async def test_an_adapter_whose_name_was_taken_meanwhile_is_published_under_anot
     assert reason in failed.detail
     assert failed.digest == adapters[1].digest
     assert well.state is TaskState.COMPLETED
-    assert rig.registry.resolve("acme/a").digest == adapters[0].digest
-    kept = rig.registry.resolve(failed.digest, "me")
+    assert (await rig.registry.resolve("acme/a")).digest == adapters[0].digest
+    kept = await rig.registry.resolve(failed.digest, "me")
     assert repr(kept.name) in failed.detail
     assert check_name(kept.name).startswith("acme/a-")
     assert kept.owner == "me"

@@ -1,6 +1,6 @@
 """The methods of all services, over what a loaded server has."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from redmux.v1 import admin_service_pb2, inference_service_pb2
@@ -24,7 +24,7 @@ _CONFIG_BYTES = 1 << 20  # of what comes with an adapter's file
 
 def add_methods(
     server: Any, keys: ApiKeys, services: Services, registry: AdapterRegistry,
-    training: TrainingService, info: Callable[[str], admin_service_pb2.ServerInfo],
+    training: TrainingService, info: Callable[[str], Awaitable[admin_service_pb2.ServerInfo]],
     on_change: Callable[[], None],
 ) -> None:  # fmt: skip
     """Adds every method to what takes methods as a server of gRPC does.

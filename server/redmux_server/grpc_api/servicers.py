@@ -1,7 +1,7 @@
 """The gRPC services: protobuf in, protobuf out, nothing else."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from redmux.errors import InvalidArgumentError
@@ -190,7 +190,7 @@ class AdapterServicer(AdapterServiceServicer):
         self, request: adapter_pb.GetAdapterRequest, context: Any
     ) -> adapter_pb.GetAdapterResponse:
         """Returns what is known of an adapter."""
-        published = self._registry.resolve(request.name, self._keys.tenant(context))
+        published = await self._registry.resolve(request.name, self._keys.tenant(context))
         return adapter_pb.GetAdapterResponse(adapter=_adapter(published))
 
     async def ListAdapters(
@@ -200,7 +200,7 @@ class AdapterServicer(AdapterServiceServicer):
         if request.page_size < 0:
             raise InvalidArgumentError(f"page_size is {request.page_size}, must be 0 or more")
         size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
-        found = self._registry.page(request.page_token, size + 1, self._keys.tenant(context))
+        found = await self._registry.page(request.page_token, size + 1, self._keys.tenant(context))
         page, has_more = fill_page(map(_adapter, found), size)
         return adapter_pb.ListAdaptersResponse(
             adapters=page, next_page_token=page[-1].name if has_more else ""
@@ -218,7 +218,9 @@ class AdapterServicer(AdapterServiceServicer):
 class AdminServicer(AdminServiceServicer):
     """What the server is."""
 
-    def __init__(self, info: Callable[[str], admin_pb.ServerInfo], keys: CallKeys) -> None:
+    def __init__(
+        self, info: Callable[[str], Awaitable[admin_pb.ServerInfo]], keys: CallKeys
+    ) -> None:
         """`info` returns what a tenant is told."""
         self._info = info
         self._keys = keys
@@ -227,7 +229,8 @@ class AdminServicer(AdminServiceServicer):
         self, request: admin_pb.GetServerInfoRequest, context: Any
     ) -> admin_pb.GetServerInfoResponse:
         """Returns model, choices, limits and load."""
-        return admin_pb.GetServerInfoResponse(info=self._info(self._keys.tenant(context)))
+        info = await self._info(self._keys.tenant(context))
+        return admin_pb.GetServerInfoResponse(info=info)
 
 
 def _input(index: int, message: inference_pb.Input) -> ReadInput:

@@ -43,7 +43,7 @@ def router(offer: Offer) -> APIRouter:
         request: Request, after: str = "", limit: int = Query(_DEFAULT_PAGE, ge=1, le=_MAX_PAGE)
     ) -> Response:
         """Lists adapters in order of name: those behind `after`, up to `limit`."""
-        found = registry.page(after, limit + 1, caller_of(request).tenant)
+        found = await registry.page(after, limit + 1, caller_of(request).tenant)
         page = [_told(published) for published in found[:limit]]
         return json_response({
             "object": "list",
@@ -57,7 +57,7 @@ def router(offer: Offer) -> APIRouter:
     async def get_adapter(request: Request, name: str) -> Response:
         """Returns what is known of an adapter, or its file where that is what is accepted."""
         tenant = caller_of(request).tenant
-        published = registry.resolve(name, tenant)
+        published = await registry.resolve(name, tenant)
         headers = adapter_header(published)
         if request.headers.get("accept") != _BYTES:
             return json_response(_told(published), headers)
@@ -119,8 +119,8 @@ def loading_router(offer: Offer) -> APIRouter:
         await offer.registry.delete(body.lora_name, caller_of(request).tenant)
         offer.on_change()
 
-    def loaded(request: Request) -> dict[str, Any]:
-        page = offer.registry.page("", _MAX_PAGE, caller_of(request).tenant)
+    async def loaded(request: Request) -> dict[str, Any]:
+        page = await offer.registry.page("", _MAX_PAGE, caller_of(request).tenant)
         return {
             "success": True, "error_message": "",
             "loaded_adapters": {published.name: published.digest for published in page},
@@ -142,13 +142,13 @@ def loading_router(offer: Offer) -> APIRouter:
     async def load_as_sglang(request: Request, body: LoadBody) -> Response:
         """Publishes an adapter that lies in an allowed folder, as SGLang does."""
         await load(request, body)
-        return json_response(loaded(request))
+        return json_response(await loaded(request))
 
     @router.post("/unload_lora_adapter", response_model=LoadedAdapters)
     async def unload_as_sglang(request: Request, body: UnloadBody) -> Response:
         """Removes a name, as SGLang does."""
         await unload(request, body)
-        return json_response(loaded(request))
+        return json_response(await loaded(request))
 
     return router
 

@@ -42,7 +42,7 @@ def router(offer: Offer) -> APIRouter:
     async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         """Returns the assistant's next message."""
         caller = caller_of(request)
-        offer.names.resolve(body.model, caller.tenant)
+        await offer.names.resolve(body.model, caller.tenant)
         timeout_s = timeout_of(caller, body.timeout, body.stream)
         adapter = offer.names.adapter(body.model)
         spec = body.spec(body.chat(), adapter, timeout_s, **body.outputs())

@@ -48,7 +48,7 @@ def router(offer: Offer) -> APIRouter:
     async def create_completion(request: Request, body: CompletionBody) -> Response:
         """Completes prompts."""
         caller = caller_of(request)
-        offer.names.resolve(body.model, caller.tenant)
+        await offer.names.resolve(body.model, caller.tenant)
         adapter = offer.names.adapter(body.model)
         outputs = {
             "logprobs": body.logprobs is not None,

@@ -24,7 +24,7 @@ def router(offer: Offer) -> APIRouter:
 
     async def embed(request: Request, body: EmbeddingBody) -> Embeddings:
         tenant = caller_of(request).tenant
-        offer.names.resolve(body.model, tenant)
+        await offer.names.resolve(body.model, tenant)
         pooling = None if body.pooling is None else Pooling(body.pooling)
         return await offer.services.reading.embed(
             body.input,
@@ -56,7 +56,7 @@ def router(offer: Offer) -> APIRouter:
         done: Embeddings | Classifications
         if body.task == "classify":
             tenant = caller_of(request).tenant
-            offer.names.resolve(body.model, tenant)
+            await offer.names.resolve(body.model, tenant)
             done = await offer.services.reading.classify(
                 body.input, offer.names.adapter(body.model), tenant
             )

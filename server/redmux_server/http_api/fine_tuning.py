@@ -38,7 +38,7 @@ def router(offer: Offer) -> APIRouter:
     async def create_fine_tuning_job(request: Request, body: JobBody) -> Response:
         """Trains an adapter on a file."""
         tenant = caller_of(request).tenant
-        published = offer.names.resolve(body.model, tenant)
+        published = await offer.names.resolve(body.model, tenant)
         if published is not None:
             raise Refusal(
                 f"model is {body.model[:128]!r}, an adapter: training starts from the base model "

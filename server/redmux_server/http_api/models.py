@@ -53,24 +53,27 @@ def router(offer: Offer) -> APIRouter:
         """Lists the base model, then adapters in order of name."""
         tenant = caller_of(request).tenant
         found: list[Published] = []
-        while page := offer.registry.page(found[-1].name if found else "", _PAGE, tenant):
+        while page := await offer.registry.page(found[-1].name if found else "", _PAGE, tenant):
             found += page
         return json_response({"object": "list", "data": [base(), *map(adapter, found)]})
 
     @router.get("/v1/models/{model:path}", response_model=Model)
     async def retrieve_model(request: Request, model: str) -> Response:
         """Returns what is known of the base model or of an adapter."""
-        published = offer.names.resolve(model, caller_of(request).tenant)
+        published = await offer.names.resolve(model, caller_of(request).tenant)
         return json_response(base() if published is None else adapter(published))
 
     @router.delete("/v1/models/{model:path}", response_model=ModelDeleted)
     async def delete_model(request: Request, model: str) -> Response:
         """Removes an adapter, such as one that was fine-tuned."""
         tenant = caller_of(request).tenant
-        published = offer.names.resolve(model, tenant)
+        published = await offer.names.resolve(model, tenant)
         if published is None:
             raise PermissionDeniedError(f"{model[:128]!r} is the base model, which stays")
-        await offer.registry.delete(published.name, tenant)
+        # A digest, or a version of a name, is that version alone.
+        adapter = offer.names.adapter(model)
+        is_name = adapter == published.name
+        await offer.registry.delete(published.name if is_name else published.reference, tenant)
         offer.on_change()
         return json_response({"id": model, "object": "model", "deleted": True})
 

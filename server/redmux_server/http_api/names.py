@@ -35,7 +35,7 @@ class ModelNames:
                 return model[len(name) + 1 :]
         return model
 
-    def resolve(self, model: str, tenant: str) -> Published | None:
+    async def resolve(self, model: str, tenant: str) -> Published | None:
         """Returns the adapter that is meant, None for the base model.
 
         Raises ModelNotFound where there is none, and DataLossError where its file is damaged.
@@ -46,7 +46,7 @@ class ModelNames:
         if not adapter:
             return None
         try:
-            return self._registry.resolve(adapter, tenant)
+            return await self._registry.resolve(adapter, tenant)
         except NotFoundError as err:
             raise ModelNotFound(
                 f"the model {model[:256]!r} does not exist; the base model is {self.base!r}, and "

@@ -29,7 +29,7 @@ def router(offer: Offer) -> APIRouter:
     async def classify(request: Request, body: ClassifyBody) -> Response:
         """Returns what an adapter's head makes of each input."""
         tenant = caller_of(request).tenant
-        offer.names.resolve(body.model, tenant)
+        await offer.names.resolve(body.model, tenant)
         done = await reading.classify(body.input, offer.names.adapter(body.model), tenant)
         labels = list(done.head.labels)
         data = [
@@ -50,7 +50,7 @@ def router(offer: Offer) -> APIRouter:
     async def score(request: Request, body: ScoreBody) -> Response:
         """Returns how well two texts go together, by an adapter's head or by their vectors."""
         tenant = caller_of(request).tenant
-        published = offer.names.resolve(body.model, tenant)
+        published = await offer.names.resolve(body.model, tenant)
         adapter = offer.names.adapter(body.model)
         pairs = body.pairs()
         done: Embeddings | Classifications

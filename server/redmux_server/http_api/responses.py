@@ -33,7 +33,7 @@ def router(offer: Offer) -> APIRouter:
     async def create_response(request: Request, body: ResponseBody) -> Response:
         """Returns the assistant's answer."""
         caller = caller_of(request)
-        offer.names.resolve(body.model, caller.tenant)
+        await offer.names.resolve(body.model, caller.tenant)
         timeout_s = timeout_of(caller, body.timeout, body.stream)
         spec = body.spec(offer.names.adapter(body.model), timeout_s)
         async with within(timeout_s):

@@ -25,7 +25,7 @@ def router(offer: Offer) -> APIRouter:
     async def tokenize(request: Request, body: TokenizeBody) -> Response:
         """Returns the tokens that a prompt becomes, as a completion of it begins with."""
         tenant = caller_of(request).tenant
-        published = offer.names.resolve(body.model, tenant)
+        published = await offer.names.resolve(body.model, tenant)
         service = offer.services.generation
         if service is None:
             raise FailedPreconditionError(
@@ -55,7 +55,7 @@ def router(offer: Offer) -> APIRouter:
     @router.post("/detokenize", response_model=Text)
     async def detokenize(request: Request, body: DetokenizeBody) -> Response:
         """Returns the text of tokens, special ones among them."""
-        published = offer.names.resolve(body.model, caller_of(request).tenant)
+        published = await offer.names.resolve(body.model, caller_of(request).tenant)
         offer.services.validator.prompt(body.tokens, name="tokens")
         return json_response({"prompt": decode(body.tokens)}, adapter_header(published))
 

@@ -1,133 +1,148 @@
-"""AdapterFolder: the files of adapters that were put, each sealed with its owner and a checksum."""
+"""AdapterFolder: files of adapters in a folder that is only read, and watched."""
 
-import contextlib
+import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from redmux.errors import (
-    DataLossError,
-    FailedPreconditionError,
-    InvalidAdapterError,
-    RedmuxError,
-)
-from redmux_adapters import Adapter, Limits, summarize
-from redmux_adapters.format.files import read_file, summary_of, to_sealed_bytes
+from watchfiles import awatch
+
+from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError, RedmuxError
+from redmux_adapters import Limits, summarize
+from redmux_adapters.format.files import read_file
 from redmux_adapters.format.seal import owner_in
-from redmux_server.durable import sweep
-from redmux_server.registry import disk
-from redmux_server.registry.folder_index import Entry, Stamp, read_index, write_index
 from redmux_server.registry.names import SUFFIX, check_name
 from redmux_server.registry.published import Published, Rules
+from redmux_server.registry.stamp import Stamp
 from redmux_server.registry.tenants import OPERATOR
+from redmux_server.registry.unusable import Unusable
 
 logger = logging.getLogger(__name__)
+logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it counts events
 
-_MANY = 64  # files; reading fewer takes milliseconds
-_SETTLED_NS = 2_000_000_000
+_SETTLED_S = 0.2  # that a file has to stay as it is: nobody writes to it any more
+_LOOK_S = 0.05
+_EVENTS_MS = 50  # that events are gathered for
+_START_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """A file that cannot be served; it stays for a person to look at, or until it is replaced."""
+@dataclass(slots=True)
+class FolderChanges:
+    """What has become of a folder since it was looked at last."""
 
-    name: str
-    path: Path
-    owner: str | None  # None where it does not tell
-    error: RedmuxError  # for whoever asks for the name
-
-    @property
-    def is_damaged(self) -> bool:
-        """Whether it is no sound adapter, of whatever base model."""
-        return isinstance(self.error, DataLossError)
-
-    def fresh_error(self) -> RedmuxError:
-        """Returns the error, to be raised once."""
-        return type(self.error)(self.error.message)
+    found: list[Published | Unusable] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    is_settled: bool = True  # False while files are being written, which are left out
 
 
 class AdapterFolder:
-    """Files of adapters in a folder. Every method blocks on the disk."""
+    """The adapter files of a folder, which belong to whoever lays them there.
+
+    Each look blocks on the disk and compares what is there with what was there before, so a change
+    that was missed is seen with the next one.
+    """
 
     def __init__(self, path: Path, rules: Rules) -> None:
+        """Raises FailedPreconditionError where there is no such folder."""
         self.path = path
         self._rules = rules
-        self._indexed: set[tuple[str, Stamp]] = set()  # files that the folder's index has
+        self._known: dict[str, Stamp | None] = {}  # by name, what was told of
+        self._seen: dict[str, tuple[Stamp | None, float]] = {}  # by name, and since when
+        if not path.is_dir():
+            raise FailedPreconditionError(
+                f"adapter_dir: there is no folder {path}; make it, or give another one"
+            )
 
-    def open_all(self) -> list[Published | Unusable]:
-        """Returns what is there, in order of name.
+    def open_all(self) -> FolderChanges:
+        """Returns what is there at start; waits a moment for what is just being written."""
+        changes, end_s = self.look(), time.monotonic() + _START_S
+        while not changes.is_settled and time.monotonic() < end_s:
+            time.sleep(_LOOK_S)
+            more = self.look()
+            changes.found += more.found
+            changes.is_settled = more.is_settled
+        num_bad = sum(isinstance(item, Unusable) for item in changes.found)
+        logger.info("%d of %d adapter files in %s are usable", len(changes.found) - num_bad,
+                    len(changes.found), self.path)  # fmt: skip
+        return changes
 
-        Every file that changed since an earlier run indexed it is read and checked, and its vectors
-        are dropped again. What cannot be used is in the log with its reason.
+    def look(self) -> FolderChanges:
+        """Returns what has changed; vectors are read and checked, and dropped again.
+
+        What cannot be used is in the log with its reason.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        sweep(self.path)
-        index = read_index(self.path, self._rules.base_fingerprint)
-        self._indexed = {(name, entry.stamp) for name, entry in index.items()}
-        # Threads would take longer: most of the work needs the interpreter's lock.
-        return [self._open(path, index) for path in sorted(self.path.glob(f"**/*{SUFFIX}"))]
+        changes, paths = FolderChanges(), {}
+        for path in sorted(self.path.glob(f"**/*{SUFFIX}")):
+            paths[path.relative_to(self.path).as_posix().removesuffix(SUFFIX)] = path
+        for name, path in paths.items():
+            stamp = Stamp.of(path)
+            if name in self._known and self._known[name] == stamp:
+                continue
+            item = self._read(name, path, stamp) if self._is_settled(name, stamp) else None
+            if item is None:
+                changes.is_settled = False
+                continue
+            self._known[name] = stamp
+            self._seen.pop(name, None)
+            changes.found.append(item)
+        for name in [name for name in self._known if name not in paths]:
+            del self._known[name]
+            changes.gone.append(name)
+        self._seen = {name: seen for name, seen in self._seen.items() if name in paths}
+        return changes
 
-    def store(self, name: str, adapter: Adapter, owner: str) -> Published:
-        """Makes an adapter durable under a name; raises as `disk.write` does."""
-        disk.write(self.path, name, to_sealed_bytes(adapter, owner))
-        path = disk.path_of(self.path, name)
-        return Published(name, summary_of(adapter), path, self._rules, owner, Stamp.of(path))
+    async def watch(self, tell: Callable[[FolderChanges], None]) -> None:
+        """Tells of all changes from now on, within a second, until it is cancelled."""
+        events = awatch(
+            self.path, watch_filter=None, debounce=_EVENTS_MS, step=_EVENTS_MS,
+            ignore_permission_denied=True,
+        )  # fmt: skip
+        while True:
+            event = asyncio.ensure_future(anext(events))
+            try:
+                await asyncio.sleep(0)  # from here on events are gathered, so a look misses none
+                await self._look_until_settled(tell)
+                await event
+            finally:
+                event.cancel()
 
-    def keep(self, held: Published, adapter: Adapter) -> None:
-        """Makes durable what a name has already, unless its file is as it would be written now."""
-        data = to_sealed_bytes(adapter, held.owner)
-        with contextlib.suppress(InvalidAdapterError):
-            if read_file(disk.path_of(self.path, held.name), len(data)) == data:
+    async def _look_until_settled(self, tell: Callable[[FolderChanges], None]) -> None:
+        while True:
+            changes = await asyncio.to_thread(self.look)
+            if changes.found or changes.gone:
+                tell(changes)
+            if changes.is_settled:
                 return
-        disk.write(self.path, held.name, data)
-        held.stamp = None  # that of another file
+            await asyncio.sleep(_LOOK_S)
 
-    def remove(self, name: str) -> None:
-        """Removes the file of a name; raises as `disk.remove` does."""
-        disk.remove(self.path, name)
+    def _is_settled(self, name: str, stamp: Stamp | None) -> bool:
+        """Whether a file has been as it is for a while."""
+        if stamp is None:
+            return True  # no file at all
+        seen, since_s = self._seen.get(name, (None, 0.0))
+        if seen == stamp:
+            return time.monotonic() - since_s >= _SETTLED_S
+        self._seen[name] = stamp, time.monotonic()
+        newest_ns = max(stamp.modified_ns, stamp.changed_ns)
+        return name not in self._known and time.time_ns() - newest_ns > _SETTLED_S * 1e9
 
-    def save_index(self, versions: Iterable[Published]) -> None:
-        """Lets the next start skip the files of these versions.
-
-        Does nothing where hardly any file would be skipped that is not skipped already.
-        """
-        entries = {
-            published.name: Entry(published.stamp, published.summary, published.owner)
-            for published in versions
-            if published.stamp is not None
-        }
-        fresh = {(name, entry.stamp) for name, entry in entries.items()}
-        if len(fresh - self._indexed) >= _MANY:
-            write_index(self.path, self._rules.base_fingerprint, entries)
-            self._indexed = fresh
-
-    def _open(self, path: Path, index: Mapping[str, Entry]) -> Published | Unusable:
-        name = path.relative_to(self.path).as_posix().removesuffix(SUFFIX)
+    def _read(self, name: str, path: Path, stamp: Stamp | None) -> Published | Unusable | None:
+        """Returns what a file is, None if it changes while it is read."""
         try:
             check_name(name)
-            return self._known(name, path, index.get(name)) or self._read(name, path)
+            data = read_file(path, self._rules.limits.file_bytes)
+            summary, owner = self._rules.summarize(data, None), owner_in(data) or OPERATOR
         except RedmuxError as err:
+            if Stamp.of(path) != stamp:
+                return None
             logger.error("adapter file %s cannot be used: %s", path, err)
             return self._set_aside(name, path)
-
-    def _known(self, name: str, path: Path, entry: Entry | None) -> Published | None:
-        """Returns what the index has of a file, if that is still the same and would be accepted."""
-        stamp = Stamp.of(path)
-        if entry is not None and entry.stamp == stamp:
-            with contextlib.suppress(RedmuxError):
-                self._rules.check(entry.summary.config)
-                return Published(name, entry.summary, path, self._rules, entry.owner, stamp)
-        return None
-
-    def _read(self, name: str, path: Path) -> Published:
-        read_at_ns, stamp = time.time_ns(), Stamp.of(path)
-        data = read_file(path, self._rules.limits.file_bytes)
-        summary, owner = self._rules.summarize(data, None), owner_in(data) or OPERATOR
-        # One more write right now might leave the stamp as it is: clocks of files are coarse.
-        is_settled = stamp is not None and stamp.changed_ns < read_at_ns - _SETTLED_NS
-        return Published(name, summary, path, self._rules, owner, stamp if is_settled else None)
+        if Stamp.of(path) != stamp:
+            return None
+        logger.info("adapter %s is %s, from %s", name, summary.digest, path)
+        return Published(name, summary, path, self._rules, owner, stamp=stamp)
 
     def _set_aside(self, name: str, path: Path) -> Unusable:
         """Returns whose the file of a name is that cannot be used, and what to say about it."""
@@ -141,12 +156,12 @@ class AdapterFolder:
             reason = "its modules are not those of this base model"
         except InvalidAdapterError:
             error = DataLossError(
-                f"the stored file of adapter {name!r} is damaged; put the adapter again"
+                f"the file of adapter {name!r} in the server's folder is damaged; replace it there"
             )
             return Unusable(name, path, owner, error)
         except RedmuxError as err:
             reason = err.message
         return Unusable(
             name, path, owner,
-            FailedPreconditionError(f"the stored adapter {name!r} cannot be used: {reason}"),
+            FailedPreconditionError(f"the adapter file of {name!r} cannot be used: {reason}"),
         )  # fmt: skip

@@ -21,12 +21,10 @@ _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 class FolderLock:
     """Holds a folder, which it makes if need be, until `close` or the process's end.
 
-    Two servers on one folder would publish, replace and delete behind each other's backs.
+    Two servers on one folder would change and delete behind each other's backs.
     """
 
-    def __init__(
-        self, folder: Path, option: str = "adapter_dir", contents: str = "adapters"
-    ) -> None:
+    def __init__(self, folder: Path, option: str = "data_dir", contents: str = "files") -> None:
         """Raises FailedPreconditionError where another server has it, or it can be none.
 
         `option` is what names the folder, `contents` what is kept in it.

@@ -1,13 +1,17 @@
 """Published: an adapter under its name, whose vectors are read when somebody needs them."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError
+from redmux.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidAdapterError,
+    NotFoundError,
+)
 from redmux_adapters import (
     Adapter,
     BaseMatch,
@@ -22,7 +26,7 @@ from redmux_adapters import (
 from redmux_adapters.format.config import AdapterConfig
 from redmux_adapters.format.files import parse_known, read_file
 from redmux_adapters.format.window import ALL
-from redmux_server.registry.folder_index import Stamp
+from redmux_server.registry.stamp import Stamp
 from redmux_server.registry.tenants import OPERATOR
 
 logger = logging.getLogger(__name__)
@@ -81,29 +85,39 @@ class Rules(NamedTuple):
 class Published:
     """One version of a name. Whoever holds it can read exactly this version, whatever comes next.
 
-    The vectors are a file of the registry, or the bytes they came in. Before the file of a version
-    is replaced or removed, `detach` takes its bytes into memory, where they stay for as long as
-    somebody holds this object. What is read is checked against the digest that was published.
+    The vectors are a row of the registry, a file, or the bytes they came in. Before a row is
+    removed, `detach` takes its bytes into memory, where they stay for as long as somebody holds
+    this object. What is read is checked against the digest that was published.
     """
 
-    __slots__ = ("_data", "_path", "_rules", "created_at", "name", "owner", "stamp", "summary")
+    __slots__ = (
+        "__weakref__", "_data", "_rules", "_source", "created_at", "name", "number", "owner",
+        "stamp", "summary",
+    )  # fmt: skip
 
     def __init__(
         self,
         name: str,
         summary: Summary,
-        source: Path | bytes,
+        source: Path | bytes | Callable[[], bytes],
         rules: Rules,
         owner: str = OPERATOR,
+        *,
+        number: int = 0,
+        created_at: datetime | None = None,
         stamp: Stamp | None = None,
     ) -> None:
-        """`source` is the file of the vectors, with its stamp if that is known, or their bytes."""
+        """`source` is the file of the vectors, their bytes, or what reads these.
+
+        `number` is 0 for what the registry does not keep, `stamp` what told its file apart.
+        """
         self.name = name
         self.owner = owner
         self.summary = summary
+        self.number = number
         self.stamp = stamp
-        self.created_at = datetime.now(UTC)
-        self._path = str(source) if isinstance(source, Path) else None
+        self.created_at = created_at or datetime.now(UTC)
+        self._source = source
         self._data = source if isinstance(source, bytes) else None
         self._rules = rules
 
@@ -113,6 +127,11 @@ class Published:
         return self.summary.digest
 
     @property
+    def reference(self) -> str:
+        """What refers to this very version; a mere name for what the registry does not keep."""
+        return f"{self.name}@{self.number}" if self.number else self.name
+
+    @property
     def base_match(self) -> BaseMatch:
         """How the base that the adapter was made for compares with the one at hand."""
         return match_bases(self.summary.config.base_fingerprint, self._rules.base_fingerprint)
@@ -120,32 +139,42 @@ class Published:
     def read(self) -> Adapter:
         """Returns the adapter; blocks on the disk, from any thread.
 
-        Raises DataLossError if the file was damaged or removed since it was published, and
-        ResourceExhaustedError if the system cannot open it now.
+        Raises DataLossError if what is kept was damaged or removed since it was published,
+        ResourceExhaustedError if the system cannot open it now, UnavailableError if a database does
+        not answer, and NotFoundError if another server has deleted it there.
         """
-        if self._data is None:
-            assert self._path is not None
+        try:
+            data = self._read_bytes()
+        except (DataLossError, NotFoundError):
+            if self._data is None:  # else it was detached meanwhile
+                raise
+            data = self._data
+        try:
+            return self._parse(data)
+        except InvalidAdapterError as err:
+            raise self._lost(err) from None
+
+    def detach(self, data: bytes) -> None:
+        """Takes the bytes into memory; call it before they are removed where they are kept."""
+        self._data = data
+
+    def _read_bytes(self) -> bytes:
+        if self._data is not None:
+            return self._data
+        if isinstance(self._source, Path):
             try:
-                return self._parse(read_file(Path(self._path), self._rules.limits.file_bytes))
+                return read_file(self._source, self._rules.limits.file_bytes)
             except InvalidAdapterError as err:
-                # Detached while it was read? Then the file belongs to another version by now.
-                if self._data is None:
-                    logger.error("adapter file %s was damaged: %s", self._path, err)
-                    raise DataLossError(
-                        f"the file of adapter {self.name!r} is no longer what was published as "
-                        f"{self.digest}; put the adapter again"
-                    ) from None
-        return self._parse(self._data)
+                raise self._lost(err) from None
+        assert callable(self._source)
+        return self._source()
 
-    def detach(self) -> None:
-        """Takes the bytes of the file into memory; call it before the file changes.
-
-        Raises ResourceExhaustedError if the system cannot open it now.
-        """
-        if self._data is None and self._path is not None:
-            # A file that cannot be read is lost with or without what comes next.
-            with contextlib.suppress(InvalidAdapterError):
-                self._data = read_file(Path(self._path), self._rules.limits.file_bytes)
+    def _lost(self, err: InvalidAdapterError) -> DataLossError:
+        logger.error("adapter %s was damaged: %s", self.reference, err)
+        return DataLossError(
+            f"the file of adapter {self.name!r} is no longer what was published as "
+            f"{self.digest}; put the adapter again"
+        )
 
     def _parse(self, data: bytes) -> Adapter:
         adapter = parse_known(

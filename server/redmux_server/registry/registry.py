@@ -1,40 +1,60 @@
 """AdapterRegistry: which adapters are published under which names."""
 
 import asyncio
+import functools
+import hashlib
+import itertools
+import json
 import logging
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 
+from sqlalchemy import Connection
+
+from redmux._nearest import nearest
 from redmux.errors import (
-    AlreadyExistsError,
+    DataLossError,
+    FailedPreconditionError,
     NotFoundError,
-    PermissionDeniedError,
     RedmuxError,
 )
-from redmux_adapters import Adapter, Limits, PromptFormat
+from redmux_adapters import Adapter, Limits, PromptFormat, Summary, to_bytes
+from redmux_adapters.format.config import config_value, parse_config
 from redmux_adapters.format.files import summary_of
 from redmux_adapters.format.head import KINDS, MAX_LABELS
-from redmux_server.registry.catalogue import Catalogue
-from redmux_server.registry.folder import AdapterFolder, Unusable
+from redmux_server.registry import catalogue, changes
+from redmux_server.registry.catalogue import Alias, Version
+from redmux_server.registry.database import Database
+from redmux_server.registry.folder import FolderChanges
 from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.host_cache import HostCache
-from redmux_server.registry.names import check_name
+from redmux_server.registry.local import LocalAdapters
+from redmux_server.registry.names import (
+    Reference,
+    check_alias,
+    check_name,
+    near_name,
+    parse_reference,
+)
 from redmux_server.registry.published import Published, Rules
-from redmux_server.registry.tenants import OPERATOR, may_change, may_see, owner_of_new
+from redmux_server.registry.recent import RecentVersions
+from redmux_server.registry.tenants import OPERATOR, may_change
+from redmux_server.registry.unusable import Unusable
 
 logger = logging.getLogger(__name__)
 
 _HEADER_BYTES = 512 << 10
 _HEAD_TENSORS = max(map(len, KINDS.values()))
+_NEIGHBOURS = 8  # of a name that is not there, from each place where there may be some
 
 
 class AdapterRegistry:
-    """Names of immutable adapters, in memory, and in a folder if one is given.
+    """Names of adapters and their versions, in a database, and beside it what only this server has.
 
-    Belongs to the event loop. A name costs a few kilobytes: vectors that nobody uses stay in their
-    file, or in the bytes they came in where there is no folder. Publishing swaps one reference: a
-    request that resolved a name before keeps the version it got. With a folder, an acknowledged
-    change is on disk: each adapter is one file, written beside its place, synced and renamed.
+    Belongs to the event loop. A name that nobody uses costs no memory here: it is looked up in the
+    database, and vectors are read when they are needed. Versions are immutable: a request that
+    resolved a name keeps the version it got. An acknowledged change is as durable as the database.
 
     Every name has an owner (see `tenants`). What a tenant may not see is not there for it; what it
     sees of the operator's it may use, not change. The tenant "" may do everything.
@@ -44,7 +64,7 @@ class AdapterRegistry:
         self,
         base_fingerprint: str,
         sites: Mapping[str, int],
-        folder: Path | None = None,
+        database: Database | None = None,
         cache_bytes: int = 256 << 20,
         head_size: int = 0,
         head_kinds: Collection[str] = KINDS,
@@ -52,18 +72,19 @@ class AdapterRegistry:
         allow_other_base: bool = False,
         has_windows: bool = True,
     ) -> None:
-        """`cache_bytes` bounds the adapters that are kept ready beside those in use.
+        """Without a `database` everything is kept in memory. Reads from it, which blocks.
 
-        `head_size` is the hidden size that heads of adapters are for, 0 where none are applied, and
-        `head_kinds` are those that the base model can have. `check_format` raises WrongBaseError
-        for a prompt format whose special tokens the base's tokenizer has not; from any thread. With
+        `cache_bytes` bounds the adapters that are kept ready beside those in use. `head_size` is
+        the hidden size that heads of adapters are for, 0 where none are applied, and `head_kinds`
+        are those that the base model can have. `check_format` raises WrongBaseError for a prompt
+        format whose special tokens the base's tokenizer has not; from any thread. With
         `allow_other_base`, adapters of relatives are taken: of bases with other weights in modules
         of the same sizes; with `has_windows`, those that edit some of the tokens alone.
         """
-        self._catalogue = Catalogue()
-        self._unusable: dict[str, Unusable] = {}  # names that are not in the catalogue
+        self._database = database or Database.in_memory()
+        self._local = LocalAdapters()
+        self._recent = RecentVersions()
         self._cache = HostCache(cache_bytes)
-        self._writing = asyncio.Lock()
         # Every editable module and the largest head in fp32, and room for the header.
         num_head_values = (head_size + 1) * (head_size + MAX_LABELS) if head_size else 0
         num_values = 2 * sum(sites.values()) + num_head_values
@@ -72,7 +93,7 @@ class AdapterRegistry:
             file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
             num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
         )  # fmt: skip
-        self._rules = Rules(
+        self.rules = Rules(
             base_fingerprint,
             sites,
             limits,
@@ -82,205 +103,347 @@ class AdapterRegistry:
             allow_other_base,
             has_windows,
         )
-        self._folder = None if folder is None else AdapterFolder(folder, self._rules)
+        self._num_kept = self._database.read_now(functools.partial(catalogue.count, tenant=""))
 
     def __len__(self) -> int:
-        return len(self._catalogue)
+        """Returns how many names there are, other servers' changes since the start left out."""
+        return self._num_kept + len(self._local)
 
-    def __contains__(self, name: str) -> bool:
-        return self._catalogue.held(name) is not None
+    async def has(self, name: str) -> bool:
+        """Whether a name is taken, by whomever."""
+        return bool(await self.owners([name]))
 
-    def count(self, tenant: str = "") -> int:
+    async def owners(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns the owner of each of these names that is taken."""
+        names = list(names)
+        kept = await self._database.read(functools.partial(catalogue.owners, names=names))
+        held = ((name, self._local.held(name)) for name in names)
+        return {name: item.owner or OPERATOR for name, item in held if item is not None} | kept
+
+    async def count(self, tenant: str = "") -> int:
         """Returns how many adapters a tenant sees."""
-        return self._catalogue.count(tenant)
+        kept = await self._database.read(functools.partial(catalogue.count, tenant=tenant))
+        return kept + self._local.count(tenant)
 
-    def resolve(self, name_or_digest: str, tenant: str = "") -> Published:
-        """Returns the version that a name or a "sha256:..." digest has now; raises NotFoundError.
+    async def resolve(self, reference: str, tenant: str = "") -> Published:
+        """Returns the version that is meant right now; raises NotFoundError.
 
-        Of several names with that digest, the one that has had it longest. For a name whose file
-        was found damaged at start it raises DataLossError, for one whose file is not for this base
-        model FailedPreconditionError.
+        `reference` is a name, for its newest version; a name, "@" and a number, an alias or 8 or
+        more digits of a digest; or a whole "sha256:..." digest, of several names with it the one
+        that has had it longest. Raises FailedPreconditionError for what is not for this base model,
+        and for a file of the adapter folder that is damaged DataLossError.
         """
-        unusable = self._unusable.get(name_or_digest)
-        if unusable is not None and may_see(tenant, unusable.owner):
-            raise unusable.fresh_error()
-        return self._catalogue.resolve(name_or_digest, tenant)
+        parsed = parse_reference(reference)
+        version = await self._find(parsed, tenant)
+        if version is None:
+            found = self._local.find(parsed, tenant)
+            if found is None:
+                raise await self._not_found(reference, parsed, tenant)
+            return found
+        try:
+            return self._published(version)
+        except FailedPreconditionError:
+            found = self._local.find(parsed, tenant)
+            if found is None:
+                raise
+            return found
 
     async def fetch(self, published: Published) -> Adapter:
         """Returns the adapter of a version that was resolved, reading its vectors if need be.
 
-        Raises DataLossError if its file was damaged since it was published.
+        Raises as `Published.read` does.
         """
         return await self._cache.get(published)
 
-    def page(self, after: str, size: int, tenant: str = "") -> list[Published]:
-        """Returns up to `size` adapters whose names sort after `after`."""
-        return self._catalogue.page(after, size, tenant)
+    async def page(self, after: str, size: int, tenant: str = "") -> list[Published]:
+        """Returns up to `size` adapters, the newest version of each, whose names sort after that.
+
+        Those that are not for this base model are left out.
+        """
+        found = {published.name: published for published in self._local.page(after, size, tenant)}
+        num_kept, start = 0, after
+        while num_kept < size:
+            read = functools.partial(catalogue.page, after=start, size=size, tenant=tenant)
+            kept = await self._database.read(read)
+            for version in kept:
+                with suppress(FailedPreconditionError):
+                    found[version.name] = self._published(version)
+                    num_kept += 1
+            if len(kept) < size:
+                break
+            start = kept[-1].name
+        return [found[name] for name in sorted(found)[:size]]
+
+    async def versions(self, name: str, below: int, size: int, tenant: str = "") -> list[Published]:
+        """Returns up to `size` versions of a name, the newest first, numbered below that (0: all).
+
+        Raises as `resolve` does.
+        """
+        newest = await self.resolve(check_name(name), tenant)
+        if not newest.number:
+            return [newest]
+        read = functools.partial(catalogue.versions_of, name=name, below=below, size=size)
+        return [self._published(v, is_checked=False) for v in await self._database.read(read)]
+
+    async def aliases(self, names: Iterable[str]) -> Mapping[str, Sequence[Alias]]:
+        """Returns the aliases of each of these names that has some."""
+        return await self._database.read(functools.partial(catalogue.aliases_of, names=names))
 
     def operators_names(self, digest: str) -> list[str]:
-        """Returns the names that the operator has for a digest."""
-        return self._catalogue.names_of(digest, OPERATOR)
+        """Returns the names, of those used last, that the operator has for a digest."""
+        used = itertools.chain(self._recent, self._local)
+        same = {p.name for p in used if p.digest == digest and p.owner == OPERATOR}
+        return sorted(same)
 
-    def check_may_put(self, name: str, replace: bool, tenant: str) -> None:
-        """Raises unless a tenant may put something under a name, as far as owners are concerned.
+    def check_may_put(self, name: str, owner: str | None, replace: bool, tenant: str) -> None:
+        """Raises unless a tenant may put something under a name that this owner has.
 
-        PermissionDeniedError for a name of the operator's; for another tenant's NotFoundError if it
-        is to be replaced, else AlreadyExistsError: that it is taken cannot be hidden.
+        See `changes.check_may_put`; and FailedPreconditionError where the adapter folder has a file
+        of that name, which is not the server's to change.
         """
-        known, owner = self._owner(name)
-        if not known or may_change(tenant, owner):
-            return
-        if may_see(tenant, owner):
-            raise _belongs_to_operator(name)
-        if replace:
-            raise NotFoundError(f"no adapter {name!r} to replace; choose another name")
-        raise AlreadyExistsError(f"the name {name!r} is taken; choose another")
+        changes.check_may_put(name, owner, replace, tenant)
+        if _is_file(self._local.held(name)):
+            raise _is_in_folder(name)
 
     async def put(
         self, name: str, safetensors: bytes, config_json: str, replace: bool, tenant: str = ""
     ) -> tuple[Published, bool]:
-        """Checks and publishes an adapter; returns it and whether anything changed.
+        """Checks an adapter and makes it the newest version; returns it and whether it was not so.
 
         The same vectors with other metadata are published as a new version that needs no
         `replace`, since they compute the same. Raises InvalidAdapterError, WrongBaseError,
         FailedPreconditionError for a head that the base model cannot have, what `check_may_put`
         raises, AlreadyExistsError where the name holds other content and `replace` is false, or,
-        with the reason, ResourceExhaustedError or FailedPreconditionError where the folder does
-        not take it. Nothing is published then.
+        with the reason, what a database refuses. Nothing is published then.
         """
         check_name(name)
-        self.check_may_put(name, replace, tenant)
-        adapter = await asyncio.to_thread(self._rules.parse, safetensors, config_json)
-        # A caller who goes away must not leave the file to be written after the lock is free.
-        return await asyncio.shield(self._publish(name, adapter, safetensors, replace, tenant))
+        owners = await self.owners([name])
+        self.check_may_put(name, owners.get(name), replace, tenant)
+        adapter, new = await asyncio.to_thread(self._checked, safetensors, config_json)
+        given = self._local.held(name)
+        is_same = isinstance(given, Published) and given.digest == new.digest
+        if isinstance(given, Published) and not (is_same or replace):
+            raise changes.other_content(name, given.digest)
+        version, is_new = await self._database.write(
+            functools.partial(changes.put, name=name, new=new, replace=replace, tenant=tenant)
+        )
+        if is_new and version.number == 1:
+            self._num_kept += 1
+        self._local.discard(name)
+        published = self._published(version)
+        self._cache.add(adapter)
+        if is_same and isinstance(given, Published):
+            is_new = given.summary.config.metadata != adapter.metadata
+        if is_new:
+            logger.info("adapter %s of %s is %s, %d sites, base: %s", version.label,
+                        version.owner or "the operator", adapter.digest, len(adapter.edits),
+                        published.base_match)  # fmt: skip
+        return published, is_new
 
-    async def _publish(
-        self, name: str, adapter: Adapter, safetensors: bytes, replace: bool, tenant: str
-    ) -> tuple[Published, bool]:
-        async with self._writing:
-            self.check_may_put(name, replace, tenant)  # somebody may have been faster
-            held = self._catalogue.held(name)
-            if held is not None and held.digest != adapter.digest and not replace:
-                raise AlreadyExistsError(
-                    f"adapter {name!r} exists with other content ({held.digest}); "
-                    f"pass replace to replace it"
-                )
-            self._cache.add(adapter)
-            if (
-                held is not None
-                and held.digest == adapter.digest
-                and held.summary.config.metadata == adapter.metadata
-            ):
-                if self._folder is not None:
-                    await asyncio.to_thread(self._folder.keep, held, adapter)
-                return held, False
-            _, owner = self._owner(name)
-            if owner is None:
-                owner = owner_of_new(tenant)
-            published = await asyncio.to_thread(
-                self._store, name, adapter, safetensors, held, owner
-            )
-            self._catalogue.add(published)
-            self._unusable.pop(name, None)
-        logger.info("adapter %s of %s is %s, %d sites, base: %s", name, owner or "the operator",
-                    adapter.digest, len(adapter.edits), published.base_match)  # fmt: skip
-        return published, True
+    async def delete(self, reference: str, tenant: str = "") -> Published:
+        """Removes a name with all its versions, or one version; returns the newest of them.
 
-    async def delete(self, name: str, tenant: str = "") -> Published:
-        """Removes a name; raises NotFoundError if there is none.
-
-        PermissionDeniedError for a tenant where it is the operator's; and as `put` does where the
-        folder cannot be changed.
+        Raises NotFoundError if there is none, PermissionDeniedError for a tenant where it is the
+        operator's, FailedPreconditionError where an alias points there or it is a file of the
+        adapter folder, and what a database refuses.
         """
-        return await asyncio.shield(self._remove(name, tenant))
+        parsed = parse_reference(reference)
+        found = await self._find(parsed, tenant)
+        if found is None:
+            return await self._delete_local(reference, parsed, tenant)
+        published = self._published(found, is_checked=False)
 
-    async def _remove(self, name: str, tenant: str) -> Published:
-        async with self._writing:
-            held = self._catalogue.held(name)
-            if held is None or not may_see(tenant, held.owner):
-                self.resolve(name, tenant)  # raises, but for a digest
-                raise self._catalogue.not_found(name, tenant)
-            if not may_change(tenant, held.owner):
-                raise _belongs_to_operator(name)
-            if self._folder is not None:
-                await asyncio.to_thread(held.detach)
-                await asyncio.to_thread(self._folder.remove, name)
-            self._catalogue.discard(held)
-            logger.info("adapter %s of %s is deleted", name, held.owner or "the operator")
-            return held
+        def remove(connection: Connection) -> tuple[list[Version], bool]:
+            gone = changes.doomed(connection, parsed, tenant)
+            for version in gone:
+                live = published if version == found else self._recent.live(version.id)
+                if live is not None:
+                    with suppress(DataLossError):  # lost with or without what comes next
+                        live.detach(catalogue.blob(connection, version))
+            return gone, bool(gone) and changes.remove(connection, gone, tenant)
 
-    def load(self, given: GivenAdapter) -> Published:
+        gone, is_last = await self._database.write(remove)
+        if not gone:
+            raise await self._not_found(reference, parsed, tenant)
+        self._num_kept -= is_last
+        for version in gone:
+            self._recent.forget(version.id)
+        logger.info("adapter %s of %s is deleted", published.name if parsed.is_name else
+                    published.reference, published.owner or "the operator")  # fmt: skip
+        return published
+
+    async def set_alias(self, name: str, alias: str, version: str, tenant: str = "") -> Published:
+        """Points an alias at a version, which it returns; in one step if it pointed elsewhere.
+
+        `version` is what a reference has behind its "@". Raises NotFoundError for a version that is
+        not there, PermissionDeniedError where the adapter is the operator's.
+        """
+        check_alias(alias)
+        target = await self._on_version(
+            f"{check_name(name)}@{version}", tenant, changes.set_alias, alias
+        )
+        logger.info("alias %s of adapter %s is version %d", alias, name, target.number)
+        return self._published(target, is_checked=False)
+
+    async def delete_alias(self, name: str, alias: str, tenant: str = "") -> None:
+        """Removes an alias; raises as `set_alias` does."""
+        await self._on_version(check_name(name), tenant, changes.delete_alias, check_alias(alias))
+        logger.info("alias %s of adapter %s is deleted", alias, name)
+
+    def load(self, given: GivenAdapter) -> Published | None:
         """Publishes an adapter that was given at start; raises as `put` does, naming its path.
 
-        Its bytes are kept in memory: the file is not the registry's and may change.
+        Its bytes are kept in memory: the file is not the server's and may change. Returns None
+        where the registry has the name, since that was put later. Blocks.
         """
         try:
-            summary = self._rules.summarize(given.safetensors, given.config_json)
+            summary = self.rules.summarize(given.safetensors, given.config_json)
         except RedmuxError as err:
             raise given.blamed(err) from None
-        published = Published(given.name, summary, given.safetensors, self._rules)
-        self._catalogue.add(published)
+        kept = self._database.read_now(functools.partial(catalogue.latest, name=given.name))
+        if kept is not None:
+            with suppress(FailedPreconditionError):  # it is of another base model
+                self._published(kept)
+                logger.warning("adapter %s of the option adapters is not served: the registry has "
+                               "that name, and it was put later", given.name)  # fmt: skip
+                return None
+        published = Published(given.name, summary, given.safetensors, self.rules)
+        self._local.add(published)
         logger.info("adapter %s is %s, base: %s", given.name, published.digest,
                     published.base_match)  # fmt: skip
         return published
 
-    def load_folder(self) -> list[Path]:
-        """Publishes what earlier runs kept; returns the files that cannot be used, which stay.
+    def follow(self, seen: FolderChanges) -> None:
+        """Publishes, replaces and takes back what has come, changed and gone in a folder.
 
-        Names from here win over those given at start: they were put later. That holds for damaged
-        files, too, lest a name silently becomes something else.
+        What the registry has wins over a file of the same name.
         """
-        assert self._folder is not None
-        found = self._folder.open_all()
-        bad = [item for item in found if isinstance(item, Unusable)]
-        for item in found:
-            given = self._catalogue.held(item.name)
-            if given is not None:
-                if isinstance(item, Unusable) and not item.is_damaged:
-                    continue  # it is of another base model
-                logger.warning("adapter %s of the option adapters is not served: %s has that name "
-                               "and was put later", item.name, self._folder.path)  # fmt: skip
-                self._catalogue.discard(given)
-            if isinstance(item, Unusable):
-                self._unusable[item.name] = item
-            else:
-                self._catalogue.add(item)
-        logger.info("%d of %d adapter files in %s are usable", len(found) - len(bad), len(found),
-                    self._folder.path)  # fmt: skip
-        self.save_index()
-        return [item.path for item in bad]
-
-    def save_index(self) -> None:
-        """Lets the next start skip the files of today; blocks on the disk for a moment."""
-        if self._folder is not None:
-            self._folder.save_index(self._catalogue.versions())
+        for name in seen.gone:
+            self._local.discard(name)
+        for item in seen.found:
+            self._local.add(item)
 
     async def close(self) -> None:
-        """Waits for changes that are being written, then saves the index; call it at the end.
+        """Waits for changes that are being written and lets go of the database."""
+        await asyncio.to_thread(self._database.close)
 
-        Until then the folder is still this registry's, whoever has given up waiting for them.
+    async def _find(self, reference: Reference, tenant: str) -> Version | None:
+        read = functools.partial(catalogue.find, reference=reference, tenant=tenant)
+        return await self._database.read(read)
+
+    async def _on_version(
+        self, text: str, tenant: str, change: Callable[[Connection, Version, str, str], None],
+        alias: str,
+    ) -> Version:  # fmt: skip
+        """Makes a change of an alias of the version that is meant, which it returns."""
+        reference = parse_reference(text)
+
+        def run(connection: Connection) -> Version | None:
+            found = catalogue.find(connection, reference, tenant)
+            if found is not None:
+                change(connection, found, alias, tenant)
+            return found
+
+        found = await self._database.write(run)
+        if found is not None:
+            return found
+        if self._local.find(Reference(reference.name), tenant) is not None:
+            raise FailedPreconditionError(
+                f"adapter {reference.name!r} was given at start or is a file of the server's, with "
+                "one version and no aliases; put it to the registry"
+            )
+        raise await self._not_found(text, reference, tenant)
+
+    async def _delete_local(self, text: str, reference: Reference, tenant: str) -> Published:
+        found = self._local.find(reference, tenant)
+        if found is None or not reference.name:
+            raise await self._not_found(text, reference, tenant)
+        if not may_change(tenant, found.owner):
+            raise changes.belongs_to_operator(found.name)
+        if _is_file(found):
+            raise _is_in_folder(found.name)
+        self._local.discard(found.name)
+        logger.info(
+            "adapter %s of the option adapters is deleted, until the next start", found.name
+        )
+        return found
+
+    def _checked(self, safetensors: bytes, config_json: str) -> tuple[Adapter, changes.NewVersion]:
+        """Returns an adapter, and what is kept of it: equal ones are equal bytes."""
+        adapter = self.rules.parse(safetensors, config_json)
+        data, summary = to_bytes(adapter), summary_of(adapter)
+        new = changes.NewVersion(
+            adapter.digest, hashlib.sha256(data).hexdigest(), data,
+            adapter.base_fingerprint, json.dumps(config_value(summary.config)),
+            summary.num_sites, summary.num_parameters, summary.num_head_parameters,
+        )  # fmt: skip
+        return adapter, new
+
+    def _published(self, version: Version, *, is_checked: bool = True) -> Published:
+        """Returns the object that stands for a version.
+
+        Raises FailedPreconditionError for one that this base model cannot have.
         """
-        async with self._writing:
-            await asyncio.to_thread(self.save_index)
-
-    def _store(
-        self, name: str, adapter: Adapter, safetensors: bytes, held: Published | None, owner: str
-    ) -> Published:
-        """Makes an adapter durable, if there is a folder, in place of the version `held`."""
-        if self._folder is None:
-            return Published(name, summary_of(adapter), safetensors, self._rules, owner)
+        held = self._recent.get(version.id)
         if held is not None:
-            held.detach()
-        return self._folder.store(name, adapter, owner)
+            return held
+        config = parse_config(version.config)
+        if is_checked:
+            try:
+                self.rules.check(config)
+            except RedmuxError as err:
+                raise FailedPreconditionError(
+                    f"the stored adapter {version.name!r} cannot be used: {err.message}"
+                ) from None
+        summary = Summary(
+            config, version.digest, version.num_sites, version.num_parameters,
+            version.num_head_parameters,
+        )  # fmt: skip
+        published = Published(
+            version.name, summary, functools.partial(self._read_blob, version), self.rules,
+            version.owner, number=version.number,
+            created_at=datetime.fromtimestamp(version.created_us / 1e6, UTC),
+        )  # fmt: skip
+        if is_checked:
+            self._recent.add(version.id, published)
+        return published
 
-    def _owner(self, name: str) -> tuple[bool, str | None]:
-        """Returns whether a name is taken, and by whom; None where nobody knows."""
-        held = self._catalogue.held(name) or self._unusable.get(name)
-        return held is not None, None if held is None else held.owner
+    def _read_blob(self, version: Version) -> bytes:
+        """Returns the file of a version; blocks, from any thread."""
+        try:
+            return self._database.read_now(functools.partial(catalogue.blob, version=version))
+        except DataLossError as err:
+            logger.error("adapter %s was damaged in %s: %s", version.label, self._database.place,
+                         err.message)  # fmt: skip
+            raise DataLossError(catalogue.damaged(version)) from None
+
+    async def _not_found(self, text: str, reference: Reference, tenant: str) -> NotFoundError:
+        """Returns the error for what a tenant does not see, with a near name that it sees."""
+        shown, name = text[:160], near_name(text)
+        if reference.name and not reference.is_name:
+            with suppress(RedmuxError):
+                newest = await self.resolve(reference.name, tenant)
+                return NotFoundError(
+                    f"adapter {newest.name!r} has no version {shown.partition('@')[2]!r}; its "
+                    f"newest is {newest.number or newest.digest}"
+                )
+        read = functools.partial(catalogue.neighbours, name=name, size=_NEIGHBOURS, tenant=tenant)
+        known = [
+            *await self._database.read(read),
+            *self._local.neighbours(name, _NEIGHBOURS, tenant),
+        ]
+        near = nearest(name, known)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return NotFoundError(f"no adapter {shown!r}; {hint}see ListAdapters")
 
 
-def _belongs_to_operator(name: str) -> PermissionDeniedError:
-    return PermissionDeniedError(
-        f"adapter {name!r} is the operator's, which only the admin key may change; put yours under "
-        "another name"
+def _is_file(local: Published | Unusable | None) -> bool:
+    """Whether this is a file of the adapter folder."""
+    return isinstance(local, Unusable) or (local is not None and local.stamp is not None)
+
+
+def _is_in_folder(name: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"adapter {name!r} is a file of the server's adapter folder, which it only reads; change "
+        "the file there, or put yours under another name"
     )

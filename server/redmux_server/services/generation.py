@@ -294,7 +294,7 @@ class GenerationService:
         """
         self._windows.check(spec.apply, spec.adapter)
         prompt, owner = spec.prompt, tenant
-        published = self._registry.resolve(spec.adapter, tenant) if spec.adapter else None
+        published = await self._registry.resolve(spec.adapter, tenant) if spec.adapter else None
         prompt_format = published.summary.config.prompt_format if published else None
         self._validator.prompt(prompt, prompt_format)
         tenant = tenant or (published.name if published else "")

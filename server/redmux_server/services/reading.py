@@ -115,7 +115,7 @@ class ReadingService:
         try:
             if self._model.kind == "encoder_decoder":
                 raise UnimplementedError("encoder-decoder models cannot embed yet")
-            published = self._registry.resolve(adapter, tenant) if adapter else None
+            published = await self._registry.resolve(adapter, tenant) if adapter else None
             reading = Reading(pooling or self._model.default_pooling, normalize)
             calls = await self._submit(inputs, published, reading, tenant, priority)
         except RedmuxError as err:
@@ -132,7 +132,7 @@ class ReadingService:
         Raises FailedPreconditionError, saying why, where model or adapter have no head that could.
         """
         try:
-            published, head = self._resolve_head(adapter, tenant)
+            published, head = await self._resolve_head(adapter, tenant)
             calls = await self._submit(inputs, published, Reading(None), tenant)
         except RedmuxError as err:
             self._metrics.refused(err.status.name.lower())
@@ -143,7 +143,7 @@ class ReadingService:
             logits, scores, head, published, _num_tokens(calls), _num_added(calls)
         )
 
-    def _resolve_head(self, name: str, tenant: str) -> tuple[Published, HeadConfig]:
+    async def _resolve_head(self, name: str, tenant: str) -> tuple[Published, HeadConfig]:
         if self._model.kind != "encoder":
             raise FailedPreconditionError(
                 f"the model is of kind {self._model.kind} ({self._model.architecture}), which "
@@ -153,7 +153,7 @@ class ReadingService:
             raise InvalidArgumentError(
                 "the request names no adapter; the base model has no head to classify with"
             )
-        published = self._registry.resolve(name, tenant)
+        published = await self._registry.resolve(name, tenant)
         head = published.summary.config.head
         if head is None:
             raise FailedPreconditionError(

@@ -107,7 +107,8 @@ class TrainingService:
         known = self._made_by(tenant, request_id)
         if known is not None:
             return known
-        self._check_names(names, replace, tenant)
+        await self._check_free(names, replace, tenant)
+        self._check_untrained(names, tenant)
         self.check_room(tenant)
         self._num_checked[tenant] = self._num_checked.get(tenant, 0) + 1
         try:
@@ -118,10 +119,11 @@ class TrainingService:
             self._num_checked[tenant] -= 1
         if self._is_stopping:
             raise UnavailableError("the server is shutting down")
+        await self._check_free(names, replace, tenant)
         known = self._made_by(tenant, request_id)  # by a call beside this one
         if known is not None:
             return known
-        self._check_names(names, replace, tenant)
+        self._check_untrained(names, tenant)
         job = Job(tenant, tasks, payload, replace, request_id)
         self._jobs[job.id] = job
         self._queue.append(job)
@@ -343,7 +345,21 @@ class TrainingService:
         jobs = (job for job in self._jobs.values() if job.tenant == tenant)
         return next((job for job in jobs if job.request_id == request_id), None)
 
-    def _check_names(self, names: Sequence[str], replace: bool, tenant: str) -> None:
+    async def _check_free(self, names: Sequence[str], replace: bool, tenant: str) -> None:
+        """Raises unless the tenant may publish under each of these names."""
+        owners = await self._registry.owners(map(check_name, names))
+        for index, name in enumerate(names):
+            try:
+                self._registry.check_may_put(name, owners.get(name), replace, tenant)
+            except RedmuxError as err:
+                raise type(err)(f"tasks[{index}]: {err.message}") from None
+            if not replace and name in owners:
+                raise AlreadyExistsError(
+                    f"tasks[{index}]: adapter {name!r} exists; pass replace to replace it"
+                )
+
+    def _check_untrained(self, names: Sequence[str], tenant: str) -> None:
+        """Raises where a name occurs twice, or a job that has not ended trains it."""
         trained = {
             task.name: job
             for job in self._jobs.values()
@@ -353,17 +369,8 @@ class TrainingService:
         }
         seen: set[str] = set()
         for index, name in enumerate(names):
-            check_name(name)
             if name in seen:
                 raise InvalidArgumentError(f"tasks[{index}]: adapter {name!r} occurs twice")
-            try:
-                self._registry.check_may_put(name, replace, tenant)
-            except RedmuxError as err:
-                raise type(err)(f"tasks[{index}]: {err.message}") from None
-            if not replace and name in self._registry:
-                raise AlreadyExistsError(
-                    f"tasks[{index}]: adapter {name!r} exists; pass replace to replace it"
-                )
             if name in trained:
                 raise AlreadyExistsError(
                     f"tasks[{index}]: {trained[name].id} trains adapter {name!r} already; cancel "

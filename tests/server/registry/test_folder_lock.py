@@ -52,14 +52,14 @@ def test_a_killed_process_has_nothing_any_more(tmp_path, holder):
 async def test_the_folder_is_asked_for_before_the_model_loads(tmp_path, holder, monkeypatch):
     monkeypatch.setattr(redmux_server.app, "load", None)
     with pytest.raises(FailedPreconditionError, match=f"pid {holder.pid}"):
-        await redmux_server.app.Server.start(ServerConfig(adapter_dir=str(tmp_path)))
+        await redmux_server.app.Server.start(ServerConfig(data_dir=str(tmp_path)))
 
 
 async def test_a_start_that_fails_gives_the_folder_back(tmp_path, monkeypatch):
     monkeypatch.setattr(redmux_server.app, "load", lambda *args: 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            await redmux_server.app.Server.start(ServerConfig(adapter_dir=str(tmp_path)))
+            await redmux_server.app.Server.start(ServerConfig(data_dir=str(tmp_path)))
 
 
 def test_a_folder_is_free_once_it_was_released(tmp_path):
@@ -75,7 +75,7 @@ def test_a_folder_is_free_once_it_was_released(tmp_path):
 def test_what_can_be_no_folder_is_told(parent, tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-    with pytest.raises(FailedPreconditionError, match=f"adapter_dir: {path}"):
+    with pytest.raises(FailedPreconditionError, match=f"data_dir: {path}"):
         FolderLock(path / "x" if parent else path)
 
 

@@ -18,7 +18,7 @@ from redmux.errors import (
     WrongBaseError,
 )
 from redmux_adapters import AdapterMetadata, Head, HeadConfig, to_bytes, write_folder
-from redmux_server.registry import catalogue
+from redmux_server.registry import registry as registry_module
 from redmux_server.registry.given import read_given
 from redmux_server.registry.names import check_name
 from redmux_server.registry.registry import AdapterRegistry
@@ -33,8 +33,8 @@ async def test_a_put_adapter_is_found_by_name_and_by_digest(registry, adapters, 
     published, changed = await registry.put("team/x", files[0], "", replace=False)
     assert changed
     assert published.read() == adapters[0]
-    assert registry.resolve("team/x") is published
-    assert registry.resolve(adapters[0].digest) is published
+    assert await registry.resolve("team/x") is published
+    assert await registry.resolve(adapters[0].digest) is published
     assert len(registry) == 1
 
 
@@ -54,8 +54,8 @@ async def test_the_same_vectors_with_other_metadata_are_published(registry, make
     second, changed = await registry.put("x", new, "", replace=False)
     assert changed
     assert second.digest == first.digest
-    assert registry.resolve("x") is second
-    assert registry.resolve(first.digest) is second
+    assert await registry.resolve("x") is second
+    assert await registry.resolve(first.digest) is second
     assert second.read().metadata.description == "new"
     assert first.read().metadata.description == "old"
 
@@ -64,41 +64,43 @@ async def test_other_content_is_refused_unless_it_may_replace(registry, adapters
     await registry.put("x", files[0], "", replace=False)
     with pytest.raises(AlreadyExistsError, match=adapters[0].digest):
         await registry.put("x", files[1], "", replace=False)
-    assert registry.resolve("x").read() == adapters[0]
+    assert (await registry.resolve("x")).read() == adapters[0]
     published, changed = await registry.put("x", files[1], "", replace=True)
     assert changed
-    assert registry.resolve("x") is published
+    assert await registry.resolve("x") is published
     assert published.read() == adapters[1]
 
 
 async def test_what_was_resolved_before_a_replacement_stays_what_it_was(registry, adapters, files):
     await registry.put("x", files[0], "", replace=False)
-    held = registry.resolve("x")
+    held = await registry.resolve("x")
     await registry.put("x", files[1], "", replace=True)
     assert held.read() == adapters[0]
     await registry.delete("x")
     assert held.read() == adapters[0]
 
 
-async def test_a_replaced_digest_is_no_longer_found(registry, adapters, files):
+async def test_a_replaced_digest_is_found_until_its_version_is_deleted(registry, adapters, files):
     await registry.put("x", files[0], "", replace=False)
     await registry.put("x", files[1], "", replace=True)
+    assert (await registry.resolve(adapters[0].digest)).reference == "x@1"
+    await registry.delete("x@1")
     with pytest.raises(NotFoundError):
-        registry.resolve(adapters[0].digest)
+        await registry.resolve(adapters[0].digest)
 
 
 async def test_a_digest_is_found_while_any_name_has_it(registry, adapters, files):
     await registry.put("a", files[0], "", replace=False)
     await registry.put("b", files[0], "", replace=False)
     await registry.delete("a")
-    assert registry.resolve(adapters[0].digest).name == "b"
+    assert (await registry.resolve(adapters[0].digest)).name == "b"
 
 
 async def test_a_deleted_name_is_gone(registry, files):
     published, _ = await registry.put("x", files[0], "", replace=False)
     assert await registry.delete("x") is published
     with pytest.raises(NotFoundError):
-        registry.resolve("x")
+        await registry.resolve("x")
     with pytest.raises(NotFoundError):
         await registry.delete("x")
     assert len(registry) == 0
@@ -107,9 +109,9 @@ async def test_a_deleted_name_is_gone(registry, files):
 async def test_an_unknown_name_gets_a_near_one_as_a_hint(registry, files):
     await registry.put("acme/summarize", files[0], "", replace=False)
     with pytest.raises(NotFoundError, match="'acme/summary'; did you mean 'acme/summarize'"):
-        registry.resolve("acme/summary")
-    with pytest.raises(NotFoundError, match="no adapter 'zzz'; 1 loaded"):
-        registry.resolve("zzz")
+        await registry.resolve("acme/summary")
+    with pytest.raises(NotFoundError, match="no adapter 'zzz'; see ListAdapters"):
+        await registry.resolve("zzz")
 
 
 async def test_a_hint_costs_few_comparisons_however_many_names_there_are(
@@ -123,15 +125,15 @@ async def test_a_hint_costs_few_comparisons_however_many_names_there_are(
         asked.extend(known)
         return nearest(word, known)
 
-    monkeypatch.setattr(catalogue, "nearest", counting)
+    monkeypatch.setattr(registry_module, "nearest", counting)
     with pytest.raises(NotFoundError, match="did you mean 'tenant-200'"):
-        registry.resolve("tenant-200x")
+        await registry.resolve("tenant-200x")
     assert 0 < len(asked) <= 16
 
 
 async def test_a_giant_name_is_cut_in_the_message(registry):
     with pytest.raises(NotFoundError) as caught:
-        registry.resolve("x" * 100_000)
+        await registry.resolve("x" * 100_000)
     assert len(str(caught.value)) < 400
 
 
@@ -205,14 +207,20 @@ async def test_an_adapter_of_some_tokens_is_refused_where_all_are_edited(
     assert published.read().apply == "prompt"
 
 
-async def test_a_head_is_refused_where_none_are_applied(tmp_path, open_registry, make_adapter):
+async def test_a_head_is_refused_where_none_are_applied_and_one_that_is_kept_says_so(
+    tmp_path, open_registry, make_adapter
+):
     tensors = {"classifier.weight": torch.ones(2, 4), "classifier.bias": torch.ones(2)}
     head = Head(HeadConfig("mean", ["a", "b"], "single_label_classification"), tensors)
     file = to_bytes(make_adapter(0, sites={"model.layers.0.mlp.down_proj": 4}, head=head))
     with pytest.raises(FailedPreconditionError, match="head, which needs an encoder"):
         await open_registry().put("a", file, "", replace=False)
     await open_registry(tmp_path, head_size=4).put("a", file, "", replace=False)
-    assert [path.name for path in open_registry(tmp_path).unusable] == ["a.safetensors"]
+    registry = open_registry(tmp_path)
+    assert await registry.page("", 9) == []
+    with pytest.raises(FailedPreconditionError, match=r"adapter 'a' cannot be used: .*head"):
+        await registry.resolve("a")
+    await registry.delete("a")
 
 
 def test_an_adapter_that_edits_every_site_with_a_long_card_fits(registry, make_adapter):
@@ -251,7 +259,7 @@ async def test_pages_are_sorted_and_add_up(registry, files):
     for name in names:
         await registry.put(name, files[0], "", replace=False)
     pages, after = [], ""
-    while page := registry.page(after, 2):
+    while page := await registry.page(after, 2):
         assert len(page) <= 2
         pages += [p.name for p in page]
         after = pages[-1]
@@ -262,7 +270,7 @@ async def test_a_page_goes_on_after_a_name_that_was_deleted(registry, files):
     for name in "abcd":
         await registry.put(name, files[0], "", replace=False)
     await registry.delete("b")
-    assert [p.name for p in registry.page("b", 9)] == ["c", "d"]
+    assert [p.name for p in await registry.page("b", 9)] == ["c", "d"]
 
 
 async def test_of_concurrent_first_puts_one_wins_and_the_others_are_told(registry, files):
@@ -270,7 +278,7 @@ async def test_of_concurrent_first_puts_one_wins_and_the_others_are_told(registr
     got = await asyncio.gather(*puts, return_exceptions=True)
     assert sum(isinstance(g, AlreadyExistsError) for g in got) == len(files) - 1
     winner = next(g[0] for g in got if isinstance(g, tuple))
-    assert registry.resolve("x") is winner
+    assert await registry.resolve("x") is winner
 
 
 NAMES = st.sampled_from(["a", "b", "team/a", "team/b", "a.safetensors"])
@@ -293,7 +301,6 @@ def test_it_behaves_like_a_dict_that_survives_restarts(
         for kind, *rest in actions:
             if kind == "restart":
                 registry = open_registry(folder)
-                assert registry.unusable == []
             elif kind == "put":
                 name, index, replace = rest
                 held = model.get(name)
@@ -311,8 +318,17 @@ def test_it_behaves_like_a_dict_that_survives_restarts(
             else:
                 with pytest.raises(NotFoundError):
                     await registry.delete(rest[0])
-            assert {p.name: p.digest for p in registry.page("", 99)} == {
+            assert {p.name: p.digest for p in await registry.page("", 99)} == {
                 name: adapters[index].digest for name, index in model.items()
             }
 
     asyncio.run(play())
+
+
+@pytest.mark.parametrize("text", ["", "a\0b", "\ud800", "é", "x" * 70_000, "a@", "a@b c", "@3"])
+async def test_what_nothing_can_be_called_is_not_found(text, open_kept):
+    registry = open_kept()
+    with pytest.raises(NotFoundError, match="no adapter"):
+        await registry.resolve(text)
+    with pytest.raises(NotFoundError, match="no adapter"):
+        await registry.delete(text)
