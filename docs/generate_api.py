@@ -48,7 +48,8 @@ TASKS = (
     ("embed texts", "POST /v1/embeddings, POST /pooling", "Embed", "Client.embed"),
     ("classify texts", "POST /classify, POST /pooling", "Classify", "Client.classify"),
     ("compare two texts", "POST /score, POST /v1/score", "", ""),
-    ("see the tokens of a text", "POST /tokenize, POST /detokenize", "", ""),
+    ("see the tokens of a text", "POST /tokenize, POST /detokenize", "Tokenize Detokenize",
+     "Client.tokenize Client.detokenize"),
     ("list models and adapters",
      "GET /v1/models, GET /v1/models/{model}, GET /v1/adapters, GET /v1/adapters/{name}",
      "ListAdapters GetAdapter", "Adapters.list Adapters.get"),
@@ -248,8 +249,7 @@ def _told(of: Any) -> str:
 
 
 def _options() -> Iterator[str]:
-    source = inspect.getsource(types).partition("class GenerationOptions(")[2]
-    source = source.partition("\nclass ")[0]
+    source = inspect.getsource(types.GenerationOptions) + inspect.getsource(types.ChatOptions)
     for name, kind, text in re.findall(r'^    (\w+): (.*?)\n    """(.*?)"""', source, re.M | re.S):
         kind = kind.removesuffix(" | None").replace("|", "\\|")
         yield f"| `{name}` | `{kind}` | {' '.join(text.split())} |"

@@ -28,6 +28,7 @@ from redmux_server.services.grammar import Grammars
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.spec import Chat, GenerationSpec, ScoreSpec
+from redmux_server.services.tokens import TokenService
 from redmux_server.services.validation import Validator
 from redmux_server.training.check import MAX_TASKS
 from redmux_server.training.service import TrainingService
@@ -98,8 +99,12 @@ def servicers():
         training._checker = SimpleNamespace(check=refuse)
         yield SimpleNamespace(
             inference=InferenceServicer(
-                generation, ScoringService(engine, generation, validator, metrics), reading, keys
-            ),
+                generation,
+                ScoringService(engine, generation, validator, metrics),
+                reading,
+                TokenService(Codec(), validator, generation),
+                keys,
+            ),  # fmt: skip
             adapters=AdapterServicer(registry, lambda: None, keys),
             training=TrainingServicer(training, keys),
         )
@@ -230,11 +235,13 @@ TOO_MANY = {
     "stop texts": ("Complete", {"text": "x", "stopping": pb.Stopping(stop=[""] * MANY)}),
     "continuations": ("Score", {"text": "x", "continuations": [pb.Continuation()] * MANY}),
     "inputs": ("Embed", {"inputs": [pb.Input()] * MANY}),
+    "tokens": ("Detokenize", {"token_ids": [7] * MANY}),
     "tasks": ("CreateJob", {"tasks": [{"adapter": f"x{i}"} for i in range(MANY)]}),
 }
 REQUESTS = {
     "Complete": lambda fields: pb.CompleteRequest(generation=pb.Generation(**fields)),
     "Score": lambda fields: pb.ScoreRequest(**fields),
+    "Detokenize": lambda fields: pb.DetokenizeRequest(**fields),
     "Embed": lambda fields: pb.EmbedRequest(**fields),
     "CreateJob": lambda fields: training_pb.CreateJobRequest(**fields),
 }
