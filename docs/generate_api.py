@@ -227,7 +227,8 @@ def _client(methods: dict[str, Any]) -> Iterator[str]:
         shown = {"Client": "client", "Adapters": "client.adapters", "Jobs": "client.jobs"}[of]
         yield f"### `{name}`\n\n{_signature(f'{shown}.{own}', method)}\n\n{_told(method)}\n"
     yield "### Options of a generation\n"
-    yield "Keyword arguments of `generate`, `stream` and `map`.\n"
+    yield "Keyword arguments of `generate`, `stream` and `map`; `tokenize` has those from "
+    "`parse_special_tokens` on.\n"
     yield "| option | type | |\n|---|---|---|"
     yield from _options()
     yield ""
@@ -249,7 +250,11 @@ def _told(of: Any) -> str:
 
 
 def _options() -> Iterator[str]:
-    source = inspect.getsource(types.GenerationOptions) + inspect.getsource(types.ChatOptions)
+    source = inspect.getsource(types)
+    source = "".join(
+        source.partition(f"class {name}(")[2].partition("\n\n\n")[0]
+        for name in ("GenerationOptions", "ChatOptions")
+    )
     for name, kind, text in re.findall(r'^    (\w+): (.*?)\n    """(.*?)"""', source, re.M | re.S):
         kind = kind.removesuffix(" | None").replace("|", "\\|")
         yield f"| `{name}` | `{kind}` | {' '.join(text.split())} |"

@@ -43,6 +43,7 @@ _OFFLINE_VERBS = {
     "convert": "make an adapter from another checkpoint",
     "fold": "write a base model with an adapter in its weights",
     "stamp": "write an adapter anew, as made for a base model",
+    "pack": "write an adapter as one file with its configuration inside",
     "show": "tell what an adapter file holds",
     "verify": "check an adapter file",
 }

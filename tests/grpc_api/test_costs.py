@@ -91,6 +91,8 @@ def servicers():
         parts = engine, registry, Codec(), validator, metrics, tokenizing
         generation = GenerationService(*parts, Grammars(Codec(), 260, tokenizing))
         reading = ReadingService(ReadableModel("encoder", "X", 4, Pooling.MEAN), *parts)
+        scoring = ScoringService(engine, generation, validator, metrics)
+        tokens = TokenService(Codec(), validator, generation)
         keys = ApiKeys(())  # which need no context
         training = TrainingService(
             object(), registry, metrics, max_queued=8, share=0.5,
@@ -98,13 +100,7 @@ def servicers():
         )  # fmt: skip
         training._checker = SimpleNamespace(check=refuse)
         yield SimpleNamespace(
-            inference=InferenceServicer(
-                generation,
-                ScoringService(engine, generation, validator, metrics),
-                reading,
-                TokenService(Codec(), validator, generation),
-                keys,
-            ),  # fmt: skip
+            inference=InferenceServicer(generation, scoring, reading, tokens, keys),
             adapters=AdapterServicer(registry, lambda: None, keys),
             training=TrainingServicer(training, keys),
         )
