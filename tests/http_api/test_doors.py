@@ -5,6 +5,8 @@ The Python client is what asks over gRPC, so its arguments are compared as well.
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,7 @@ from redmux_server.services.generation import GenerationService
 from redmux_server.services.spec import Chat
 from redmux_server.services.tokens import TokenService
 
+ROOT = Path(__file__).parents[2]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TURN = {"role": "user", "content": "a"}
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}
@@ -216,6 +219,18 @@ def test_every_field_of_every_door_is_compared_or_told_to_be_one_doors_own():
     there = {*ChatBody.model_fields, *CompletionBody.model_fields}
     assert in_bodies | ONLY_HTTP == there
     assert not in_bodies & ONLY_HTTP
+
+
+def test_the_page_of_calling_tells_what_one_door_alone_has():
+    page = (ROOT / "docs" / "calling.md").read_text(encoding="utf-8")
+    table = page.partition("## Only here")[2].partition("\n## ")[0]
+    for name in ONLY_HTTP:
+        assert f"`{name}`" in table, name
+    tasks = runpy.run_path(str(ROOT / "docs" / "generate_api.py"))["TASKS"]
+    one_sided = [http for _, http, grpc, _ in tasks if http and not grpc]
+    assert one_sided
+    for http in one_sided:
+        assert f"`{http.split(', ')[0].split()[1]}`" in table, http
 
 
 def test_every_field_of_a_tokenization_is_compared():
