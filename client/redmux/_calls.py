@@ -51,6 +51,15 @@ _POOLINGS = {
     "cls": inference_pb2.POOLING_CLS,
     "last": inference_pb2.POOLING_LAST,
 }
+# Those of chats, which TypedDict has first, are told last.
+_OPTIONS = (
+    *(
+        name
+        for name in GenerationOptions.__annotations__
+        if name not in ChatOptions.__annotations__
+    ),
+    *ChatOptions.__annotations__,
+)
 _OF_TOKENIZE = ("adapter", "add_special_tokens", "token_texts")
 
 
@@ -60,7 +69,7 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
     Raises InvalidArgumentError, which names the argument, for what no message can hold, and
     TypeError for a name that is no argument.
     """
-    check_names(options, GenerationOptions.__annotations__, "generate() or stream()")
+    check_names(options, _OPTIONS, "generate() or stream()")
     _check_adapter(options.get("adapter"))
     for name in ("stop", "bad_words"):
         texts = options.get(name)
