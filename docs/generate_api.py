@@ -48,7 +48,8 @@ TASKS = (
     ("embed texts", "POST /v1/embeddings, POST /pooling", "Embed", "Client.embed"),
     ("classify texts", "POST /classify, POST /pooling", "Classify", "Client.classify"),
     ("compare two texts", "POST /score, POST /v1/score", "", ""),
-    ("see the tokens of a text", "POST /tokenize, POST /detokenize", "", ""),
+    ("see the tokens of a text", "POST /tokenize, POST /detokenize", "Tokenize Detokenize",
+     "Client.tokenize Client.detokenize"),
     ("list models and adapters",
      "GET /v1/models, GET /v1/models/{model}, GET /v1/adapters, GET /v1/adapters/{name}",
      "ListAdapters GetAdapter", "Adapters.list Adapters.get"),
@@ -226,7 +227,8 @@ def _client(methods: dict[str, Any]) -> Iterator[str]:
         shown = {"Client": "client", "Adapters": "client.adapters", "Jobs": "client.jobs"}[of]
         yield f"### `{name}`\n\n{_signature(f'{shown}.{own}', method)}\n\n{_told(method)}\n"
     yield "### Options of a generation\n"
-    yield "Keyword arguments of `generate`, `stream` and `map`.\n"
+    yield "Keyword arguments of `generate`, `stream` and `map`; `tokenize` has those from "
+    "`parse_special_tokens` on.\n"
     yield "| option | type | |\n|---|---|---|"
     yield from _options()
     yield ""
@@ -248,8 +250,11 @@ def _told(of: Any) -> str:
 
 
 def _options() -> Iterator[str]:
-    source = inspect.getsource(types).partition("class GenerationOptions(")[2]
-    source = source.partition("\nclass ")[0]
+    source = inspect.getsource(types)
+    source = "".join(
+        source.partition(f"class {name}(")[2].partition("\n\n\n")[0]
+        for name in ("GenerationOptions", "ChatOptions")
+    )
     for name, kind, text in re.findall(r'^    (\w+): (.*?)\n    """(.*?)"""', source, re.M | re.S):
         kind = kind.removesuffix(" | None").replace("|", "\\|")
         yield f"| `{name}` | `{kind}` | {' '.join(text.split())} |"

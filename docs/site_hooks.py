@@ -20,6 +20,7 @@ OUTSIDE = (
     "adapters/LICENCES.md",
     "bench/peers/README.md",
     "bench/paper/README.md",
+    "bench/zoo/README.md",
     *(
         path.relative_to(ROOT).as_posix()
         for path in sorted(ROOT.glob("adapters/redmux_adapters/zoo/**/README.md"))

@@ -310,3 +310,16 @@ def test_every_page_is_in_the_navigation_of_the_site():
     nav = text.partition("\nnav:\n")[2]
     for path in ROOT.glob("docs/*.md"):
         assert f": {path.name}\n" in nav
+
+
+def test_what_a_page_of_the_site_links_to_is_on_the_site():
+    """As far as it is a page: `make docs` refuses others, and needs mkdocs for that."""
+    hooks = (ROOT / "docs" / "site_hooks.py").read_text(encoding="utf-8")
+    listed = hooks.partition("OUTSIDE = (")[2].partition("\n)\n")[0]
+    outside = {ROOT / path for path in re.findall(r'^    "(.+\.md)",$', listed, re.M)}
+    zoo = ROOT.glob("adapters/redmux_adapters/zoo/**/README.md")
+    pages = {*ROOT.glob("docs/*.md"), *outside, *zoo}
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        for link in re.findall(r"\]\((?!http)([^)#]+\.md)(?:#[^)]*)?\)", text):
+            assert (page.parent / link).resolve() in pages, f"{page.relative_to(ROOT)}: {link}"

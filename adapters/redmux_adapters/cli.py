@@ -19,7 +19,7 @@ from .bases.match import without_sketch
 from .bases.sites import POSITIONS, addressable_sites, editable_sites, red_sites, with_layer_norms
 from .format.adapter import Adapter, check_base
 from .format.config import AdapterMetadata
-from .format.files import check_sites, read_adapter, write_folder
+from .format.files import check_sites, read_adapter, write_file, write_folder
 from .format.head import PROBLEM_TYPES
 from .format.prompt import PromptFormat
 from .format.strictjson import parse_json
@@ -118,6 +118,15 @@ def command_parser() -> argparse.ArgumentParser:
     stamp.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
     stamp.set_defaults(run=_stamp)
 
+    pack = commands.add_parser(
+        "pack", help="write an adapter as one file with its configuration inside, as HTTP takes it"
+    )
+    pack.add_argument("path", help="adapter folder or safetensors file")
+    pack.add_argument(
+        "--output", required=True, metavar="FILE.safetensors", help="where to write it"
+    )
+    pack.set_defaults(run=_pack)
+
     show = commands.add_parser("show", help="print what an adapter holds")
     show.add_argument("path", help="adapter folder or safetensors file")
     show.add_argument("--json", action="store_true", help="print JSON")
@@ -185,6 +194,12 @@ def _stamp(arguments: argparse.Namespace) -> None:
     check_sites(adapter.sites, with_layer_norms(addressable_sites(model)))
     adapter = dataclasses.replace(adapter, base_fingerprint=fingerprint(model))
     write_folder(adapter, arguments.output)
+    print(_summary(adapter))
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    adapter = read_adapter(arguments.path)
+    write_file(adapter, arguments.output)
     print(_summary(adapter))
 
 

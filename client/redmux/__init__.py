@@ -36,6 +36,7 @@ from redmux.server_types import Health, Latencies, Load, ModelKind, ServerInfo
 from redmux.training import AsyncJobs, Jobs
 from redmux.types import (
     Adapter,
+    ChatOptions,
     Chunk,
     Classification,
     Classifications,
@@ -50,6 +51,7 @@ from redmux.types import (
     PromptScores,
     Scores,
     TextInput,
+    Tokens,
     TokenScores,
     ToolCall,
     ToolCallDelta,
@@ -67,6 +69,7 @@ __all__ = [
     "AsyncAdapters",
     "AsyncClient",
     "AsyncJobs",
+    "ChatOptions",
     "Chunk",
     "Classification",
     "Classifications",
@@ -104,6 +107,7 @@ __all__ = [
     "TaskState",
     "TextInput",
     "TokenScores",
+    "Tokens",
     "ToolCall",
     "ToolCallDelta",
     "TopLogprobs",

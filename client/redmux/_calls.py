@@ -12,6 +12,7 @@ from redmux._grammar import grammar
 from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import (
     Adapter,
+    ChatOptions,
     Chunk,
     Classification,
     Classifications,
@@ -26,6 +27,7 @@ from redmux.types import (
     PromptScores,
     Scores,
     TextInput,
+    Tokens,
     TokenScores,
     ToolCallDelta,
     TopLogprobs,
@@ -49,6 +51,16 @@ _POOLINGS = {
     "cls": inference_pb2.POOLING_CLS,
     "last": inference_pb2.POOLING_LAST,
 }
+# Those of chats, which TypedDict has first, are told last.
+_OPTIONS = (
+    *(
+        name
+        for name in GenerationOptions.__annotations__
+        if name not in ChatOptions.__annotations__
+    ),
+    *ChatOptions.__annotations__,
+)
+_OF_TOKENIZE = ("adapter", "add_special_tokens", "token_texts")
 
 
 def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inference_pb2.Generation:
@@ -57,7 +69,7 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
     Raises InvalidArgumentError, which names the argument, for what no message can hold, and
     TypeError for a name that is no argument.
     """
-    check_names(options, GenerationOptions.__annotations__, "generate() or stream()")
+    check_names(options, _OPTIONS, "generate() or stream()")
     _check_adapter(options.get("adapter"))
     for name in ("stop", "bad_words"):
         texts = options.get(name)
@@ -125,13 +137,44 @@ def score_request(
     return message
 
 
+def tokenize_request(
+    prompt: str | Sequence[Mapping[str, Any]],
+    adapter: str | None,
+    add_special_tokens: bool | None,
+    token_texts: bool,
+    of_chat: Mapping[str, Any],
+) -> inference_pb2.TokenizeRequest:
+    """Returns the message that asks for tokens; raises as `generation` does."""
+    check_names(of_chat, (*ChatOptions.__annotations__, *_OF_TOKENIZE), "tokenize()")
+    _check_adapter(adapter)
+    message = inference_pb2.TokenizeRequest()
+    fill(
+        message, adapter=adapter, add_special_tokens=add_special_tokens, token_texts=token_texts
+    )  # fmt: skip
+    if not isinstance(prompt, str) and isinstance(prompt, Sequence) and _are_token_ids(prompt):
+        raise InvalidArgumentError(
+            "prompt is a text or a sequence of chat messages; token ids are tokens already"
+        )
+    options = dict(of_chat)
+    parse_special_tokens = options.pop("parse_special_tokens", False)
+    _set_prompt(message, prompt, parse_special_tokens, options)
+    return message
+
+
+def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequest:
+    """Returns the message that asks for the text of tokens; raises as `generation` does."""
+    message = inference_pb2.DetokenizeRequest()
+    put(message, "token_ids", token_ids, "token_ids")
+    return message
+
+
 def _check_adapter(adapter: str | None) -> None:
     if adapter == "":
         raise InvalidArgumentError("adapter is empty; leave it out for the base model")
 
 
 def _set_prompt(
-    message: inference_pb2.Generation | inference_pb2.ScoreRequest,
+    message: inference_pb2.Generation | inference_pb2.ScoreRequest | inference_pb2.TokenizeRequest,
     prompt: Prompt,
     parse_special_tokens: bool,
     of_chat: Mapping[str, object] | None = None,
@@ -160,6 +203,7 @@ def _set_prompt(
         )
     if not _are_token_ids(prompt):
         raise InvalidArgumentError("prompt mixes token ids or chat messages with something else")
+    assert not isinstance(message, inference_pb2.TokenizeRequest)  # whose callers refuse ids
     _put_token_ids(message.token_ids, cast(Sequence[int], prompt), "prompt")
 
 
@@ -310,6 +354,18 @@ def scores(message: inference_pb2.ScoreResponse) -> Scores:
         continuations=tuple(map(_token_scores, message.continuations)),
         prompt=_token_scores(message.prompt) if message.HasField("prompt") else None,
         usage=_usage(message.usage),
+        adapter=message.adapter.name or None,
+        digest=message.adapter.digest or None,
+    )
+
+
+def tokens(message: inference_pb2.TokenizeResponse, with_texts: bool) -> Tokens:
+    """Returns the value of the tokens of a prompt."""
+    return Tokens(
+        token_ids=tuple(message.token_ids),
+        token_texts=tuple(message.token_texts) if with_texts else None,
+        added_special_tokens=message.added_special_tokens,
+        max_context=message.max_context,
         adapter=message.adapter.name or None,
         digest=message.adapter.digest or None,
     )

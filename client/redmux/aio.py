@@ -2,7 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -19,6 +26,7 @@ from redmux.server_types import Health, ServerInfo
 from redmux.training import AsyncJobs
 from redmux.types import (
     Adapter,
+    ChatOptions,
     Chunk,
     Classifications,
     Completion,
@@ -29,6 +37,7 @@ from redmux.types import (
     Prompt,
     Scores,
     TextInput,
+    Tokens,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
 from redmux.v1 import inference_service_pb2 as inference_pb2
@@ -217,6 +226,33 @@ class AsyncClient:
         )
         method = self._connection.inference.Score
         return _calls.scores(await self._connection.unary(method, request, timeout_s))
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        adapter: str | None = None,
+        add_special_tokens: bool | None = None,
+        token_texts: bool = False,
+        timeout_s: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Tokens:
+        """Returns the tokens that a text or chat messages become, as a completion begins with them.
+
+        `add_special_tokens` False leaves out what the model's tokenizer puts before a text;
+        `token_texts` returns the text of each token, too. Options are those of chats that
+        `generate` takes. Raises as `score` does.
+        """
+        request = _calls.tokenize_request(prompt, adapter, add_special_tokens, token_texts, options)
+        method = self._connection.inference.Tokenize
+        response = await self._connection.unary(method, request, timeout_s)
+        return _calls.tokens(response, token_texts)
+
+    async def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        """Returns the text of tokens, special ones among them. Raises as `score` does."""
+        request = _calls.detokenize_request(token_ids)
+        method = self._connection.inference.Detokenize
+        return (await self._connection.unary(method, request, timeout_s)).text
 
     async def health(self) -> Health:
         """Returns whether the server is ready to generate."""

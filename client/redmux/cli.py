@@ -19,6 +19,7 @@ from redmux._readings import add_classify, add_embed
 from redmux._score_command import add_score
 from redmux._server_commands import add_info_and_health
 from redmux._shell import shell_line
+from redmux._tokens_command import add_tokenize
 from redmux._top_command import add_top
 from redmux.errors import RedmuxError
 
@@ -42,6 +43,7 @@ _OFFLINE_VERBS = {
     "convert": "make an adapter from another checkpoint",
     "fold": "write a base model with an adapter in its weights",
     "stamp": "write an adapter anew, as made for a base model",
+    "pack": "write an adapter as one file with its configuration inside",
     "show": "tell what an adapter file holds",
     "verify": "check an adapter file",
 }
@@ -124,6 +126,7 @@ def command_parser() -> argparse.ArgumentParser:
     add_classify(commands, reading)
     add_embed(commands, reading)
     add_score(commands, reading)
+    add_tokenize(commands, reading)
     add_adapters(commands, reading, _OFFLINE_VERBS)
     add_jobs(commands, reading)
     add_info_and_health(commands, reading)

@@ -1,7 +1,7 @@
 """The synchronous client."""
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -18,6 +18,7 @@ from redmux.server_types import Health, ServerInfo
 from redmux.training import Jobs
 from redmux.types import (
     Adapter,
+    ChatOptions,
     Chunk,
     Classifications,
     Completion,
@@ -28,6 +29,7 @@ from redmux.types import (
     Prompt,
     Scores,
     TextInput,
+    Tokens,
 )
 from redmux.v1 import adapter_service_pb2, admin_service_pb2
 from redmux.v1 import inference_service_pb2 as inference_pb2
@@ -225,6 +227,33 @@ class Client:
         )
         method = self._connection.inference.Score
         return _calls.scores(self._connection.unary(method, request, timeout_s))
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[Mapping[str, Any]],
+        *,
+        adapter: str | None = None,
+        add_special_tokens: bool | None = None,
+        token_texts: bool = False,
+        timeout_s: float | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Tokens:
+        """Returns the tokens that a text or chat messages become, as a completion begins with them.
+
+        `add_special_tokens` False leaves out what the model's tokenizer puts before a text;
+        `token_texts` returns the text of each token, too. Options are those of chats that
+        `generate` takes. Raises as `score` does.
+        """
+        request = _calls.tokenize_request(prompt, adapter, add_special_tokens, token_texts, options)
+        method = self._connection.inference.Tokenize
+        response = self._connection.unary(method, request, timeout_s)
+        return _calls.tokens(response, token_texts)
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
+        """Returns the text of tokens, special ones among them. Raises as `score` does."""
+        request = _calls.detokenize_request(token_ids)
+        method = self._connection.inference.Detokenize
+        return (self._connection.unary(method, request, timeout_s)).text
 
     def health(self) -> Health:
         """Returns whether the server is ready to generate."""

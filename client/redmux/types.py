@@ -33,7 +33,28 @@ class HasJsonSchema(Protocol):
         ...
 
 
-class GenerationOptions(TypedDict, total=False):
+class ChatOptions(TypedDict, total=False):
+    """Keyword arguments that say how chat messages become a prompt."""
+
+    parse_special_tokens: bool
+    """Takes what is written like a special token in a chat message for that token."""
+    template: str | None
+    """Jinja template instead of the adapter's or the model's, where the server takes any."""
+    template_args: Mapping[str, Any] | None
+    """Further variables of the template, such as {"enable_thinking": False}."""
+    add_generation_prompt: bool | None
+    """Ends the chat with what begins an answer; by default unless the final message goes on."""
+    continue_final_message: bool
+    """Goes on with the content of the chat's final message."""
+    tools: Sequence[Mapping[str, Any]] | None
+    """Functions that the model may call, as in OpenAI's API."""
+    tool_choice: str | Mapping[str, Any] | None
+    """"auto" (default), "none", "required", or the name of the one function to call."""
+    parallel_tool_calls: bool | None
+    """Takes more than one call per completion; by default so."""
+
+
+class GenerationOptions(ChatOptions, total=False):
     """Keyword arguments of `generate` and `stream`; what is left out, the server decides."""
 
     adapter: str | None
@@ -104,22 +125,6 @@ class GenerationOptions(TypedDict, total=False):
     """What the adapter edits: all, prompt, generation or after:TEXT; by default what it says."""
     priority: int | None
     """Which of your waiting requests goes first: the lowest, -100 to 100; by default 0."""
-    parse_special_tokens: bool
-    """Takes what is written like a special token in a chat message for that token."""
-    template: str | None
-    """Jinja template instead of the adapter's or the model's, where the server takes any."""
-    template_args: Mapping[str, Any] | None
-    """Further variables of the template, such as {"enable_thinking": False}."""
-    add_generation_prompt: bool | None
-    """Ends the chat with what begins an answer; by default unless the final message goes on."""
-    continue_final_message: bool
-    """Goes on with the content of the chat's final message."""
-    tools: Sequence[Mapping[str, Any]] | None
-    """Functions that the model may call, as in OpenAI's API."""
-    tool_choice: str | Mapping[str, Any] | None
-    """"auto" (default), "none", "required", or the name of the one function to call."""
-    parallel_tool_calls: bool | None
-    """Takes more than one call per completion; by default so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +329,23 @@ class Scores:
     continuations: tuple[TokenScores, ...]
     prompt: TokenScores | None
     usage: Usage
+    adapter: str | None
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of a prompt, `added_special_tokens` of them put there by the server.
+
+    `token_texts` has the text of each, in which a part of a character is U+FFFD, or is None where
+    they were not asked for. `max_context` is the most tokens of a prompt and its completion
+    together. `adapter` and `digest` are None for the base model.
+    """
+
+    token_ids: tuple[int, ...]
+    token_texts: tuple[str, ...] | None
+    added_special_tokens: int
+    max_context: int
     adapter: str | None
     digest: str | None
 

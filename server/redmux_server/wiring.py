@@ -27,6 +27,7 @@ from redmux_server.services.generation import GenerationService
 from redmux_server.services.grammar import Grammars
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
+from redmux_server.services.tokens import TokenService
 from redmux_server.services.validation import Validator
 from redmux_server.training.check import TrainingSetup
 from redmux_server.training.service import TrainingService
@@ -40,6 +41,7 @@ class Services:
     generation: GenerationService | None
     scoring: ScoringService | None
     reading: ReadingService
+    tokens: TokenService
     validator: Validator
 
 
@@ -61,11 +63,13 @@ def make_services(
     parts = engine, registry, model.codec, validator, metrics, tokenizing
     reading = ReadingService(readable(model), *parts)
     if not isinstance(model, BaseModel):
-        return Services(None, None, reading, validator)
+        tokens = TokenService(model.codec, validator, None)
+        return Services(None, None, reading, tokens, validator)
     grammars = Grammars(model.codec, model.vocab_size, compiling)
     generation = GenerationService(*parts, grammars, model.decoder_start)
     scoring = ScoringService(engine, generation, validator, metrics)
-    return Services(generation, scoring, reading, validator)
+    tokens = TokenService(model.codec, validator, generation)
+    return Services(generation, scoring, reading, tokens, validator)
 
 
 def make_training(

@@ -145,6 +145,22 @@ def test_show_reads_single_files(folder, tmp_path, capsys):
     assert "name                    one\n" in capsys.readouterr().out
 
 
+def test_pack_writes_one_file_with_the_same_adapter_and_its_metadata(folder, tmp_path, capsys):
+    file = tmp_path / "new" / "one.safetensors"
+    assert main(["pack", str(folder), "--output", str(file)]) == 0
+    adapter = read_adapter(folder)
+    assert adapter.digest in capsys.readouterr().out
+    assert read_adapter(file) == adapter
+    assert file.read_bytes() == to_bytes(adapter)
+    assert [path.name for path in file.parent.iterdir()] == ["one.safetensors"]
+
+
+def test_pack_writes_nothing_that_put_would_not_take(folder, tmp_path, capsys):
+    assert main(["pack", str(folder), "--output", str(tmp_path / "one.bin")]) == 1
+    assert "does not end with .safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "one.bin").exists()
+
+
 def test_verify_says_what_it_checked(folder, capsys):
     assert main(["verify", str(folder)]) == 0
     out = capsys.readouterr().out

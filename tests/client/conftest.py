@@ -194,6 +194,18 @@ class FakeServer(
             usage=inference_pb.Usage(prompt_tokens=4, completion_tokens=2),
         )
 
+    def Tokenize(self, request, context):
+        self._enter("Tokenize", request, context)
+        return inference_pb.TokenizeResponse(
+            token_ids=[1, 7], token_texts=["<s>", '"a'] if request.token_texts else [],
+            added_special_tokens=1, max_context=256,
+            adapter=inference_pb.AppliedAdapter(name=request.adapter),
+        )  # fmt: skip
+
+    def Detokenize(self, request, context):
+        self._enter("Detokenize", request, context)
+        return inference_pb.DetokenizeResponse(text="héllo")
+
     def PutAdapter(self, request, context):
         self._enter("PutAdapter", request, context)
         created = request.name not in self.adapters

@@ -26,6 +26,7 @@ ASKED = {
     "InferenceService.Generate": lambda c, name: streamed(c.stream("abc", adapter=name)),
     "InferenceService.Complete": lambda c, name: c.generate("abc", adapter=name, max_tokens=2),
     "InferenceService.Score": lambda c, name: c.score("abc", ["d"], adapter=name),
+    "InferenceService.Tokenize": lambda c, name: c.tokenize("abc", adapter=name),
     "InferenceService.Embed": lambda c, name: c.embed(["abc"], adapter=name),
     "InferenceService.Classify": lambda c, name: c.classify(["abc"], adapter=name),
     "AdapterService.GetAdapter": lambda c, name: c.adapters.get(name),
@@ -33,6 +34,7 @@ ASKED = {
 }
 # Those that have tests of their own here, or in the tests of training and of the registry.
 OTHERS = {
+    "InferenceService.Detokenize",  # which takes none
     "AdapterService.PutAdapter", "AdapterService.ListAdapters", "AdminService.GetServerInfo",
     "TrainingService.CreateJob", "TrainingService.GetJob", "TrainingService.ListJobs",
     "TrainingService.WatchJob", "TrainingService.CancelJob",

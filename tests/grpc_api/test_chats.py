@@ -166,7 +166,7 @@ class Call:
 
 @pytest.fixture
 def servicer():
-    return InferenceServicer(Service(), None, None, ApiKeys(()))
+    return InferenceServicer(Service(), None, None, None, ApiKeys(()))
 
 
 @pytest.mark.parametrize("is_parallel", [True, False])

@@ -28,6 +28,7 @@ from redmux_server.services.grammar import Grammars
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.spec import Chat, GenerationSpec, ScoreSpec
+from redmux_server.services.tokens import TokenService
 from redmux_server.services.validation import Validator
 from redmux_server.training.check import MAX_TASKS
 from redmux_server.training.service import TrainingService
@@ -92,6 +93,8 @@ def servicers():
         parts = engine, registry, Codec(), validator, metrics, tokenizing
         generation = GenerationService(*parts, Grammars(Codec(), 260, tokenizing))
         reading = ReadingService(ReadableModel("encoder", "X", 4, Pooling.MEAN), *parts)
+        scoring = ScoringService(engine, generation, validator, metrics)
+        tokens = TokenService(Codec(), validator, generation)
         keys = ApiKeys(())  # which need no context
         training = TrainingService(
             object(), registry, metrics, max_queued=8, share=0.5,
@@ -99,9 +102,7 @@ def servicers():
         )  # fmt: skip
         training._checker = SimpleNamespace(check=refuse)
         yield SimpleNamespace(
-            inference=InferenceServicer(
-                generation, ScoringService(engine, generation, validator, metrics), reading, keys
-            ),
+            inference=InferenceServicer(generation, scoring, reading, tokens, keys),
             adapters=AdapterServicer(registry, lambda: None, keys),
             training=TrainingServicer(training, keys),
         )
@@ -232,11 +233,13 @@ TOO_MANY = {
     "stop texts": ("Complete", {"text": "x", "stopping": pb.Stopping(stop=[""] * MANY)}),
     "continuations": ("Score", {"text": "x", "continuations": [pb.Continuation()] * MANY}),
     "inputs": ("Embed", {"inputs": [pb.Input()] * MANY}),
+    "tokens": ("Detokenize", {"token_ids": [7] * MANY}),
     "tasks": ("CreateJob", {"tasks": [{"adapter": f"x{i}"} for i in range(MANY)]}),
 }
 REQUESTS = {
     "Complete": lambda fields: pb.CompleteRequest(generation=pb.Generation(**fields)),
     "Score": lambda fields: pb.ScoreRequest(**fields),
+    "Detokenize": lambda fields: pb.DetokenizeRequest(**fields),
     "Embed": lambda fields: pb.EmbedRequest(**fields),
     "CreateJob": lambda fields: training_pb.CreateJobRequest(**fields),
 }

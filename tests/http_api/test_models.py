@@ -1,9 +1,12 @@
 """Models, adapters and their files, tokens, and what probes ask."""
 
+import re
+
 import openai
 import pytest
 
-from redmux_adapters import to_bytes
+from redmux.cli import main
+from redmux_adapters import to_bytes, write_folder
 from redmux_server.http_api.names import ModelNames
 
 BYTES = {"content-type": "application/octet-stream"}
@@ -60,6 +63,24 @@ async def test_an_adapter_is_put_read_listed_and_deleted(http, base):
     assert gone.json() == {"id": "x/y", "object": "adapter.deleted", "deleted": True}
     assert (await http.get("/v1/adapters/x/y")).status_code == 404
     assert (await http.delete("/v1/adapters/x/y")).status_code == 404
+
+
+async def test_a_folder_is_packed_for_a_plain_put_and_the_refusal_says_how(
+    http, base, tmp_path, capsys
+):
+    write_folder(base.adapter(9), tmp_path / "x")
+    bare = (tmp_path / "x" / "adapter_model.safetensors").read_bytes()
+    refused = await http.put("/v1/adapters/packed", content=bare)
+    assert refused.status_code == 400
+    told = refused.json()["error"]["message"]
+    command = re.search(r"`redmux (adapters pack FOLDER --output FILE.safetensors)`", told)
+    paths = {"FOLDER": str(tmp_path / "x"), "FILE.safetensors": str(tmp_path / "x.safetensors")}
+    assert main([paths.get(word, word) for word in command[1].split()]) == 0, capsys.readouterr()
+    packed = (tmp_path / "x.safetensors").read_bytes()
+    assert (await http.put("/v1/adapters/packed", content=packed)).status_code == 201
+    asked = {"model": "packed", "prompt": "a", "max_tokens": 2}
+    answer = (await http.post("/v1/completions", json=asked)).json()
+    assert answer["redmux"]["digest"] == base.adapter(9).digest
 
 
 async def test_what_is_no_adapter_is_refused(http):

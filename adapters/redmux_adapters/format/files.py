@@ -13,7 +13,12 @@ import numpy as np
 import torch
 
 from redmux._nearest import nearest
-from redmux.errors import InvalidAdapterError, RedmuxError, ResourceExhaustedError
+from redmux.errors import (
+    InvalidAdapterError,
+    InvalidArgumentError,
+    RedmuxError,
+    ResourceExhaustedError,
+)
 
 from .adapter import Adapter, Edit
 from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
@@ -181,6 +186,18 @@ def write_folder(adapter: Adapter, folder: str | Path) -> None:
     _replace(folder / CONFIG_NAME, _config_text(adapter).encode())
 
 
+def write_file(adapter: Adapter, path: str | Path) -> None:
+    """Writes `to_bytes` of `adapter` to a .safetensors file, which appears whole or not.
+
+    Folders above it are created. Raises InvalidArgumentError for another ending.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InvalidArgumentError(f"{shown(str(path))} does not end with .safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, to_bytes(adapter))
+
+
 def read_file(path: Path, max_bytes: int) -> bytes:
     """Returns the content of a regular file of at most `max_bytes`, or raises InvalidAdapterError.
 
@@ -234,7 +251,8 @@ def _find_config(header: Header, config_json: str | None, limits: Limits) -> Ada
     texts = [text for text in (config_json, header.metadata.get("adapter_config")) if text]
     if not texts:
         raise InvalidAdapterError(
-            f"no {CONFIG_NAME}: give it beside the file, or as 'adapter_config' in its __metadata__"
+            f"no {CONFIG_NAME}: give it beside the file, or as 'adapter_config' in its "
+            "__metadata__, as `redmux adapters pack FOLDER --output FILE.safetensors` does"
         )
     for text in texts:
         # 4 bytes a character at most, so a cheap bound comes first.

@@ -105,7 +105,39 @@ _InferenceServiceEmbedType = typing_extensions.TypeVar(
     ],
 )
 
-class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType, _InferenceServiceScoreType, _InferenceServiceClassifyType, _InferenceServiceEmbedType]):
+_InferenceServiceTokenizeType = typing_extensions.TypeVar(
+    '_InferenceServiceTokenizeType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.TokenizeRequest,
+        redmux.v1.inference_service_pb2.TokenizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.TokenizeRequest,
+        redmux.v1.inference_service_pb2.TokenizeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.TokenizeRequest,
+        redmux.v1.inference_service_pb2.TokenizeResponse,
+    ],
+)
+
+_InferenceServiceDetokenizeType = typing_extensions.TypeVar(
+    '_InferenceServiceDetokenizeType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.DetokenizeRequest,
+        redmux.v1.inference_service_pb2.DetokenizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.DetokenizeRequest,
+        redmux.v1.inference_service_pb2.DetokenizeResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.DetokenizeRequest,
+        redmux.v1.inference_service_pb2.DetokenizeResponse,
+    ],
+)
+
+class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _InferenceServiceCompleteType, _InferenceServiceScoreType, _InferenceServiceClassifyType, _InferenceServiceEmbedType, _InferenceServiceTokenizeType, _InferenceServiceDetokenizeType]):
     """InferenceService generates, scores, classifies and embeds text with the base model or with any RED
     adapter that is loaded.
 
@@ -138,6 +170,14 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             redmux.v1.inference_service_pb2.EmbedRequest,
             redmux.v1.inference_service_pb2.EmbedResponse,
         ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.TokenizeRequest,
+            redmux.v1.inference_service_pb2.TokenizeResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.DetokenizeRequest,
+            redmux.v1.inference_service_pb2.DetokenizeResponse,
+        ],
     ], channel: grpc.Channel) -> None: ...
 
     @typing.overload
@@ -162,6 +202,14 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
             redmux.v1.inference_service_pb2.EmbedRequest,
             redmux.v1.inference_service_pb2.EmbedResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.TokenizeRequest,
+            redmux.v1.inference_service_pb2.TokenizeResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.inference_service_pb2.DetokenizeRequest,
+            redmux.v1.inference_service_pb2.DetokenizeResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Generate: _InferenceServiceGenerateType
@@ -178,6 +226,12 @@ class InferenceServiceStub(typing.Generic[_InferenceServiceGenerateType, _Infere
 
     Embed: _InferenceServiceEmbedType
     """Embed returns one vector for each of some inputs."""
+
+    Tokenize: _InferenceServiceTokenizeType
+    """Tokenize returns the tokens that a prompt becomes, as a completion of it begins with."""
+
+    Detokenize: _InferenceServiceDetokenizeType
+    """Detokenize returns the text of tokens, special ones among them."""
 
 InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -199,6 +253,14 @@ InferenceServiceAsyncStub: typing_extensions.TypeAlias = InferenceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         redmux.v1.inference_service_pb2.EmbedRequest,
         redmux.v1.inference_service_pb2.EmbedResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.TokenizeRequest,
+        redmux.v1.inference_service_pb2.TokenizeResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.inference_service_pb2.DetokenizeRequest,
+        redmux.v1.inference_service_pb2.DetokenizeResponse,
     ],
 ]
 
@@ -252,5 +314,21 @@ class InferenceServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.inference_service_pb2.EmbedResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.EmbedResponse]]:
         """Embed returns one vector for each of some inputs."""
+
+    @abc.abstractmethod
+    def Tokenize(
+        self,
+        request: redmux.v1.inference_service_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.inference_service_pb2.TokenizeResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.TokenizeResponse]]:
+        """Tokenize returns the tokens that a prompt becomes, as a completion of it begins with."""
+
+    @abc.abstractmethod
+    def Detokenize(
+        self,
+        request: redmux.v1.inference_service_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.inference_service_pb2.DetokenizeResponse, collections.abc.Awaitable[redmux.v1.inference_service_pb2.DetokenizeResponse]]:
+        """Detokenize returns the text of tokens, special ones among them."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -12,7 +12,7 @@ from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import Generation
 from redmux_server.services.grammar_source import check_num_choices
-from redmux_server.services.spec import GenerationSpec, Grammar, GrammarKind, Prompt
+from redmux_server.services.spec import Chat, GenerationSpec, Grammar, GrammarKind, Prompt
 from redmux_server.services.tools import ToolCallDelta, ToolCallParser, whole_calls
 
 _REASONS = {
@@ -90,6 +90,14 @@ def prompt_of(message: inference_pb.Generation | inference_pb.ScoreRequest) -> P
     if form == "chat":
         return chat_of(message.chat)
     raise InvalidArgumentError("the request has no prompt; set text, token_ids or chat")
+
+
+def text_or_chat_of(message: inference_pb.TokenizeRequest) -> str | Chat:
+    """Returns what is to be tokenized; raises InvalidArgumentError where there is nothing."""
+    form = message.WhichOneof("prompt")
+    if form is None:
+        raise InvalidArgumentError("the request has no prompt; set text or chat")
+    return message.text if form == "text" else chat_of(message.chat)
 
 
 class ToolParsers:

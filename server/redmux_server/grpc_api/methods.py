@@ -34,7 +34,10 @@ def add_methods(
     """
     callers = CallKeys(keys)
     add_InferenceServiceServicer_to_server(
-        InferenceServicer(services.generation, services.scoring, services.reading, callers), server
+        InferenceServicer(
+            services.generation, services.scoring, services.reading, services.tokens, callers
+        ),
+        server,
     )
     add_AdapterServiceServicer_to_server(AdapterServicer(registry, on_change, callers), server)
     add_AdminServiceServicer_to_server(AdminServicer(info, callers), server)

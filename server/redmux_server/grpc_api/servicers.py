@@ -22,13 +22,15 @@ from redmux_server.grpc_api.generating import (
     prompt_of,
     prompt_scores,
     spec_of,
+    text_or_chat_of,
 )
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService, generates_nothing
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
-from redmux_server.services.spec import ReadInput, ScoreSpec, TextPair
+from redmux_server.services.spec import ReadInput, ScoreSpec, TextPair, TokenizeSpec
+from redmux_server.services.tokens import TokenService
 
 _DEFAULT_PAGE = 100
 _MAX_PAGE = 1000
@@ -46,19 +48,21 @@ _PROBLEM_TYPES = {
 
 
 class InferenceServicer(InferenceServiceServicer):
-    """Text generation, streamed or whole; scoring, classification and embedding of given texts."""
+    """Text generation, streamed or whole; what is read of given texts; tokens."""
 
     def __init__(
         self,
         generation: GenerationService | None,
         scoring: ScoringService | None,
         reading: ReadingService,
+        tokens: TokenService,
         keys: CallKeys,
     ) -> None:
         """`generation` and `scoring` are None for a model that generates nothing."""
         self._generation = generation
         self._scoring = scoring
         self._reading = reading
+        self._tokens = tokens
         self._keys = keys
 
     async def Generate(
@@ -150,6 +154,31 @@ class InferenceServicer(InferenceServiceServicer):
             adapter=applied(done.published),
             usage=_usage_of_inputs(done),
         )
+
+    async def Tokenize(
+        self, request: inference_pb.TokenizeRequest, context: Any
+    ) -> inference_pb.TokenizeResponse:
+        """Returns the tokens of a prompt."""
+        is_said = request.HasField("add_special_tokens")
+        spec = TokenizeSpec(
+            text_or_chat_of(request),
+            request.adapter,
+            request.add_special_tokens if is_said else None,
+        )
+        found = await self._tokens.tokenize(spec, self._keys.tenant(context))
+        return inference_pb.TokenizeResponse(
+            token_ids=found.ids,
+            token_texts=self._tokens.texts(found.ids) if request.token_texts else None,
+            added_special_tokens=found.num_added,
+            max_context=self._tokens.max_context,
+            adapter=applied(found.published),
+        )
+
+    async def Detokenize(
+        self, request: inference_pb.DetokenizeRequest, context: Any
+    ) -> inference_pb.DetokenizeResponse:
+        """Returns the text of tokens."""
+        return inference_pb.DetokenizeResponse(text=self._tokens.detokenize(request.token_ids))
 
     def _generates(self) -> GenerationService:
         if self._generation is None:

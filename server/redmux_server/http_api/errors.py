@@ -21,7 +21,7 @@ from redmux.errors import (
     UnavailableError,
 )
 from redmux_server.models.too_long import TooLongError
-from redmux_server.services.spec import GenerationSpec, ScoreSpec
+from redmux_server.services.spec import GenerationSpec, ScoreSpec, TokenizeSpec
 
 DONE = b"data: [DONE]\n\n"  # the last event of a stream
 _RETRY_AFTER_S = 1.0  # where the server is loading or draining
@@ -46,8 +46,12 @@ _CALLS = {
 _CALL = re.compile(rf"\b({'|'.join(_CALLS)})\b")
 # Their messages begin with the field that is wrong.
 _FIELDS = {
-    "endpoint", "input_file_id", "suffix", "training_file", "validation_file",
-    *(field.name for spec in (GenerationSpec, ScoreSpec) for field in dataclasses.fields(spec)),
+    "endpoint", "input_file_id", "suffix", "tokens", "training_file", "validation_file",
+    *(
+        field.name
+        for spec in (GenerationSpec, ScoreSpec, TokenizeSpec)
+        for field in dataclasses.fields(spec)
+    ),
 }  # fmt: skip
 _FIELD = re.compile(r"([a-z_]+)(\[\d+\])? (?:is|has|=|holds|must)(?: |$)")
 

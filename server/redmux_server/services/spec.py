@@ -102,6 +102,15 @@ class GenerationSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenizeSpec:
+    """What a caller wants the tokens of."""
+
+    prompt: str | Chat
+    adapter: str = ""
+    add_special_tokens: bool | None = None  # False leaves out what is put before a text
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreSpec:
     """What a caller wants scored."""
 

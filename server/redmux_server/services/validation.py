@@ -75,12 +75,7 @@ class Validator:
                 added = {r: _num_bytes("".join(t)) for r, t in prompt_format.turns.items()}
                 num_bytes += sum(added.get(str(m.get("role")), 0) for m in prompt.messages)
         else:
-            name = "token_ids" if name == "prompt" else f"{name}.token_ids"
-            if len(prompt) > self.max_context:
-                raise TooLongError(
-                    f"{name} has {len(prompt)} tokens; limit {self.max_context}", self.max_context
-                )
-            self._token_ids(name, prompt)
+            self.token_ids("token_ids" if name == "prompt" else f"{name}.token_ids", prompt)
             return
         if num_bytes > self.max_prompt_bytes:
             raise TooLongError(
@@ -88,6 +83,14 @@ class Validator:
                 f"{self.max_context} tokens",
                 self.max_context,
             )
+
+    def token_ids(self, name: str, ids: Sequence[int]) -> None:
+        """Checks that these are tokens of the model, as many as the context at most."""
+        if len(ids) > self.max_context:
+            raise TooLongError(
+                f"{name} has {len(ids)} tokens; limit {self.max_context}", self.max_context
+            )
+        self._token_ids(name, ids)
 
     def inputs(self, inputs: Sequence[ReadInput], limit: int) -> None:
         """Checks the inputs of a reading before they are tokenized."""

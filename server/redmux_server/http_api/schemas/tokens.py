@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Ids, Objects, Unserved
 from redmux_server.services.chat import check_num_messages
-from redmux_server.services.spec import Chat
+from redmux_server.services.spec import Chat, TokenizeSpec
 
 
 class TokenizeBody(Body):
@@ -31,15 +31,13 @@ class TokenizeBody(Body):
     def _checked(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
             raise Refusal("give either prompt or messages", param="prompt")
-        if self.messages is not None and self.add_special_tokens:
-            raise Refusal(
-                "add_special_tokens is true; the template says what a chat begins with",
-                param="add_special_tokens",
-            )  # fmt: skip
         return self
 
-    def what(self) -> str | Chat:
-        """Returns the prompt for the services."""
+    def spec(self, adapter: str) -> TokenizeSpec:
+        """Returns what the services are asked for."""
+        return TokenizeSpec(self._prompt(), adapter, self.add_special_tokens)
+
+    def _prompt(self) -> str | Chat:
         if self.prompt is not None:
             return self.prompt
         messages = self.messages or []
