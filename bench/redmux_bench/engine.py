@@ -14,7 +14,7 @@ from redmux_bench import report
 from redmux_bench.http_load import HttpLoad
 from redmux_bench.load import LoadGenerator, Wave
 from redmux_bench.lone_engine import LoneEngine
-from redmux_bench.rounds import median_ratio
+from redmux_bench.rounds import median_ratio, rotated
 from redmux_bench.server_process import ServerProcess, serve_flags, start
 from redmux_bench.summary import summarize
 from redmux_bench.tables import print_table
@@ -75,9 +75,14 @@ async def _measure(
                         workload.plan(options.concurrency, [], (options.seed, way, index))
                         for way in (5, 6)
                     )
-                    alone.append(await _alone(lone, first))
-                    grpc.append(await _through(generator.run(first, len(first)), process, "gRPC"))
-                    http.append(await _through(load.run(second), process, "HTTP"))
+                    for way in rotated(range(3), index):
+                        if way == 0:
+                            alone.append(await _alone(lone, first))
+                        elif way == 1:
+                            wave = generator.run(first, len(first))
+                            grpc.append(await _through(wave, process, "gRPC"))
+                        else:
+                            http.append(await _through(load.run(second), process, "HTTP"))
                     bar.update()
         finally:
             load.close()

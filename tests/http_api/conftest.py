@@ -9,6 +9,7 @@ import openai
 import pytest
 import pytest_asyncio
 from allowed_steps import Steps
+from encoders import load_tiny_encoder, save_tiny_encoder
 
 from redmux import AsyncClient
 from redmux_adapters import to_bytes
@@ -68,6 +69,44 @@ async def http(url):
     """A plain client."""
     async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
         yield http
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return load_tiny_encoder(save_tiny_encoder(tmp_path_factory.mktemp("bert"), "bert"))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def reader(encoder):
+    """A server of an encoder with adapters of several heads."""
+    from redmux_server.app import Server
+    from redmux_server.config import ServerConfig
+
+    config = ServerConfig(
+        model=str(encoder.folder), port=0, http_port=0, metrics_port=0, threads=1,
+        served_model_name=("bert",),
+    )  # fmt: skip
+    server = await Server.start(config)
+    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
+        await client.adapters.put("bare", to_bytes(encoder.adapter(1)))
+        for name, labels, kind in (
+            ("mood", ["bad", "good"], "single_label_classification"),
+            ("topic", ["a", "b", "c"], "single_label_classification"),
+            ("tags", ["x", "y"], "multi_label_classification"),
+            ("rating", ["stars"], "regression"),
+        ):
+            adapter = encoder.adapter(2, "mean", labels=labels, problem_type=kind)
+            await client.adapters.put(name, to_bytes(adapter))
+        yield server, client
+    await server.stop(drain_s=0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def reading(reader):
+    server, _ = reader
+    url = f"http://127.0.0.1:{server.http_port}"
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as reading:
+        yield reading
 
 
 @pytest.fixture

@@ -173,6 +173,25 @@ async def test_a_response_is_streamed_as_events_in_their_order(api, model):
     told = [entry for event in events[4:-4] for entry in event.logprobs]
     assert [t.logprob for t in told] == [t.logprob for t in whole.output[0].content[0].logprobs]
     assert events[-1].response.output[0].content[0].text == whole.output_text
+    assert events[0].response.redmux == {"adapter": None, "digest": None}  # nothing is there yet
+
+
+async def test_every_answer_tells_how_long_it_took(http, model):
+    """Completions, chats and responses alike, whole and streamed."""
+    for path, body in (
+        ("/v1/completions", {"prompt": "hi", "max_tokens": 3}),
+        ("/v1/chat/completions", {"messages": ASKED, "max_tokens": 3}),
+        ("/v1/responses", {"input": "hi", "max_output_tokens": 3}),
+    ):
+        response = await http.post(path, json={"model": model, **body})
+        streamed = await http.post(path, json={"model": model, **body, "stream": True})
+        data = [line[6:] for line in streamed.text.splitlines() if line.startswith("data: {")]
+        last = json.loads(data[-1])
+        for told in (response.json()["redmux"], last.get("response", last)["redmux"]):
+            assert set(told) == {
+                "adapter", "digest", "first_token_s", "total_s", "added_special_tokens",
+            }  # fmt: skip
+            assert 0 < told["first_token_s"] <= told["total_s"], path
 
 
 @pytest.mark.parametrize(

@@ -2,53 +2,9 @@
 
 import base64
 
-import httpx2
 import numpy as np
 import openai
 import pytest
-import pytest_asyncio
-from encoders import load_tiny_encoder, save_tiny_encoder
-
-from redmux import AsyncClient
-from redmux_adapters import to_bytes
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return load_tiny_encoder(save_tiny_encoder(tmp_path_factory.mktemp("bert"), "bert"))
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def reader(encoder):
-    """A server of an encoder with adapters of several heads."""
-    from redmux_server.app import Server
-    from redmux_server.config import ServerConfig
-
-    config = ServerConfig(
-        model=str(encoder.folder), port=0, http_port=0, metrics_port=0, threads=1,
-        served_model_name=("bert",),
-    )  # fmt: skip
-    server = await Server.start(config)
-    async with AsyncClient(f"127.0.0.1:{server.port}") as client:
-        await client.adapters.put("bare", to_bytes(encoder.adapter(1)))
-        for name, labels, kind in (
-            ("mood", ["bad", "good"], "single_label_classification"),
-            ("topic", ["a", "b", "c"], "single_label_classification"),
-            ("tags", ["x", "y"], "multi_label_classification"),
-            ("rating", ["stars"], "regression"),
-        ):
-            adapter = encoder.adapter(2, "mean", labels=labels, problem_type=kind)
-            await client.adapters.put(name, to_bytes(adapter))
-        yield server, client
-    await server.stop(drain_s=0)
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def reading(reader):
-    server, _ = reader
-    url = f"http://127.0.0.1:{server.http_port}"
-    async with httpx2.AsyncClient(base_url=url, timeout=60) as reading:
-        yield reading
 
 
 async def test_vectors_come_as_the_openai_package_asks_for_them(api, client, model, base):
@@ -97,7 +53,8 @@ async def test_a_decoder_classifies_nothing_and_says_so(http, model):
         body = {"model": model, "input": "a", **({"task": "classify"} if path[1] == "p" else {})}
         response = await http.post(path, json=body)
         assert response.status_code == 412
-        assert "/v1/completions" in response.json()["error"]["message"]  # not gRPC's names
+        message = response.json()["error"]["message"]  # not in gRPC's names
+        assert message.endswith("which classifies nothing; use /v1/completions")
 
 
 async def test_classes_are_those_of_grpc(reading, reader):
@@ -158,14 +115,33 @@ async def test_vectors_wait_behind_requests_that_are_more_important(http, server
         submit(*requests)
 
     monkeypatch.setattr(server.engine, "submit", noting)
-    for path in ("/v1/embeddings", "/pooling"):
+    pair = {"text_1": "a", "text_2": "b"}
+    for path, read in (("/v1/embeddings", {"input": "a"}), ("/pooling", {"input": "a"}),
+                       ("/score", pair)):  # fmt: skip
         for priority in (7, None):
-            asked = {"model": "tiny", "input": "a", "priority": priority}
+            asked = {"model": "tiny", "priority": priority, **read}
             assert (await http.post(path, json=asked)).is_success
-    assert seen == [7, 0, 7, 0]
-    refused = await http.post("/v1/embeddings", json=asked | {"priority": 101})
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "priority"
+            assert set(seen) == {priority or 0}
+            seen.clear()
+        refused = await http.post(path, json=asked | {"priority": 101})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "priority"
+
+
+async def test_so_do_classes(reading, reader, monkeypatch):
+    server, _ = reader
+    seen = []
+    submit = server.engine.submit
+    monkeypatch.setattr(
+        server.engine,
+        "submit",
+        lambda *some: (seen.extend(r.priority for r in some), submit(*some)),
+    )
+    for path, read in (("/classify", {"input": "a"}), ("/score", {"text_1": "a", "text_2": "b"}),
+                       ("/pooling", {"input": "a", "task": "classify"})):  # fmt: skip
+        response = await reading.post(path, json={"model": "mood", "priority": -7, **read})
+        assert response.is_success
+    assert seen == [-7] * 3
 
 
 async def test_classes_and_scores_are_what_the_document_says(reading, fits):

@@ -82,7 +82,7 @@ async def open_page(browser):
     """Opens the page of a server; nothing may be logged as wrong, or asked of elsewhere."""
 
     @contextlib.asynccontextmanager
-    async def open_page(server, may_fail=(), **options):
+    async def open_page(server, may_fail=(), path="", **options):
         context = await browser.new_context(**options)
         page = await context.new_page()
         logged, asked = [], []
@@ -93,7 +93,7 @@ async def open_page(browser):
         page.on("pageerror", lambda error: logged.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         url = f"http://127.0.0.1:{server.http_port}/"
-        await page.goto(url)
+        await page.goto(url + path)
         try:
             yield page
             assert all(address.startswith((url, "data:", "blob:")) for address in asked)

@@ -23,7 +23,7 @@ from redmux_server.http_api.schemas.other_answers import (
     AdapterTold,
     LoadedAdapters,
 )
-from redmux_server.http_api.validated import JsonRoute
+from redmux_server.http_api.validated import JsonRoute, KnownRoute
 from redmux_server.registry.published import Published
 from redmux_server.registry.tenants import may_change, sees_all
 
@@ -35,7 +35,7 @@ _DEFAULT_PAGE, _MAX_PAGE = 100, 1000
 
 def router(offer: Offer) -> APIRouter:
     """Returns the routes of adapters."""
-    router = APIRouter(tags=["adapters"])
+    router = APIRouter(route_class=KnownRoute, tags=["adapters"])
     registry = offer.registry
 
     @router.get("/v1/adapters", response_model=Adapters)

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 import redmux
-from redmux.errors import NotFoundError, RedmuxError
+from redmux.errors import RedmuxError
 from redmux_server.files.store import MAX_FILE_BYTES
 from redmux_server.http_api import (
     adapters,
@@ -24,6 +24,7 @@ from redmux_server.http_api import (
     playground,
     probes,
     reading,
+    reference,
     responses,
     side_by_side,
     status,
@@ -32,6 +33,7 @@ from redmux_server.http_api import (
 from redmux_server.http_api.answers import error_response
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.gate import App
+from redmux_server.http_api.missing import missing
 from redmux_server.http_api.multipart import FORM_BYTES
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.schemas.answers import Failure
@@ -50,7 +52,7 @@ _CONFIG_BYTES = 1 << 20  # of what comes with an adapter's file
 def make_app(offer: Offer) -> App:
     """Returns the application over a loaded server."""
     app = FastAPI(
-        title="redmux", version=redmux.__version__, redoc_url=None,
+        title="redmux", version=redmux.__version__, docs_url=None, redoc_url=None,
         description="Many RED adapters on one resident base model, in OpenAI's shapes.",
     )  # fmt: skip
     routers = (
@@ -70,6 +72,7 @@ def make_app(offer: Offer) -> App:
         status.router(offer),
         probes.router(offer),
         playground.router(),
+        reference.router(app.openapi),
     )
     for router in routers:
         app.include_router(router, responses=_FAILURES)
@@ -85,8 +88,8 @@ def make_app(offer: Offer) -> App:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, err: HTTPException) -> Any:
         if err.status_code == 404:
-            missing = NotFoundError(f"there is no {request.url.path[:256]}; see /docs")
-            return error_response(missing)
+            paths = [route.path for route in _routes(routers)]
+            return error_response(missing(request.url.path, paths))
         refusal = Refusal(str(err.detail), status=err.status_code, code="http_error")
         headers = {"allow": _methods(routers, request)} if err.status_code == 405 else err.headers
         return error_response(refusal, headers)
@@ -98,10 +101,13 @@ def make_app(offer: Offer) -> App:
     return app
 
 
+def _routes(routers: Sequence[APIRouter]) -> list[Route]:
+    return [route for router in routers for route in router.routes if isinstance(route, Route)]
+
+
 def _methods(routers: Sequence[APIRouter], request: Request) -> str:
     """Returns the methods of all routes of a path; each route knows its own alone."""
-    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
-    here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    here = [r for r in _routes(routers) if r.matches(request.scope)[0] is not Match.NONE]
     return ", ".join(sorted({method for route in here for method in route.methods or ()}))
 
 

@@ -10,10 +10,16 @@ from starlette.responses import Response
 
 from redmux_server.engine.request import Pooling
 from redmux_server.http_api.answers import json_response
-from redmux_server.http_api.generating import caller_of
+from redmux_server.http_api.deadline import within
+from redmux_server.http_api.generating import caller_of, timeout_of
 from redmux_server.http_api.offer import Offer, adapter_header, applied
 from redmux_server.http_api.schemas.other_answers import EmbeddingList, PooledList
-from redmux_server.http_api.schemas.reading import EmbeddingBody, PoolingBody, encoded
+from redmux_server.http_api.schemas.reading import (
+    ClassifyBody,
+    EmbeddingBody,
+    PoolingBody,
+    encoded,
+)
 from redmux_server.http_api.validated import JsonRoute
 from redmux_server.services.reading import Classifications, Embeddings
 
@@ -23,17 +29,18 @@ def router(offer: Offer) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, tags=["reading"])
 
     async def embed(request: Request, body: EmbeddingBody) -> Embeddings:
-        tenant = caller_of(request).tenant
-        await offer.names.resolve(body.model, tenant)
+        caller = caller_of(request)
+        await offer.names.resolve(body.model, caller.tenant)
         pooling = None if body.pooling is None else Pooling(body.pooling)
-        return await offer.services.reading.embed(
-            body.input,
-            offer.names.adapter(body.model),
-            pooling,
-            body.normalize,
-            tenant,
-            body.priority or 0,
-        )
+        async with within(timeout_of(caller, body.timeout, streams=False)):
+            return await offer.services.reading.embed(
+                body.input,
+                offer.names.adapter(body.model),
+                pooling,
+                body.normalize,
+                caller.tenant,
+                body.priority or 0,
+            )
 
     @router.post("/v1/embeddings", response_model=EmbeddingList)
     async def create_embeddings(request: Request, body: EmbeddingBody) -> Response:
@@ -55,11 +62,7 @@ def router(offer: Offer) -> APIRouter:
         """Returns a vector of each input as it is, or the scores of its classes."""
         done: Embeddings | Classifications
         if body.task == "classify":
-            tenant = caller_of(request).tenant
-            await offer.names.resolve(body.model, tenant)
-            done = await offer.services.reading.classify(
-                body.input, offer.names.adapter(body.model), tenant
-            )
+            done = await classified(offer, request, body)
             rows = done.scores
         else:
             done = await embed(request, body)
@@ -72,6 +75,18 @@ def router(offer: Offer) -> APIRouter:
         return json_response(answer, adapter_header(done.published))
 
     return router
+
+
+async def classified(
+    offer: Offer, request: Request, body: ClassifyBody | PoolingBody
+) -> Classifications:
+    """Returns what an adapter's head makes of the inputs of a request."""
+    caller = caller_of(request)
+    await offer.names.resolve(body.model, caller.tenant)
+    async with within(timeout_of(caller, body.timeout, streams=False)):
+        return await offer.services.reading.classify(
+            body.input, offer.names.adapter(body.model), caller.tenant, body.priority or 0
+        )
 
 
 def head(kind: str) -> dict[str, Any]:

@@ -37,7 +37,9 @@ _CODES = (
 )
 # Messages of the services speak of gRPC's methods.
 _CALLS = {
+    "Generate or Complete": "/v1/completions",
     "ListAdapters": "GET /v1/models",
+    "ListJobs": "GET /v1/fine_tuning/jobs",
     "Generate": "/v1/completions",
     "Complete": "/v1/completions",
     "Classify": "/classify",

@@ -17,6 +17,7 @@ from redmux_server.http_api.multipart import read_form
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.paging import page_of
 from redmux_server.http_api.schemas.kept_answers import CONTENT, FileDeleted, Files, FileTold
+from redmux_server.http_api.validated import KnownRoute
 
 _PURPOSES = ("fine-tune", "batch")
 _FORM = {
@@ -30,7 +31,7 @@ _FORM = {
 
 def router(offer: Offer) -> APIRouter:
     """Returns the routes of files."""
-    router = APIRouter(tags=["files"])
+    router = APIRouter(route_class=KnownRoute, tags=["files"])
     store = offer.desk.files
 
     @router.post(

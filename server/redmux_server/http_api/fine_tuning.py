@@ -24,6 +24,11 @@ from redmux_server.tuning.job import TuningJob
 
 _PATH = "/v1/fine_tuning/jobs"
 Limit = Annotated[int, Query(ge=1, le=1000)]
+_METADATA = {
+    "name": "metadata", "in": "query", "required": False, "style": "deepObject", "explode": True,
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+    "description": "Jobs that have these pairs: metadata[key]=value.",
+}  # fmt: skip
 
 
 def router(offer: Offer) -> APIRouter:
@@ -51,7 +56,7 @@ def router(offer: Offer) -> APIRouter:
         )  # fmt: skip
         return json_response(_told(await tuning.create(job)))
 
-    @router.get(_PATH, response_model=FineTuningJobs)
+    @router.get(_PATH, response_model=FineTuningJobs, openapi_extra={"parameters": [_METADATA]})
     async def list_fine_tuning_jobs(
         request: Request, after: str | None = None, limit: Limit = 20
     ) -> Response:

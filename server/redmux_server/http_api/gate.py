@@ -30,9 +30,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # Without a key: probes, scrapers and pages for people, which bring no body.
-PUBLIC = frozenset(
-    ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs", "/docs/oauth2-redirect")
-)
+PUBLIC = frozenset(("/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs"))
 _PAGE = re.compile("/|/page/.*")  # the page for people, and its files
 _BODY_BYTES = 4 << 20  # of a request, where its path has no limit of its own
 _RECEIVE_S = 30.0

@@ -11,6 +11,7 @@ from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.generating import caller_of
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.schemas.other_answers import Model, ModelDeleted, Models
+from redmux_server.http_api.validated import KnownRoute
 from redmux_server.registry.published import Published
 
 _PAGE = 1000
@@ -18,7 +19,7 @@ _PAGE = 1000
 
 def router(offer: Offer) -> APIRouter:
     """Returns the routes of models."""
-    router = APIRouter(tags=["models"])
+    router = APIRouter(route_class=KnownRoute, tags=["models"])
 
     def base() -> dict[str, Any]:
         return {

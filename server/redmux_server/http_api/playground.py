@@ -16,7 +16,7 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_HEADERS = {
+HEADERS = {
     # Nothing from elsewhere, nothing inline, no frames: what models write stays text.
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -42,7 +42,7 @@ def router() -> APIRouter:
         if name not in files:
             raise NotFoundError(f"the page has no file {name[:128]!r}")
         content_type, data = files[name]
-        headers = {**_HEADERS, "etag": tags[name]}
+        headers = {**HEADERS, "etag": tags[name]}
         if request.headers.get("if-none-match") == tags[name]:
             return Response(None, 304, headers)
         headers["content-type"] = content_type

@@ -13,7 +13,14 @@ from starlette.responses import Response
 from redmux_server.engine.request import FinishReason
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.deadline import within
-from redmux_server.http_api.generating import caller_of, complete, read, submit, timeout_of
+from redmux_server.http_api.generating import (
+    caller_of,
+    complete,
+    read,
+    submit,
+    timeout_of,
+    told_of,
+)
 from redmux_server.http_api.logprobs import TokenNames, chat_logprobs
 from redmux_server.http_api.offer import Offer, adapter_header, applied
 from redmux_server.http_api.schemas.answers import EVENTS, ResponseObject
@@ -71,6 +78,7 @@ class _Answer:
     def _response(self, whole: Delta | None) -> dict[str, Any]:
         """Returns the response as it is with this answer, None where it has just begun."""
         body = self._body
+        finish = None if whole is None else whole.finish
         return {
             "id": self._id,
             "object": "response",
@@ -100,7 +108,9 @@ class _Answer:
             "usage": None if whole is None else _usage(whole),
             "metadata": {},
             "system_fingerprint": self._offer.fingerprint,
-            "redmux": applied(self._published),
+            "redmux": (
+                applied(self._published) if finish is None else told_of(self._published, finish)
+            ),
         }
 
     def _item(self, whole: Delta | None) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from starlette.responses import Response
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.offer import Offer
 from redmux_server.http_api.schemas.other_answers import Load
+from redmux_server.http_api.validated import KnownRoute
 from redmux_server.load import load_message
 
 
 def router(offer: Offer) -> APIRouter:
     """Returns the route of the status."""
-    router = APIRouter(tags=["server"])
+    router = APIRouter(route_class=KnownRoute, tags=["server"])
 
     @router.get("/v1/status", response_model=Load)
     async def status() -> Response:

@@ -1,6 +1,7 @@
-"""Bodies of requests: strict JSON, and what is wrong with them in words."""
+"""Bodies and queries of requests: strict JSON, and what is wrong with them in words."""
 
 import email.message
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ from starlette.responses import Response
 from redmux_server.http_api.errors import Refusal
 
 _SHOWN = 3  # faults that are told of a request
+_SHOWN_CHARS = 80
+# Clients for Azure send it with whatever they ask.
+NO_EFFECT = frozenset(("api-version",))
+_KEYED = re.compile(r"([^\[\]]+)\[[^\[\]]+\]")  # of a parameter that is an object
 
 
 class JsonRequest(Request):
@@ -34,7 +39,31 @@ class JsonRequest(Request):
             raise HTTPException(400, f"the body is no valid JSON: {err}") from None
 
 
-class JsonRoute(APIRoute):
+class KnownRoute(APIRoute):
+    """A route that ignores no parameter of a query: it refuses those that it has not."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See APIRoute."""
+        handle = super().get_route_handler()
+        names = [field.alias for field in self.dependant.query_params]
+        told = (self.openapi_extra or {}).get("parameters", ())
+        objects = [field["name"] for field in told if field.get("style") == "deepObject"]
+
+        async def handle_known(request: Request) -> Response:
+            for name in request.query_params:
+                keyed = _KEYED.fullmatch(name)
+                if (
+                    name not in NO_EFFECT
+                    and name not in names
+                    and not (keyed and keyed[1] in objects)
+                ):
+                    raise _unknown(name, [*names, *objects])
+            return await handle(request)
+
+        return handle_known
+
+
+class JsonRoute(KnownRoute):
     """A route whose handler gets the body as `JsonRequest` reads it."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -45,6 +74,14 @@ class JsonRoute(APIRoute):
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handle_json
+
+
+def _unknown(name: str, known: Sequence[str]) -> Refusal:
+    name = name[:_SHOWN_CHARS]
+    some = f"those of this path are {', '.join(known)}" if known else "this path has none"
+    return Refusal(
+        f"{name} is no parameter of a query here; {some}", param=name, code="invalid_argument"
+    )
 
 
 def refusal_of(errors: Sequence[Any]) -> Refusal:

@@ -125,15 +125,16 @@ class ReadingService:
         return Embeddings(vectors, published, _num_tokens(calls), _num_added(calls))
 
     async def classify(
-        self, inputs: Sequence[ReadInput], adapter: str, tenant: str
+        self, inputs: Sequence[ReadInput], adapter: str, tenant: str, priority: int = 0
     ) -> Classifications:
         """Returns what the head of the adapter makes of each input.
 
-        Raises FailedPreconditionError, saying why, where model or adapter have no head that could.
+        `priority` is that of `GenerationSpec`. Raises FailedPreconditionError, saying why, where
+        model or adapter have no head that could.
         """
         try:
             published, head = await self._resolve_head(adapter, tenant)
-            calls = await self._submit(inputs, published, Reading(None), tenant)
+            calls = await self._submit(inputs, published, Reading(None), tenant, priority)
         except RedmuxError as err:
             self._metrics.refused(err.status.name.lower())
             raise

@@ -13,7 +13,6 @@ from redmux_server.http_api.schemas.body import Body, Unserved
 from redmux_server.http_api.schemas.prompts import SCHEMA, one_or_more
 from redmux_server.services.validation import MAX_PRIORITY
 
-_NO_EFFECT = frozenset(("user", "metadata", "store", "request_id", "priority"))
 _UNSERVED: Unserved = {
     "dimensions": ((), "a vector has as many values as the model has; a part of it means nothing"),
     "truncate_prompt_tokens": ((), "inputs are never cut; send a shorter one"),
@@ -38,16 +37,16 @@ Inputs = Annotated[
 class ReadingBody(Body):
     """What all of them have."""
 
-    no_effect = _NO_EFFECT
+    no_effect = frozenset(("user", "metadata", "store", "request_id"))
     unserved: ClassVar[Unserved] = _UNSERVED
     model: str
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
 
 
 class EmbeddingBody(ReadingBody):
     """A request for vectors of inputs."""
 
-    no_effect = _NO_EFFECT - {"priority"}
-    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     input: Inputs
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "cls", "last"] | None = None
