@@ -36,6 +36,7 @@ from redmux.server_types import Health, Latencies, Load, ModelKind, ServerInfo
 from redmux.training import AsyncJobs, Jobs
 from redmux.types import (
     Adapter,
+    AdapterAlias,
     Chunk,
     Classification,
     Classifications,
@@ -62,6 +63,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AbortedError",
     "Adapter",
+    "AdapterAlias",
     "Adapters",
     "AlreadyExistsError",
     "AsyncAdapters",
