@@ -188,10 +188,10 @@ async def test_the_audit_has_every_change_and_nothing_else(open_kept, adapters, 
     ]  # fmt: skip
 
 
-NAMES = st.sampled_from(["a", "b", "team/a"])
-TENANTS = st.sampled_from([A, B, ""])
+NAMES = st.sampled_from(["a", "team/a"])
+TENANTS = st.sampled_from(["", "", "", A, B])
 ALIASES = st.sampled_from(["prod", "next"])
-NUMBERS = st.integers(1, 6)
+NUMBERS = st.integers(1, 3)
 
 
 class Model(RuleBasedStateMachine):
@@ -205,7 +205,7 @@ class Model(RuleBasedStateMachine):
 
     @initialize()
     def empty(self):
-        for name in ("a", "b", "team/a"):
+        for name in ("a", "team/a"):
             for alias in ("prod", "next"):
                 self.run(self.quiet(self.registry.delete_alias(name, alias)))
             self.run(self.quiet(self.registry.delete(name)))
@@ -228,7 +228,7 @@ class Model(RuleBasedStateMachine):
             return NotFoundError
         return PermissionDeniedError if owner == "" and tenant != "" else None
 
-    @rule(name=NAMES, index=st.integers(0, 3), replace=st.booleans(), tenant=TENANTS)
+    @rule(name=NAMES, index=st.integers(0, 2), replace=st.booleans(), tenant=TENANTS)
     def put(self, name, index, replace, tenant):
         call = self.registry.put(name, self.files[index], "", replace, tenant)
         error = self.changing(name, tenant) if name in self.names else None
@@ -323,5 +323,5 @@ class Model(RuleBasedStateMachine):
 def test_it_behaves_like_dictionaries_that_survive_restarts(open_kept, adapters, files):
     run_state_machine_as_test(
         lambda: Model(open_kept, adapters, files),
-        settings=settings(max_examples=10, stateful_step_count=15, deadline=None),
+        settings=settings(max_examples=20, stateful_step_count=40, deadline=None),
     )
