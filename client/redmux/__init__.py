@@ -36,6 +36,7 @@ from redmux.server_types import Health, Latencies, Load, ModelKind, ServerInfo
 from redmux.training import AsyncJobs, Jobs
 from redmux.types import (
     Adapter,
+    AdapterAlias,
     ChatOptions,
     Chunk,
     Classification,
@@ -64,6 +65,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AbortedError",
     "Adapter",
+    "AdapterAlias",
     "Adapters",
     "AlreadyExistsError",
     "AsyncAdapters",

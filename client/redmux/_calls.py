@@ -12,6 +12,7 @@ from redmux._grammar import grammar
 from redmux.errors import InvalidArgumentError, RedmuxError
 from redmux.types import (
     Adapter,
+    AdapterAlias,
     ChatOptions,
     Chunk,
     Classification,
@@ -294,6 +295,15 @@ def put_request(
     return request
 
 
+def alias_request(name: str, alias: str, version: int | str) -> adapter_service_pb2.SetAliasRequest:
+    """Returns the message that points an alias at a version."""
+    if not isinstance(version, int | str):
+        raise InvalidArgumentError(f"a version is a number or text, not {type(version).__name__}")
+    return adapter_service_pb2.SetAliasRequest(
+        name=check_name(name), alias=alias, version=str(version)
+    )
+
+
 def check_name(name: str) -> str:
     """Returns the name; raises InvalidArgumentError if it is no text."""
     if not isinstance(name, str):
@@ -467,4 +477,6 @@ def adapter(message: adapter_service_pb2.Adapter) -> Adapter:
         created_at=message.created_at.ToDatetime(tzinfo=UTC),
         base_match=message.base_match,
         apply=message.apply,
+        version=message.version,
+        aliases=tuple(AdapterAlias(alias.name, alias.version) for alias in message.aliases),
     )

@@ -314,7 +314,7 @@ class AsyncAdapters:
         config: AdapterConfig | None = None,
         replace: bool = False,
     ) -> Adapter:
-        """Publishes an adapter under a name and returns it; the same content again changes nothing.
+        """Makes an adapter the newest version of a name; its content again changes nothing.
 
         `source` is a folder with adapter_config.json and adapter_model.safetensors, the path of a
         .safetensors file, or the bytes of one. `config` is the adapter's configuration, a mapping
@@ -327,7 +327,10 @@ class AsyncAdapters:
         return _calls.adapter(response.adapter)
 
     async def get(self, name: str) -> Adapter:
-        """Returns the adapter of that name, or raises NotFoundError."""
+        """Returns the adapter of that name, or raises NotFoundError.
+
+        `name` may say which version: "x@3", "x@sha256:ab12cd34" or "x@alias".
+        """
         request = adapter_service_pb2.GetAdapterRequest(name=_calls.check_name(name))
         response = await self._connection.unary(self._connection.adapters.GetAdapter, request)
         return _calls.adapter(response.adapter)
@@ -335,9 +338,12 @@ class AsyncAdapters:
     def __aiter__(self) -> AsyncIterator[Adapter]:
         return self.list()
 
-    async def list(self) -> AsyncIterator[Adapter]:
-        """Yields all adapters in the order of their names, fetched page by page."""
-        request = adapter_service_pb2.ListAdaptersRequest()
+    async def list(self, name: str | None = None) -> AsyncIterator[Adapter]:
+        """Yields all adapters in the order of their names, fetched page by page.
+
+        With a `name`, all versions of it, the newest first.
+        """
+        request = adapter_service_pb2.ListAdaptersRequest(name=_calls.check_name(name or ""))
         while True:
             page = await self._connection.unary(self._connection.adapters.ListAdapters, request)
             for message in page.adapters:
@@ -346,8 +352,32 @@ class AsyncAdapters:
                 return
             request.page_token = page.next_page_token
 
+    async def download(self, name: str) -> bytes:
+        """Returns the file of an adapter, a safetensors file that carries its configuration."""
+        request = adapter_service_pb2.DownloadAdapterRequest(name=_calls.check_name(name))
+        response = await self._connection.unary(self._connection.adapters.DownloadAdapter, request)
+        return response.safetensors
+
+    async def set_alias(self, name: str, alias: str, version: int | str) -> Adapter:
+        """Points an alias at a version of a name, which it returns.
+
+        `version` is a number, the beginning of a digest, another alias, or "latest" for the newest
+        one there is now. An alias that pointed elsewhere is moved in one step.
+        """
+        request = _calls.alias_request(name, alias, version)
+        response = await self._connection.unary(self._connection.adapters.SetAlias, request)
+        return _calls.adapter(response.adapter)
+
+    async def delete_alias(self, name: str, alias: str) -> None:
+        """Removes an alias; the version stays."""
+        request = adapter_service_pb2.DeleteAliasRequest(name=_calls.check_name(name), alias=alias)
+        await self._connection.unary(self._connection.adapters.DeleteAlias, request)
+
     async def delete(self, name: str) -> Adapter:
-        """Removes a name and returns what it stood for; running requests keep the adapter."""
+        """Removes a name, or the version that it says, and returns the newest that is gone.
+
+        Running requests keep it. Raises FailedPreconditionError where an alias points there.
+        """
         request = adapter_service_pb2.DeleteAdapterRequest(name=_calls.check_name(name))
         response = await self._connection.unary(self._connection.adapters.DeleteAdapter, request)
         return _calls.adapter(response.adapter)

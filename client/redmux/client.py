@@ -313,7 +313,7 @@ class Adapters:
         config: AdapterConfig | None = None,
         replace: bool = False,
     ) -> Adapter:
-        """Publishes an adapter under a name and returns it; the same content again changes nothing.
+        """Makes an adapter the newest version of a name; its content again changes nothing.
 
         `source` is a folder with adapter_config.json and adapter_model.safetensors, the path of a
         .safetensors file, or the bytes of one. `config` is the adapter's configuration, a mapping
@@ -326,7 +326,10 @@ class Adapters:
         )
 
     def get(self, name: str) -> Adapter:
-        """Returns the adapter of that name, or raises NotFoundError."""
+        """Returns the adapter of that name, or raises NotFoundError.
+
+        `name` may say which version: "x@3", "x@sha256:ab12cd34" or "x@alias".
+        """
         request = adapter_service_pb2.GetAdapterRequest(name=_calls.check_name(name))
         return _calls.adapter(
             self._connection.unary(self._connection.adapters.GetAdapter, request).adapter
@@ -335,9 +338,12 @@ class Adapters:
     def __iter__(self) -> Iterator[Adapter]:
         return self.list()
 
-    def list(self) -> Iterator[Adapter]:
-        """Yields all adapters in the order of their names, fetched page by page."""
-        request = adapter_service_pb2.ListAdaptersRequest()
+    def list(self, name: str | None = None) -> Iterator[Adapter]:
+        """Yields all adapters in the order of their names, fetched page by page.
+
+        With a `name`, all versions of it, the newest first.
+        """
+        request = adapter_service_pb2.ListAdaptersRequest(name=_calls.check_name(name or ""))
         while True:
             page = self._connection.unary(self._connection.adapters.ListAdapters, request)
             yield from map(_calls.adapter, page.adapters)
@@ -345,8 +351,34 @@ class Adapters:
                 return
             request.page_token = page.next_page_token
 
+    def download(self, name: str) -> bytes:
+        """Returns the file of an adapter, a safetensors file that carries its configuration."""
+        request = adapter_service_pb2.DownloadAdapterRequest(name=_calls.check_name(name))
+        return self._connection.unary(
+            self._connection.adapters.DownloadAdapter, request
+        ).safetensors
+
+    def set_alias(self, name: str, alias: str, version: int | str) -> Adapter:
+        """Points an alias at a version of a name, which it returns.
+
+        `version` is a number, the beginning of a digest, another alias, or "latest" for the newest
+        one there is now. An alias that pointed elsewhere is moved in one step.
+        """
+        request = _calls.alias_request(name, alias, version)
+        return _calls.adapter(
+            self._connection.unary(self._connection.adapters.SetAlias, request).adapter
+        )
+
+    def delete_alias(self, name: str, alias: str) -> None:
+        """Removes an alias; the version stays."""
+        request = adapter_service_pb2.DeleteAliasRequest(name=_calls.check_name(name), alias=alias)
+        self._connection.unary(self._connection.adapters.DeleteAlias, request)
+
     def delete(self, name: str) -> Adapter:
-        """Removes a name and returns what it stood for; running requests keep the adapter."""
+        """Removes a name, or the version that it says, and returns the newest that is gone.
+
+        Running requests keep it. Raises FailedPreconditionError where an alias points there.
+        """
         request = adapter_service_pb2.DeleteAdapterRequest(name=_calls.check_name(name))
         return _calls.adapter(
             self._connection.unary(self._connection.adapters.DeleteAdapter, request).adapter

@@ -351,8 +351,19 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterAlias:
+    """A name for a version of an adapter, `NAME@ALIAS`, until it is moved to another one."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A published adapter. `size_bytes` is the size of its vectors in the server's memory.
+
+    `version` counts what was put under the name, from 1; 0 is what the server was given at start or
+    has in a folder of files. `aliases` are all of the name's, whatever version they point at.
 
     `base_match` is how the base that it was made for compares with the server's: "same",
     "quantized" (as near as two quantisations of one model are), "unverified" (an older file, of
@@ -370,3 +381,5 @@ class Adapter:
     created_at: datetime
     base_match: str
     apply: str
+    version: int = 0
+    aliases: tuple[AdapterAlias, ...] = ()

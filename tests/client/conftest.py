@@ -55,6 +55,7 @@ class FakeServer(
 
     calls: list[Call] = field(default_factory=list)
     adapters: dict[str, adapters_pb.Adapter] = field(default_factory=dict)
+    aliases: dict[tuple[str, str], str] = field(default_factory=dict)
     jobs: dict[str, training_pb.Job] = field(default_factory=dict)
     job_events: list[training_pb.WatchJobResponse] = field(default_factory=list)
     info: admin_pb.ServerInfo = field(default_factory=admin_pb.ServerInfo)
@@ -122,6 +123,11 @@ class FakeServer(
             description="in rhyme",
             base_match="same",
             apply="all",
+            version=3,
+            aliases=[
+                adapters_pb.AdapterAlias(name="next", version=3),
+                adapters_pb.AdapterAlias(name="prod", version=2),
+            ],
         )
         message.created_at.FromJsonString("2026-01-02T03:04:05Z")
         return message
@@ -226,6 +232,20 @@ class FakeServer(
             adapters=list(self.adapters.values())[start:end],
             next_page_token=str(end) if end < len(self.adapters) else "",
         )
+
+    def DownloadAdapter(self, request, context):
+        self._enter("DownloadAdapter", request, context)
+        return adapters_pb.DownloadAdapterResponse(safetensors=b"vectors")
+
+    def SetAlias(self, request, context):
+        self._enter("SetAlias", request, context)
+        self.aliases[request.name, request.alias] = request.version
+        return adapters_pb.SetAliasResponse(adapter=self.adapters[request.name])
+
+    def DeleteAlias(self, request, context):
+        self._enter("DeleteAlias", request, context)
+        del self.aliases[request.name, request.alias]
+        return adapters_pb.DeleteAliasResponse()
 
     def DeleteAdapter(self, request, context):
         self._enter("DeleteAdapter", request, context)

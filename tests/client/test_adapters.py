@@ -16,6 +16,8 @@ ADAPTER = redmux.Adapter(
     created_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     base_match="same",
     apply="all",
+    version=3,
+    aliases=(redmux.AdapterAlias("next", 3), redmux.AdapterAlias("prod", 2)),
 )
 
 
@@ -164,3 +166,22 @@ def test_list_asks_for_a_page_when_it_is_needed(client, server):
     assert next(adapters).name == "a"
     assert len(server.calls) == 1
     adapters.close()
+
+
+def test_a_version_is_named_by_a_number_or_a_text(client, server):
+    server.adapters["acme/tales"] = server.adapter("acme/tales")
+    for version in (3, "latest", "sha256:abababab"):
+        assert client.adapters.set_alias("acme/tales", "prod", version) == ADAPTER
+        assert server.aliases == {("acme/tales", "prod"): str(version)}
+    client.adapters.delete_alias("acme/tales", "prod")
+    assert server.aliases == {}
+    with pytest.raises(redmux.InvalidArgumentError, match="not float"):
+        client.adapters.set_alias("acme/tales", "prod", 1.5)
+
+
+def test_versions_of_a_name_are_listed_and_files_come_back(client, server):
+    server.adapters["acme/tales"] = server.adapter("acme/tales")
+    assert list(client.adapters.list("acme/tales")) == [ADAPTER]
+    assert server.calls[-1].request.name == "acme/tales"
+    assert client.adapters.download("acme/tales@3") == b"vectors"
+    assert server.calls[-1].request.name == "acme/tales@3"

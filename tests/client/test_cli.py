@@ -277,13 +277,73 @@ def test_adapters_put_get_list_and_delete(run, server, tmp_path):
     code, out, _ = run("adapters", "list")
     assert code == 0
     heading, row = out.splitlines()
-    assert heading.split()[:3] == ["NAME", "DIGEST", "BASE"]
-    assert row.split()[:3] == ["acme/a", "sha256:abababababab", "same"]
+    assert heading.split()[:5] == ["NAME", "VERSION", "ALIASES", "DIGEST", "BASE"]
+    assert row.split()[:5] == ["acme/a", "3", "next,prod=2", "sha256:abababababab", "same"]
 
     code, out, _ = run("adapters", "delete", "acme/a")
     assert code == 0
     assert "name: acme/a\n" in out
     assert server.adapters == {}
+
+
+def test_adapters_versions_lists_those_of_one_name(run, server):
+    server.adapters["acme/a"] = server.adapter("acme/a")
+    code, out, _ = run("adapters", "versions", "acme/a")
+    assert (code, server.calls[-1].request.name) == (0, "acme/a")
+    assert out.splitlines()[1].split()[:2] == ["acme/a", "3"]
+
+
+def test_adapters_alias_and_unalias_move_and_remove_an_alias(run, server):
+    server.adapters["acme/a"] = server.adapter("acme/a")
+    code, out, _ = run("adapters", "alias", "acme/a", "prod", "3")
+    assert (code, server.aliases) == (0, {("acme/a", "prod"): "3"})
+    assert "version: 3\n" in out
+    assert "aliases: next=3, prod=2\n" in out
+    assert run("adapters", "unalias", "acme/a", "prod")[0] == 0
+    assert server.aliases == {}
+
+
+def test_adapters_download_writes_a_new_file_and_overwrites_none(run, server, tmp_path):
+    server.adapters["acme/a"] = server.adapter("acme/a")
+    path = tmp_path / "a.safetensors"
+    assert run("adapters", "download", "acme/a", str(path))[0] == 0
+    assert path.read_bytes() == b"vectors"
+    code, _, err = run("adapters", "download", "acme/a", str(path))
+    assert (code, len(server.seen("DownloadAdapter"))) == (1, 1)
+    assert "is there already" in err
+
+
+def sealed(owner):
+    header = json.dumps({"__metadata__": {"owner": owner}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize("removes", [False, True])
+def test_adapters_import_publishes_the_files_of_a_folder_under_their_paths(
+    removes, run, server, tmp_path
+):
+    (tmp_path / "team").mkdir()
+    files = {"a": b"vectors", "team/b": sealed(""), "theirs": sealed("key-1234")}
+    for name, data in files.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+    (tmp_path / "notes.txt").write_text("not an adapter")
+    code, out, err = run("adapters", "import", str(tmp_path), *["--remove"] * removes)
+    assert code == 1
+    assert sorted(server.adapters) == ["a", "team/b"]
+    assert [line.split()[0] for line in out.splitlines()] == ["a@3", "team/b@3"]
+    assert "theirs.safetensors: it belongs to the key key-1234; put it with that key" in err
+    assert err.endswith("2 imported, 1 left\n")
+    left = sorted(path.stem for path in tmp_path.rglob("*.safetensors"))
+    assert left == (["theirs"] if removes else ["a", "b", "theirs"])
+
+
+def test_adapters_import_ends_where_the_server_does_not_take_any(run, server, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").write_bytes(b"vectors")
+    server.fail = lambda call, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key")
+    code, _, err = run("adapters", "import", str(tmp_path))
+    assert (code, len(server.calls)) == (5, 1)
+    assert err.startswith("redmux: no key")
 
 
 @pytest.mark.parametrize("verb", [["list"], ["get", "acme/a"], ["delete", "acme/a"]], ids=str)

@@ -101,8 +101,9 @@ COMMANDS = {
     "`detokenize`": [["detokenize", "7"]],
     "`classify`": [["classify", "--adapter", "a", "Hi"]],
     "`embed`": [["embed", "Hi"]],
-    "`adapters list`, `get`, `put`, `delete`": [
-        ["adapters", "list"], ["adapters", "get", "a"], ["adapters", "put", "a", "FILE"],
+    "`adapters list`, `versions`, `get`, `put`, `alias`, `delete`": [
+        ["adapters", "list"], ["adapters", "versions", "a"], ["adapters", "get", "a"],
+        ["adapters", "put", "a", "FILE"], ["adapters", "alias", "a", "prod", "3"],
         ["adapters", "delete", "a"],
     ],
     "`jobs list`, `get`, `create`, `cancel`": [

@@ -31,11 +31,13 @@ ASKED = {
     "InferenceService.Classify": lambda c, name: c.classify(["abc"], adapter=name),
     "AdapterService.GetAdapter": lambda c, name: c.adapters.get(name),
     "AdapterService.DeleteAdapter": lambda c, name: c.adapters.delete(name),
+    "AdapterService.DownloadAdapter": lambda c, name: c.adapters.download(name),
 }
 # Those that have tests of their own here, or in the tests of training and of the registry.
 OTHERS = {
     "InferenceService.Detokenize",  # which takes none
-    "AdapterService.PutAdapter", "AdapterService.ListAdapters", "AdminService.GetServerInfo",
+    "AdapterService.PutAdapter", "AdapterService.ListAdapters", "AdapterService.SetAlias",
+    "AdapterService.DeleteAlias", "AdminService.GetServerInfo",
     "TrainingService.CreateJob", "TrainingService.GetJob", "TrainingService.ListJobs",
     "TrainingService.WatchJob", "TrainingService.CancelJob",
 }  # fmt: skip
@@ -80,6 +82,12 @@ async def test_no_method_tells_or_changes_anything_of_another_keys_adapter(clien
             with pytest.raises(error) as caught:
                 await ask(two, name)
             assert "did you mean" not in str(caught.value)
+    for name in ("mine/secret", "mine/secrets"):
+        for ask in (two.adapters.set_alias(name, "a", 1), two.adapters.delete_alias(name, "a")):
+            with pytest.raises(redmux.NotFoundError):
+                await ask
+        with pytest.raises(redmux.NotFoundError):
+            [version async for version in two.adapters.list(name)]
     with pytest.raises(redmux.NotFoundError):
         await two.adapters.put("mine/secret", to_bytes(base.adapter(4)), replace=True)
     with pytest.raises(redmux.AlreadyExistsError):
@@ -98,6 +106,8 @@ async def test_the_operators_adapters_can_be_used_and_not_changed(clients, base)
         assert got.digest == base.adapter(seed).digest
         with pytest.raises(redmux.PermissionDeniedError):
             await two.adapters.delete(name)
+        with pytest.raises(redmux.PermissionDeniedError):
+            await two.adapters.download(name)
         with pytest.raises(redmux.PermissionDeniedError):
             await two.adapters.put(name, to_bytes(base.adapter(4)), replace=True)
         with pytest.raises(redmux.PermissionDeniedError):

@@ -18,7 +18,8 @@ from redmux_adapters import Adapter, Edit, to_bytes
 from redmux_adapters.text.encoder import Encoded
 from redmux_server.engine.request import Pooling
 from redmux_server.fair_thread import FairThread
-from redmux_server.grpc_api.servicers import AdapterServicer, InferenceServicer
+from redmux_server.grpc_api.adapters import AdapterServicer
+from redmux_server.grpc_api.servicers import InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
 from redmux_server.keys import ApiKeys
 from redmux_server.metrics import Metrics

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fredmux/v1/adapter_service.proto\x12\tredmux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe8\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x11\n\tnum_sites\x18\x04 \x01(\x05\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\x12\x13\n\x0b\x64\x65scription\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nbase_match\x18< \x01(\t\x12\r\n\x05\x61pply\x18= \x01(\t\"\\\n\x11PutAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bsafetensors\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"J\n\x12PutAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"U\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.redmux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x15\x44\x65leteAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter2\xcb\x02\n\x0e\x41\x64\x61pterService\x12I\n\nPutAdapter\x12\x1c.redmux.v1.PutAdapterRequest\x1a\x1d.redmux.v1.PutAdapterResponse\x12I\n\nGetAdapter\x12\x1c.redmux.v1.GetAdapterRequest\x1a\x1d.redmux.v1.GetAdapterResponse\x12O\n\x0cListAdapters\x12\x1e.redmux.v1.ListAdaptersRequest\x1a\x1f.redmux.v1.ListAdaptersResponse\x12R\n\rDeleteAdapter\x12\x1f.redmux.v1.DeleteAdapterRequest\x1a .redmux.v1.DeleteAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fredmux/v1/adapter_service.proto\x12\tredmux.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x18\n\x10\x62\x61se_fingerprint\x18\x03 \x01(\t\x12\x11\n\tnum_sites\x18\x04 \x01(\x05\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\x12\x13\n\x0b\x64\x65scription\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07version\x18\n \x01(\x05\x12(\n\x07\x61liases\x18\x0b \x03(\x0b\x32\x17.redmux.v1.AdapterAlias\x12\x12\n\nbase_match\x18< \x01(\t\x12\r\n\x05\x61pply\x18= \x01(\t\"-\n\x0c\x41\x64\x61pterAlias\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x05\"\\\n\x11PutAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bsafetensors\x18\x02 \x01(\x0c\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12\x0f\n\x07replace\x18\x04 \x01(\x08\"J\n\x12PutAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\x12GetAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter\"&\n\x16\x44ownloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"S\n\x17\x44ownloadAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter\x12\x13\n\x0bsafetensors\x18\x02 \x01(\x0c\"J\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\n \x01(\t\"U\n\x14ListAdaptersResponse\x12$\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x12.redmux.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"<\n\x15\x44\x65leteAdapterResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter\"?\n\x0fSetAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\"7\n\x10SetAliasResponse\x12#\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x12.redmux.v1.Adapter\"1\n\x12\x44\x65leteAliasRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteAliasResponse2\xb8\x04\n\x0e\x41\x64\x61pterService\x12I\n\nPutAdapter\x12\x1c.redmux.v1.PutAdapterRequest\x1a\x1d.redmux.v1.PutAdapterResponse\x12I\n\nGetAdapter\x12\x1c.redmux.v1.GetAdapterRequest\x1a\x1d.redmux.v1.GetAdapterResponse\x12X\n\x0f\x44ownloadAdapter\x12!.redmux.v1.DownloadAdapterRequest\x1a\".redmux.v1.DownloadAdapterResponse\x12O\n\x0cListAdapters\x12\x1e.redmux.v1.ListAdaptersRequest\x1a\x1f.redmux.v1.ListAdaptersResponse\x12R\n\rDeleteAdapter\x12\x1f.redmux.v1.DeleteAdapterRequest\x1a .redmux.v1.DeleteAdapterResponse\x12\x43\n\x08SetAlias\x12\x1a.redmux.v1.SetAliasRequest\x1a\x1b.redmux.v1.SetAliasResponse\x12L\n\x0b\x44\x65leteAlias\x12\x1d.redmux.v1.DeleteAliasRequest\x1a\x1e.redmux.v1.DeleteAliasResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'redmux.v1.adapter_service_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER']._serialized_start=80
-  _globals['_ADAPTER']._serialized_end=312
-  _globals['_PUTADAPTERREQUEST']._serialized_start=314
-  _globals['_PUTADAPTERREQUEST']._serialized_end=406
-  _globals['_PUTADAPTERRESPONSE']._serialized_start=408
-  _globals['_PUTADAPTERRESPONSE']._serialized_end=482
-  _globals['_GETADAPTERREQUEST']._serialized_start=484
-  _globals['_GETADAPTERREQUEST']._serialized_end=517
-  _globals['_GETADAPTERRESPONSE']._serialized_start=519
-  _globals['_GETADAPTERRESPONSE']._serialized_end=576
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=578
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=638
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=640
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=725
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=727
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=763
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=765
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=825
-  _globals['_ADAPTERSERVICE']._serialized_start=828
-  _globals['_ADAPTERSERVICE']._serialized_end=1159
+  _globals['_ADAPTER']._serialized_end=371
+  _globals['_ADAPTERALIAS']._serialized_start=373
+  _globals['_ADAPTERALIAS']._serialized_end=418
+  _globals['_PUTADAPTERREQUEST']._serialized_start=420
+  _globals['_PUTADAPTERREQUEST']._serialized_end=512
+  _globals['_PUTADAPTERRESPONSE']._serialized_start=514
+  _globals['_PUTADAPTERRESPONSE']._serialized_end=588
+  _globals['_GETADAPTERREQUEST']._serialized_start=590
+  _globals['_GETADAPTERREQUEST']._serialized_end=623
+  _globals['_GETADAPTERRESPONSE']._serialized_start=625
+  _globals['_GETADAPTERRESPONSE']._serialized_end=682
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_start=684
+  _globals['_DOWNLOADADAPTERREQUEST']._serialized_end=722
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_start=724
+  _globals['_DOWNLOADADAPTERRESPONSE']._serialized_end=807
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=809
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=883
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=885
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=970
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=972
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=1008
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1010
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1070
+  _globals['_SETALIASREQUEST']._serialized_start=1072
+  _globals['_SETALIASREQUEST']._serialized_end=1135
+  _globals['_SETALIASRESPONSE']._serialized_start=1137
+  _globals['_SETALIASRESPONSE']._serialized_end=1192
+  _globals['_DELETEALIASREQUEST']._serialized_start=1194
+  _globals['_DELETEALIASREQUEST']._serialized_end=1243
+  _globals['_DELETEALIASRESPONSE']._serialized_start=1245
+  _globals['_DELETEALIASRESPONSE']._serialized_end=1266
+  _globals['_ADAPTERSERVICE']._serialized_start=1269
+  _globals['_ADAPTERSERVICE']._serialized_end=1837
 # @@protoc_insertion_point(module_scope)

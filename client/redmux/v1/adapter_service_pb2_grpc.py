@@ -28,8 +28,11 @@ if _version_not_supported:
 class AdapterServiceStub(object):
     """AdapterService loads, lists and removes RED adapters while the server runs.
 
-    Adapters are immutable: replacing a name publishes another adapter, and requests that were
-    accepted before keep the one they started with.
+    A name has versions, numbered from 1 as they are put, none of which ever changes; requests keep
+    the one that the name stood for when they were accepted. Wherever a request names an adapter, "x"
+    is the newest version of x, "x@3" the third, "x@sha256:ab12cd34" the one whose digest begins so
+    (8 digits or more), and "x@prod" the one that an alias points at; "x@latest" is "x". What a server
+    was given at start, or has in a folder of files, has one version, without a number.
 
     Where the server asks for API keys, an adapter belongs to the key that put it. What is another
     key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
@@ -54,6 +57,11 @@ class AdapterServiceStub(object):
                 request_serializer=redmux_dot_v1_dot_adapter__service__pb2.GetAdapterRequest.SerializeToString,
                 response_deserializer=redmux_dot_v1_dot_adapter__service__pb2.GetAdapterResponse.FromString,
                 _registered_method=True)
+        self.DownloadAdapter = channel.unary_unary(
+                '/redmux.v1.AdapterService/DownloadAdapter',
+                request_serializer=redmux_dot_v1_dot_adapter__service__pb2.DownloadAdapterRequest.SerializeToString,
+                response_deserializer=redmux_dot_v1_dot_adapter__service__pb2.DownloadAdapterResponse.FromString,
+                _registered_method=True)
         self.ListAdapters = channel.unary_unary(
                 '/redmux.v1.AdapterService/ListAdapters',
                 request_serializer=redmux_dot_v1_dot_adapter__service__pb2.ListAdaptersRequest.SerializeToString,
@@ -64,13 +72,26 @@ class AdapterServiceStub(object):
                 request_serializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAdapterResponse.FromString,
                 _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/redmux.v1.AdapterService/SetAlias',
+                request_serializer=redmux_dot_v1_dot_adapter__service__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=redmux_dot_v1_dot_adapter__service__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/redmux.v1.AdapterService/DeleteAlias',
+                request_serializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer(object):
     """AdapterService loads, lists and removes RED adapters while the server runs.
 
-    Adapters are immutable: replacing a name publishes another adapter, and requests that were
-    accepted before keep the one they started with.
+    A name has versions, numbered from 1 as they are put, none of which ever changes; requests keep
+    the one that the name stood for when they were accepted. Wherever a request names an adapter, "x"
+    is the newest version of x, "x@3" the third, "x@sha256:ab12cd34" the one whose digest begins so
+    (8 digits or more), and "x@prod" the one that an alias points at; "x@latest" is "x". What a server
+    was given at start, or has in a folder of files, has one version, without a number.
 
     Where the server asks for API keys, an adapter belongs to the key that put it. What is another
     key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
@@ -80,17 +101,26 @@ class AdapterServiceServicer(object):
     """
 
     def PutAdapter(self, request, context):
-        """PutAdapter checks an adapter and publishes it under a name. Putting the same content again
-        changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
+        """PutAdapter checks an adapter and makes it the newest version of a name. Putting the content of
+        the newest version again changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
         NOT_FOUND for another key's where it is to be replaced, RESOURCE_EXHAUSTED or
-        FAILED_PRECONDITION, with the reason, where the server's disk does not take it.
+        FAILED_PRECONDITION, with the reason, where the server's disk does not take it, UNAVAILABLE
+        where its database does not answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetAdapter(self, request, context):
-        """GetAdapter takes a digest for a name, too. DATA_LOSS if the stored file was found damaged.
+        """GetAdapter takes a digest for a name, too. DATA_LOSS for a damaged file of a folder.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadAdapter(self, request, context):
+        """DownloadAdapter returns the file of a version, to whoever may change it. DATA_LOSS if what is
+        kept of it was damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,8 +133,22 @@ class AdapterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """DeleteAdapter removes a name. Requests that use the adapter run to their end.
+        """DeleteAdapter removes a name with all its versions, or one version. FAILED_PRECONDITION where an
+        alias points there. Requests that use the adapter run to their end.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """SetAlias points an alias at a version, in one step if it pointed elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -122,6 +166,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=redmux_dot_v1_dot_adapter__service__pb2.GetAdapterRequest.FromString,
                     response_serializer=redmux_dot_v1_dot_adapter__service__pb2.GetAdapterResponse.SerializeToString,
             ),
+            'DownloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.DownloadAdapter,
+                    request_deserializer=redmux_dot_v1_dot_adapter__service__pb2.DownloadAdapterRequest.FromString,
+                    response_serializer=redmux_dot_v1_dot_adapter__service__pb2.DownloadAdapterResponse.SerializeToString,
+            ),
             'ListAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAdapters,
                     request_deserializer=redmux_dot_v1_dot_adapter__service__pb2.ListAdaptersRequest.FromString,
@@ -131,6 +180,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DeleteAdapter,
                     request_deserializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=redmux_dot_v1_dot_adapter__service__pb2.SetAliasRequest.FromString,
+                    response_serializer=redmux_dot_v1_dot_adapter__service__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=redmux_dot_v1_dot_adapter__service__pb2.DeleteAliasResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -143,8 +202,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 class AdapterService(object):
     """AdapterService loads, lists and removes RED adapters while the server runs.
 
-    Adapters are immutable: replacing a name publishes another adapter, and requests that were
-    accepted before keep the one they started with.
+    A name has versions, numbered from 1 as they are put, none of which ever changes; requests keep
+    the one that the name stood for when they were accepted. Wherever a request names an adapter, "x"
+    is the newest version of x, "x@3" the third, "x@sha256:ab12cd34" the one whose digest begins so
+    (8 digits or more), and "x@prod" the one that an alias points at; "x@latest" is "x". What a server
+    was given at start, or has in a folder of files, has one version, without a number.
 
     Where the server asks for API keys, an adapter belongs to the key that put it. What is another
     key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
@@ -208,6 +270,33 @@ class AdapterService(object):
             _registered_method=True)
 
     @staticmethod
+    def DownloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/redmux.v1.AdapterService/DownloadAdapter',
+            redmux_dot_v1_dot_adapter__service__pb2.DownloadAdapterRequest.SerializeToString,
+            redmux_dot_v1_dot_adapter__service__pb2.DownloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListAdapters(request,
             target,
             options=(),
@@ -251,6 +340,60 @@ class AdapterService(object):
             '/redmux.v1.AdapterService/DeleteAdapter',
             redmux_dot_v1_dot_adapter__service__pb2.DeleteAdapterRequest.SerializeToString,
             redmux_dot_v1_dot_adapter__service__pb2.DeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/redmux.v1.AdapterService/SetAlias',
+            redmux_dot_v1_dot_adapter__service__pb2.SetAliasRequest.SerializeToString,
+            redmux_dot_v1_dot_adapter__service__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/redmux.v1.AdapterService/DeleteAlias',
+            redmux_dot_v1_dot_adapter__service__pb2.DeleteAliasRequest.SerializeToString,
+            redmux_dot_v1_dot_adapter__service__pb2.DeleteAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,22 @@ _AdapterServiceGetAdapterType = typing_extensions.TypeVar(
     ],
 )
 
+_AdapterServiceDownloadAdapterType = typing_extensions.TypeVar(
+    '_AdapterServiceDownloadAdapterType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DownloadAdapterRequest,
+        redmux.v1.adapter_service_pb2.DownloadAdapterResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DownloadAdapterRequest,
+        redmux.v1.adapter_service_pb2.DownloadAdapterResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DownloadAdapterRequest,
+        redmux.v1.adapter_service_pb2.DownloadAdapterResponse,
+    ],
+)
+
 _AdapterServiceListAdaptersType = typing_extensions.TypeVar(
     '_AdapterServiceListAdaptersType',
     grpc.UnaryUnaryMultiCallable[
@@ -89,11 +105,46 @@ _AdapterServiceDeleteAdapterType = typing_extensions.TypeVar(
     ],
 )
 
-class AdapterServiceStub(typing.Generic[_AdapterServicePutAdapterType, _AdapterServiceGetAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceDeleteAdapterType]):
+_AdapterServiceSetAliasType = typing_extensions.TypeVar(
+    '_AdapterServiceSetAliasType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.SetAliasRequest,
+        redmux.v1.adapter_service_pb2.SetAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.SetAliasRequest,
+        redmux.v1.adapter_service_pb2.SetAliasResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.SetAliasRequest,
+        redmux.v1.adapter_service_pb2.SetAliasResponse,
+    ],
+)
+
+_AdapterServiceDeleteAliasType = typing_extensions.TypeVar(
+    '_AdapterServiceDeleteAliasType',
+    grpc.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DeleteAliasRequest,
+        redmux.v1.adapter_service_pb2.DeleteAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DeleteAliasRequest,
+        redmux.v1.adapter_service_pb2.DeleteAliasResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DeleteAliasRequest,
+        redmux.v1.adapter_service_pb2.DeleteAliasResponse,
+    ],
+)
+
+class AdapterServiceStub(typing.Generic[_AdapterServicePutAdapterType, _AdapterServiceGetAdapterType, _AdapterServiceDownloadAdapterType, _AdapterServiceListAdaptersType, _AdapterServiceDeleteAdapterType, _AdapterServiceSetAliasType, _AdapterServiceDeleteAliasType]):
     """AdapterService loads, lists and removes RED adapters while the server runs.
 
-    Adapters are immutable: replacing a name publishes another adapter, and requests that were
-    accepted before keep the one they started with.
+    A name has versions, numbered from 1 as they are put, none of which ever changes; requests keep
+    the one that the name stood for when they were accepted. Wherever a request names an adapter, "x"
+    is the newest version of x, "x@3" the third, "x@sha256:ab12cd34" the one whose digest begins so
+    (8 digits or more), and "x@prod" the one that an alias points at; "x@latest" is "x". What a server
+    was given at start, or has in a folder of files, has one version, without a number.
 
     Where the server asks for API keys, an adapter belongs to the key that put it. What is another
     key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
@@ -113,12 +164,24 @@ class AdapterServiceStub(typing.Generic[_AdapterServicePutAdapterType, _AdapterS
             redmux.v1.adapter_service_pb2.GetAdapterResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
+            redmux.v1.adapter_service_pb2.DownloadAdapterRequest,
+            redmux.v1.adapter_service_pb2.DownloadAdapterResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
             redmux.v1.adapter_service_pb2.ListAdaptersRequest,
             redmux.v1.adapter_service_pb2.ListAdaptersResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             redmux.v1.adapter_service_pb2.DeleteAdapterRequest,
             redmux.v1.adapter_service_pb2.DeleteAdapterResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.adapter_service_pb2.SetAliasRequest,
+            redmux.v1.adapter_service_pb2.SetAliasResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            redmux.v1.adapter_service_pb2.DeleteAliasRequest,
+            redmux.v1.adapter_service_pb2.DeleteAliasResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -133,6 +196,10 @@ class AdapterServiceStub(typing.Generic[_AdapterServicePutAdapterType, _AdapterS
             redmux.v1.adapter_service_pb2.GetAdapterResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.adapter_service_pb2.DownloadAdapterRequest,
+            redmux.v1.adapter_service_pb2.DownloadAdapterResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             redmux.v1.adapter_service_pb2.ListAdaptersRequest,
             redmux.v1.adapter_service_pb2.ListAdaptersResponse,
         ],
@@ -140,22 +207,43 @@ class AdapterServiceStub(typing.Generic[_AdapterServicePutAdapterType, _AdapterS
             redmux.v1.adapter_service_pb2.DeleteAdapterRequest,
             redmux.v1.adapter_service_pb2.DeleteAdapterResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.adapter_service_pb2.SetAliasRequest,
+            redmux.v1.adapter_service_pb2.SetAliasResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            redmux.v1.adapter_service_pb2.DeleteAliasRequest,
+            redmux.v1.adapter_service_pb2.DeleteAliasResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     PutAdapter: _AdapterServicePutAdapterType
-    """PutAdapter checks an adapter and publishes it under a name. Putting the same content again
-    changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
+    """PutAdapter checks an adapter and makes it the newest version of a name. Putting the content of
+    the newest version again changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
     NOT_FOUND for another key's where it is to be replaced, RESOURCE_EXHAUSTED or
-    FAILED_PRECONDITION, with the reason, where the server's disk does not take it.
+    FAILED_PRECONDITION, with the reason, where the server's disk does not take it, UNAVAILABLE
+    where its database does not answer.
     """
 
     GetAdapter: _AdapterServiceGetAdapterType
-    """GetAdapter takes a digest for a name, too. DATA_LOSS if the stored file was found damaged."""
+    """GetAdapter takes a digest for a name, too. DATA_LOSS for a damaged file of a folder."""
+
+    DownloadAdapter: _AdapterServiceDownloadAdapterType
+    """DownloadAdapter returns the file of a version, to whoever may change it. DATA_LOSS if what is
+    kept of it was damaged.
+    """
 
     ListAdapters: _AdapterServiceListAdaptersType
 
     DeleteAdapter: _AdapterServiceDeleteAdapterType
-    """DeleteAdapter removes a name. Requests that use the adapter run to their end."""
+    """DeleteAdapter removes a name with all its versions, or one version. FAILED_PRECONDITION where an
+    alias points there. Requests that use the adapter run to their end.
+    """
+
+    SetAlias: _AdapterServiceSetAliasType
+    """SetAlias points an alias at a version, in one step if it pointed elsewhere."""
+
+    DeleteAlias: _AdapterServiceDeleteAliasType
 
 AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -167,6 +255,10 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
         redmux.v1.adapter_service_pb2.GetAdapterResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DownloadAdapterRequest,
+        redmux.v1.adapter_service_pb2.DownloadAdapterResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
         redmux.v1.adapter_service_pb2.ListAdaptersRequest,
         redmux.v1.adapter_service_pb2.ListAdaptersResponse,
     ],
@@ -174,13 +266,24 @@ AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
         redmux.v1.adapter_service_pb2.DeleteAdapterRequest,
         redmux.v1.adapter_service_pb2.DeleteAdapterResponse,
     ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.SetAliasRequest,
+        redmux.v1.adapter_service_pb2.SetAliasResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        redmux.v1.adapter_service_pb2.DeleteAliasRequest,
+        redmux.v1.adapter_service_pb2.DeleteAliasResponse,
+    ],
 ]
 
 class AdapterServiceServicer(metaclass=abc.ABCMeta):
     """AdapterService loads, lists and removes RED adapters while the server runs.
 
-    Adapters are immutable: replacing a name publishes another adapter, and requests that were
-    accepted before keep the one they started with.
+    A name has versions, numbered from 1 as they are put, none of which ever changes; requests keep
+    the one that the name stood for when they were accepted. Wherever a request names an adapter, "x"
+    is the newest version of x, "x@3" the third, "x@sha256:ab12cd34" the one whose digest begins so
+    (8 digits or more), and "x@prod" the one that an alias points at; "x@latest" is "x". What a server
+    was given at start, or has in a folder of files, has one version, without a number.
 
     Where the server asks for API keys, an adapter belongs to the key that put it. What is another
     key's is NOT_FOUND in every method of the API, by name and by digest, and no list or message
@@ -195,10 +298,11 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: redmux.v1.adapter_service_pb2.PutAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.adapter_service_pb2.PutAdapterResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.PutAdapterResponse]]:
-        """PutAdapter checks an adapter and publishes it under a name. Putting the same content again
-        changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
+        """PutAdapter checks an adapter and makes it the newest version of a name. Putting the content of
+        the newest version again changes nothing. ALREADY_EXISTS for a name that holds other content or is another key's,
         NOT_FOUND for another key's where it is to be replaced, RESOURCE_EXHAUSTED or
-        FAILED_PRECONDITION, with the reason, where the server's disk does not take it.
+        FAILED_PRECONDITION, with the reason, where the server's disk does not take it, UNAVAILABLE
+        where its database does not answer.
         """
 
     @abc.abstractmethod
@@ -207,7 +311,17 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: redmux.v1.adapter_service_pb2.GetAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.adapter_service_pb2.GetAdapterResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.GetAdapterResponse]]:
-        """GetAdapter takes a digest for a name, too. DATA_LOSS if the stored file was found damaged."""
+        """GetAdapter takes a digest for a name, too. DATA_LOSS for a damaged file of a folder."""
+
+    @abc.abstractmethod
+    def DownloadAdapter(
+        self,
+        request: redmux.v1.adapter_service_pb2.DownloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.adapter_service_pb2.DownloadAdapterResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.DownloadAdapterResponse]]:
+        """DownloadAdapter returns the file of a version, to whoever may change it. DATA_LOSS if what is
+        kept of it was damaged.
+        """
 
     @abc.abstractmethod
     def ListAdapters(
@@ -222,6 +336,23 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         request: redmux.v1.adapter_service_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> typing.Union[redmux.v1.adapter_service_pb2.DeleteAdapterResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.DeleteAdapterResponse]]:
-        """DeleteAdapter removes a name. Requests that use the adapter run to their end."""
+        """DeleteAdapter removes a name with all its versions, or one version. FAILED_PRECONDITION where an
+        alias points there. Requests that use the adapter run to their end.
+        """
+
+    @abc.abstractmethod
+    def SetAlias(
+        self,
+        request: redmux.v1.adapter_service_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.adapter_service_pb2.SetAliasResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.SetAliasResponse]]:
+        """SetAlias points an alias at a version, in one step if it pointed elsewhere."""
+
+    @abc.abstractmethod
+    def DeleteAlias(
+        self,
+        request: redmux.v1.adapter_service_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[redmux.v1.adapter_service_pb2.DeleteAliasResponse, collections.abc.Awaitable[redmux.v1.adapter_service_pb2.DeleteAliasResponse]]: ...
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -39,7 +39,7 @@ SERVICES = tuple(
     )
 )
 _CLOSE_S = 1.0  # that calls get to end by themselves
-_MESSAGE_BYTES = 4 << 20  # of a reply
+_MESSAGE_BYTES = 16 << 20  # of a reply, the most that a client takes
 # Of any message, before the model is known and with it the size of its adapters.
 _LARGEST_BYTES = 64 << 20
 

@@ -8,9 +8,10 @@ from redmux.v1.adapter_service_pb2_grpc import add_AdapterServiceServicer_to_ser
 from redmux.v1.admin_service_pb2_grpc import add_AdminServiceServicer_to_server
 from redmux.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 from redmux.v1.training_service_pb2_grpc import add_TrainingServiceServicer_to_server
+from redmux_server.grpc_api.adapters import AdapterServicer
 from redmux_server.grpc_api.call_keys import CallKeys
 from redmux_server.grpc_api.door import SERVICES
-from redmux_server.grpc_api.servicers import AdapterServicer, AdminServicer, InferenceServicer
+from redmux_server.grpc_api.servicers import AdminServicer, InferenceServicer
 from redmux_server.grpc_api.training import TrainingServicer
 from redmux_server.keys import ApiKeys
 from redmux_server.registry.registry import AdapterRegistry

@@ -5,15 +5,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from redmux.errors import InvalidArgumentError
-from redmux.v1 import adapter_service_pb2 as adapter_pb
 from redmux.v1 import admin_service_pb2 as admin_pb
 from redmux.v1 import inference_service_pb2 as inference_pb
-from redmux.v1.adapter_service_pb2_grpc import AdapterServiceServicer
 from redmux.v1.admin_service_pb2_grpc import AdminServiceServicer
 from redmux.v1.inference_service_pb2_grpc import InferenceServiceServicer
 from redmux_server.engine.request import Pooling
 from redmux_server.grpc_api.call_keys import CallKeys
-from redmux_server.grpc_api.converted import Converted, fill_page
+from redmux_server.grpc_api.converted import Converted
 from redmux_server.grpc_api.generating import (
     ToolParsers,
     Whole,
@@ -24,16 +22,12 @@ from redmux_server.grpc_api.generating import (
     spec_of,
     text_or_chat_of,
 )
-from redmux_server.registry.published import Published
-from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService, generates_nothing
 from redmux_server.services.reading import Classifications, Embeddings, ReadingService
 from redmux_server.services.scoring import ScoringService, TokenScores
 from redmux_server.services.spec import ReadInput, ScoreSpec, TextPair, TokenizeSpec
 from redmux_server.services.tokens import TokenService
 
-_DEFAULT_PAGE = 100
-_MAX_PAGE = 1000
 _POOLINGS = {
     inference_pb.POOLING_UNSPECIFIED: None,
     inference_pb.POOLING_MEAN: Pooling.MEAN,
@@ -191,59 +185,6 @@ class InferenceServicer(InferenceServiceServicer):
         return self._scoring
 
 
-class AdapterServicer(AdapterServiceServicer):
-    """Adapters while the server runs; a key sees its own and the operator's."""
-
-    def __init__(
-        self, registry: AdapterRegistry, on_change: Callable[[], None], keys: CallKeys
-    ) -> None:
-        self._registry = registry
-        self._on_change = on_change
-        self._keys = keys
-
-    async def PutAdapter(
-        self, request: adapter_pb.PutAdapterRequest, context: Any
-    ) -> adapter_pb.PutAdapterResponse:
-        """Checks and publishes an adapter."""
-        published, created = await self._registry.put(
-            request.name,
-            request.safetensors,
-            request.config_json,
-            request.replace,
-            self._keys.tenant(context),
-        )
-        self._on_change()
-        return adapter_pb.PutAdapterResponse(adapter=_adapter(published), created=created)
-
-    async def GetAdapter(
-        self, request: adapter_pb.GetAdapterRequest, context: Any
-    ) -> adapter_pb.GetAdapterResponse:
-        """Returns what is known of an adapter."""
-        published = await self._registry.resolve(request.name, self._keys.tenant(context))
-        return adapter_pb.GetAdapterResponse(adapter=_adapter(published))
-
-    async def ListAdapters(
-        self, request: adapter_pb.ListAdaptersRequest, context: Any
-    ) -> adapter_pb.ListAdaptersResponse:
-        """Returns a page of adapters in order of name; a page's token is its last name."""
-        if request.page_size < 0:
-            raise InvalidArgumentError(f"page_size is {request.page_size}, must be 0 or more")
-        size = min(request.page_size or _DEFAULT_PAGE, _MAX_PAGE)
-        found = await self._registry.page(request.page_token, size + 1, self._keys.tenant(context))
-        page, has_more = fill_page(map(_adapter, found), size)
-        return adapter_pb.ListAdaptersResponse(
-            adapters=page, next_page_token=page[-1].name if has_more else ""
-        )
-
-    async def DeleteAdapter(
-        self, request: adapter_pb.DeleteAdapterRequest, context: Any
-    ) -> adapter_pb.DeleteAdapterResponse:
-        """Removes a name."""
-        published = await self._registry.delete(request.name, self._keys.tenant(context))
-        self._on_change()
-        return adapter_pb.DeleteAdapterResponse(adapter=_adapter(published))
-
-
 class AdminServicer(AdminServiceServicer):
     """What the server is."""
 
@@ -290,20 +231,3 @@ def _usage_of_inputs(done: Embeddings | Classifications) -> inference_pb.Usage:
     return inference_pb.Usage(
         prompt_tokens=done.num_tokens, added_special_tokens=done.num_added_tokens
     )
-
-
-def _adapter(published: Published) -> adapter_pb.Adapter:
-    summary = published.summary
-    message = adapter_pb.Adapter(
-        name=published.name,
-        digest=summary.digest,
-        base_fingerprint=summary.config.base_fingerprint,
-        base_match=published.base_match,
-        apply=summary.config.apply,
-        num_sites=summary.num_sites,
-        num_parameters=summary.num_parameters,
-        size_bytes=summary.nbytes,
-        description=summary.config.metadata.description,
-    )
-    message.created_at.FromDatetime(published.created_at)
-    return message

@@ -1,6 +1,7 @@
 """/v1/adapters, and adapters loaded by their paths in vLLM's and SGLang's shapes."""
 
 import asyncio
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from redmux.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
-from redmux_adapters import to_bytes
 from redmux_adapters.format.files import read_parts
 from redmux_server.http_api.answers import json_response
 from redmux_server.http_api.generating import caller_of
@@ -24,8 +24,9 @@ from redmux_server.http_api.schemas.other_answers import (
     LoadedAdapters,
 )
 from redmux_server.http_api.validated import JsonRoute, KnownRoute
+from redmux_server.registry.catalogue import Alias
 from redmux_server.registry.published import Published
-from redmux_server.registry.tenants import may_change, sees_all
+from redmux_server.registry.tenants import sees_all
 
 _BYTES = "application/octet-stream"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -38,13 +39,20 @@ def router(offer: Offer) -> APIRouter:
     router = APIRouter(route_class=KnownRoute, tags=["adapters"])
     registry = offer.registry
 
+    async def all_told(found: Sequence[Published]) -> list[dict[str, Any]]:
+        aliases = await registry.aliases({published.name for published in found})
+        return [_told(published, aliases.get(published.name, ())) for published in found]
+
+    async def told(published: Published) -> dict[str, Any]:
+        return (await all_told([published]))[0]
+
     @router.get("/v1/adapters", response_model=Adapters)
     async def list_adapters(
         request: Request, after: str = "", limit: int = Query(_DEFAULT_PAGE, ge=1, le=_MAX_PAGE)
     ) -> Response:
         """Lists adapters in order of name: those behind `after`, up to `limit`."""
         found = await registry.page(after, limit + 1, caller_of(request).tenant)
-        page = [_told(published) for published in found[:limit]]
+        page = await all_told(found[:limit])
         return json_response({
             "object": "list",
             "data": page,
@@ -57,16 +65,11 @@ def router(offer: Offer) -> APIRouter:
     async def get_adapter(request: Request, name: str) -> Response:
         """Returns what is known of an adapter, or its file where that is what is accepted."""
         tenant = caller_of(request).tenant
+        if request.headers.get("accept") == _BYTES:
+            published, data = await registry.file(name, tenant)
+            return Response(data, headers=adapter_header(published), media_type=_BYTES)
         published = await registry.resolve(name, tenant)
-        headers = adapter_header(published)
-        if request.headers.get("accept") != _BYTES:
-            return json_response(_told(published), headers)
-        if not may_change(tenant, published.owner):
-            raise PermissionDeniedError(
-                f"adapter {published.name!r} is the operator's, whose file only the admin key reads"
-            )
-        data = to_bytes(await registry.fetch(published))
-        return Response(data, headers=headers, media_type=_BYTES)
+        return json_response(await told(published), adapter_header(published))
 
     @router.put(
         "/v1/adapters/{name:path}",
@@ -86,12 +89,12 @@ def router(offer: Offer) -> APIRouter:
             raise InvalidArgumentError("the body is empty; send the bytes of a safetensors file")
         published, created = await registry.put(name, data, "", replace, caller_of(request).tenant)
         offer.on_change()
-        told = {**_told(published), "created_now": created}
-        return json_response(told, adapter_header(published), 201 if created else 200)
+        answer = {**await told(published), "created_now": created}
+        return json_response(answer, adapter_header(published), 201 if created else 200)
 
     @router.delete("/v1/adapters/{name:path}", response_model=AdapterDeleted)
     async def delete_adapter(request: Request, name: str) -> Response:
-        """Removes a name."""
+        """Removes a name, or one version of it: `name@3`."""
         published = await registry.delete(name, caller_of(request).tenant)
         offer.on_change()
         answer = {"id": published.name, "object": "adapter.deleted", "deleted": True}
@@ -184,7 +187,7 @@ def _read(offer: Offer, given: str) -> tuple[bytes, str | None]:
     return read_parts(path)
 
 
-def _told(published: Published) -> dict[str, Any]:
+def _told(published: Published, aliases: Iterable[Alias]) -> dict[str, Any]:
     summary = published.summary
     return {
         "id": published.name,
@@ -198,4 +201,6 @@ def _told(published: Published) -> dict[str, Any]:
         "size_bytes": summary.nbytes,
         "description": summary.config.metadata.description,
         "created_at": int(published.created_at.timestamp()),
+        "version": published.number,
+        "aliases": {alias.name: alias.number for alias in aliases},
     }

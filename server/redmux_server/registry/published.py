@@ -25,11 +25,15 @@ from redmux_adapters import (
 )
 from redmux_adapters.format.config import AdapterConfig
 from redmux_adapters.format.files import parse_known, read_file
+from redmux_adapters.format.head import KINDS, MAX_LABELS
 from redmux_adapters.format.window import ALL
 from redmux_server.registry.stamp import Stamp
 from redmux_server.registry.tenants import OPERATOR
 
 logger = logging.getLogger(__name__)
+
+_HEADER_BYTES = 512 << 10
+_HEAD_TENSORS = max(map(len, KINDS.values()))
 
 
 class Rules(NamedTuple):
@@ -80,6 +84,35 @@ class Rules(NamedTuple):
                 f"the adapter's head is of kind {config.head.kind!r}, which stands on the base "
                 "model's pooler, and this base model has none"
             )
+
+
+def rules_of(
+    base_fingerprint: str,
+    sites: Mapping[str, int],
+    head_size: int,
+    head_kinds: Collection[str],
+    check_format: Callable[[PromptFormat | None], None],
+    allow_other_base: bool,
+    has_windows: bool,
+) -> Rules:
+    """Returns the rules of a base with these editable modules; see `Rules`."""
+    # Every editable module and the largest head in fp32, and room for the header.
+    num_head_values = (head_size + 1) * (head_size + MAX_LABELS) if head_size else 0
+    num_values = 2 * sum(sites.values()) + num_head_values
+    limits = Limits(
+        file_bytes=4 * num_values + _HEADER_BYTES, header_bytes=_HEADER_BYTES,
+        num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
+    )  # fmt: skip
+    return Rules(
+        base_fingerprint,
+        sites,
+        limits,
+        head_size,
+        head_kinds,
+        check_format,
+        allow_other_base,
+        has_windows,
+    )
 
 
 class Published:

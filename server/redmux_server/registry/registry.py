@@ -2,13 +2,10 @@
 
 import asyncio
 import functools
-import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 
 from sqlalchemy import Connection
 
@@ -17,18 +14,18 @@ from redmux.errors import (
     DataLossError,
     FailedPreconditionError,
     NotFoundError,
+    PermissionDeniedError,
     RedmuxError,
 )
-from redmux_adapters import Adapter, Limits, PromptFormat, Summary, to_bytes
-from redmux_adapters.format.config import config_value, parse_config
-from redmux_adapters.format.files import summary_of
-from redmux_adapters.format.head import KINDS, MAX_LABELS
+from redmux_adapters import Adapter, PromptFormat, to_bytes
+from redmux_adapters.format.head import KINDS
 from redmux_server.registry import catalogue, changes
 from redmux_server.registry.catalogue import Alias, Version
 from redmux_server.registry.database import Database
 from redmux_server.registry.folder import FolderChanges
 from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.host_cache import HostCache
+from redmux_server.registry.kept import KeptVersions
 from redmux_server.registry.local import LocalAdapters
 from redmux_server.registry.names import (
     Reference,
@@ -37,15 +34,12 @@ from redmux_server.registry.names import (
     near_name,
     parse_reference,
 )
-from redmux_server.registry.published import Published, Rules
-from redmux_server.registry.recent import RecentVersions
+from redmux_server.registry.published import Published, rules_of
 from redmux_server.registry.tenants import OPERATOR, may_change
 from redmux_server.registry.unusable import Unusable
 
 logger = logging.getLogger(__name__)
 
-_HEADER_BYTES = 512 << 10
-_HEAD_TENSORS = max(map(len, KINDS.values()))
 _NEIGHBOURS = 8  # of a name that is not there, from each place where there may be some
 
 
@@ -83,27 +77,23 @@ class AdapterRegistry:
         """
         self._database = database or Database.in_memory()
         self._local = LocalAdapters()
-        self._recent = RecentVersions()
         self._cache = HostCache(cache_bytes)
-        # Every editable module and the largest head in fp32, and room for the header.
-        num_head_values = (head_size + 1) * (head_size + MAX_LABELS) if head_size else 0
-        num_values = 2 * sum(sites.values()) + num_head_values
-        self.max_file_bytes = 4 * num_values + _HEADER_BYTES
-        limits = Limits(
-            file_bytes=self.max_file_bytes, header_bytes=_HEADER_BYTES,
-            num_tensors=2 * len(sites) + (_HEAD_TENSORS if head_size else 0),
-        )  # fmt: skip
-        self.rules = Rules(
+        self.rules = rules_of(
             base_fingerprint,
             sites,
-            limits,
             head_size,
             head_kinds,
             check_format,
             allow_other_base,
             has_windows,
         )
+        self._kept = KeptVersions(self._database, self.rules)
         self._num_kept = self._database.read_now(functools.partial(catalogue.count, tenant=""))
+
+    @property
+    def max_file_bytes(self) -> int:
+        """Size of the largest file that an adapter of this base can have."""
+        return self.rules.limits.file_bytes
 
     def __len__(self) -> int:
         """Returns how many names there are, other servers' changes since the start left out."""
@@ -134,14 +124,14 @@ class AdapterRegistry:
         and for a file of the adapter folder that is damaged DataLossError.
         """
         parsed = parse_reference(reference)
-        version = await self._find(parsed, tenant)
+        version = await self._kept.find(parsed, tenant)
         if version is None:
             found = self._local.find(parsed, tenant)
             if found is None:
                 raise await self._not_found(reference, parsed, tenant)
             return found
         try:
-            return self._published(version)
+            return self._kept.published(version)
         except FailedPreconditionError:
             found = self._local.find(parsed, tenant)
             if found is None:
@@ -155,6 +145,18 @@ class AdapterRegistry:
         """
         return await self._cache.get(published)
 
+    async def file(self, reference: str, tenant: str = "") -> tuple[Published, bytes]:
+        """Returns the version that is meant and its file; raises as `resolve` and `fetch` do.
+
+        PermissionDeniedError for a tenant where it is the operator's.
+        """
+        published = await self.resolve(reference, tenant)
+        if not may_change(tenant, published.owner):
+            raise PermissionDeniedError(
+                f"adapter {published.name!r} is the operator's, whose file only the admin key reads"
+            )
+        return published, to_bytes(await self.fetch(published))
+
     async def page(self, after: str, size: int, tenant: str = "") -> list[Published]:
         """Returns up to `size` adapters, the newest version of each, whose names sort after that.
 
@@ -167,7 +169,7 @@ class AdapterRegistry:
             kept = await self._database.read(read)
             for version in kept:
                 with suppress(FailedPreconditionError):
-                    found[version.name] = self._published(version)
+                    found[version.name] = self._kept.published(version)
                     num_kept += 1
             if len(kept) < size:
                 break
@@ -183,7 +185,7 @@ class AdapterRegistry:
         if not newest.number:
             return [newest]
         read = functools.partial(catalogue.versions_of, name=name, below=below, size=size)
-        return [self._published(v, is_checked=False) for v in await self._database.read(read)]
+        return [self._kept.published(v, is_checked=False) for v in await self._database.read(read)]
 
     async def aliases(self, names: Iterable[str]) -> Mapping[str, Sequence[Alias]]:
         """Returns the aliases of each of these names that has some."""
@@ -191,7 +193,7 @@ class AdapterRegistry:
 
     def operators_names(self, digest: str) -> list[str]:
         """Returns the names, of those used last, that the operator has for a digest."""
-        used = itertools.chain(self._recent, self._local)
+        used = itertools.chain(self._kept.recent, self._local)
         same = {p.name for p in used if p.digest == digest and p.owner == OPERATOR}
         return sorted(same)
 
@@ -219,7 +221,7 @@ class AdapterRegistry:
         check_name(name)
         owners = await self.owners([name])
         self.check_may_put(name, owners.get(name), replace, tenant)
-        adapter, new = await asyncio.to_thread(self._checked, safetensors, config_json)
+        adapter, new = await asyncio.to_thread(self._kept.checked, safetensors, config_json)
         given = self._local.held(name)
         is_same = isinstance(given, Published) and given.digest == new.digest
         if isinstance(given, Published) and not (is_same or replace):
@@ -230,7 +232,7 @@ class AdapterRegistry:
         if is_new and version.number == 1:
             self._num_kept += 1
         self._local.discard(name)
-        published = self._published(version)
+        published = self._kept.published(version)
         self._cache.add(adapter)
         if is_same and isinstance(given, Published):
             is_new = given.summary.config.metadata != adapter.metadata
@@ -248,15 +250,15 @@ class AdapterRegistry:
         adapter folder, and what a database refuses.
         """
         parsed = parse_reference(reference)
-        found = await self._find(parsed, tenant)
+        found = await self._kept.find(parsed, tenant)
         if found is None:
             return await self._delete_local(reference, parsed, tenant)
-        published = self._published(found, is_checked=False)
+        published = self._kept.published(found, is_checked=False)
 
         def remove(connection: Connection) -> tuple[list[Version], bool]:
             gone = changes.doomed(connection, parsed, tenant)
             for version in gone:
-                live = published if version == found else self._recent.live(version.id)
+                live = published if version == found else self._kept.recent.live(version.id)
                 if live is not None:
                     with suppress(DataLossError):  # lost with or without what comes next
                         live.detach(catalogue.blob(connection, version))
@@ -267,7 +269,7 @@ class AdapterRegistry:
             raise await self._not_found(reference, parsed, tenant)
         self._num_kept -= is_last
         for version in gone:
-            self._recent.forget(version.id)
+            self._kept.recent.forget(version.id)
         logger.info("adapter %s of %s is deleted", published.name if parsed.is_name else
                     published.reference, published.owner or "the operator")  # fmt: skip
         return published
@@ -283,7 +285,7 @@ class AdapterRegistry:
             f"{check_name(name)}@{version}", tenant, changes.set_alias, alias
         )
         logger.info("alias %s of adapter %s is version %d", alias, name, target.number)
-        return self._published(target, is_checked=False)
+        return self._kept.published(target, is_checked=False)
 
     async def delete_alias(self, name: str, alias: str, tenant: str = "") -> None:
         """Removes an alias; raises as `set_alias` does."""
@@ -303,7 +305,7 @@ class AdapterRegistry:
         kept = self._database.read_now(functools.partial(catalogue.latest, name=given.name))
         if kept is not None:
             with suppress(FailedPreconditionError):  # it is of another base model
-                self._published(kept)
+                self._kept.published(kept)
                 logger.warning("adapter %s of the option adapters is not served: the registry has "
                                "that name, and it was put later", given.name)  # fmt: skip
                 return None
@@ -326,10 +328,6 @@ class AdapterRegistry:
     async def close(self) -> None:
         """Waits for changes that are being written and lets go of the database."""
         await asyncio.to_thread(self._database.close)
-
-    async def _find(self, reference: Reference, tenant: str) -> Version | None:
-        read = functools.partial(catalogue.find, reference=reference, tenant=tenant)
-        return await self._database.read(read)
 
     async def _on_version(
         self, text: str, tenant: str, change: Callable[[Connection, Version, str, str], None],
@@ -367,55 +365,6 @@ class AdapterRegistry:
             "adapter %s of the option adapters is deleted, until the next start", found.name
         )
         return found
-
-    def _checked(self, safetensors: bytes, config_json: str) -> tuple[Adapter, changes.NewVersion]:
-        """Returns an adapter, and what is kept of it: equal ones are equal bytes."""
-        adapter = self.rules.parse(safetensors, config_json)
-        data, summary = to_bytes(adapter), summary_of(adapter)
-        new = changes.NewVersion(
-            adapter.digest, hashlib.sha256(data).hexdigest(), data,
-            adapter.base_fingerprint, json.dumps(config_value(summary.config)),
-            summary.num_sites, summary.num_parameters, summary.num_head_parameters,
-        )  # fmt: skip
-        return adapter, new
-
-    def _published(self, version: Version, *, is_checked: bool = True) -> Published:
-        """Returns the object that stands for a version.
-
-        Raises FailedPreconditionError for one that this base model cannot have.
-        """
-        held = self._recent.get(version.id)
-        if held is not None:
-            return held
-        config = parse_config(version.config)
-        if is_checked:
-            try:
-                self.rules.check(config)
-            except RedmuxError as err:
-                raise FailedPreconditionError(
-                    f"the stored adapter {version.name!r} cannot be used: {err.message}"
-                ) from None
-        summary = Summary(
-            config, version.digest, version.num_sites, version.num_parameters,
-            version.num_head_parameters,
-        )  # fmt: skip
-        published = Published(
-            version.name, summary, functools.partial(self._read_blob, version), self.rules,
-            version.owner, number=version.number,
-            created_at=datetime.fromtimestamp(version.created_us / 1e6, UTC),
-        )  # fmt: skip
-        if is_checked:
-            self._recent.add(version.id, published)
-        return published
-
-    def _read_blob(self, version: Version) -> bytes:
-        """Returns the file of a version; blocks, from any thread."""
-        try:
-            return self._database.read_now(functools.partial(catalogue.blob, version=version))
-        except DataLossError as err:
-            logger.error("adapter %s was damaged in %s: %s", version.label, self._database.place,
-                         err.message)  # fmt: skip
-            raise DataLossError(catalogue.damaged(version)) from None
 
     async def _not_found(self, text: str, reference: Reference, tenant: str) -> NotFoundError:
         """Returns the error for what a tenant does not see, with a near name that it sees."""

@@ -62,6 +62,8 @@ class AdapterTold(Answer):
     size_bytes: int
     description: str
     created_at: int
+    version: int
+    aliases: dict[str, int]
 
 
 class AdapterPut(AdapterTold):
