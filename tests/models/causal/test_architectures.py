@@ -27,6 +27,7 @@ from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Token
 from redmux_server.engine.scheduler import Scheduler
 from redmux_server.metrics import Metrics
+from redmux_server.models.causal.attention import discover
 from redmux_server.models.load_causal import load_causal
 
 SITE_SETS = ("ffn", "attn", "ffn_attn", "more", "res", "ln")
@@ -65,7 +66,7 @@ def test_the_documented_families_are_those_of_the_tests():
 class Served:
     """A family's model, loaded as a server loads it, beside its plain self."""
 
-    def __init__(self, name, family, folder):
+    def __init__(self, name, family, folder, max_context=128):
         from transformers import AutoConfig
 
         config = AutoConfig.for_model(name, **family.options)
@@ -74,7 +75,9 @@ class Served:
         self.base = Base(folder, model, tokenizer, fingerprint(model), editable_sites(model))
         self.family = family
         # One thread: models as small as these only wait for a second one.
-        server = ServerConfig(model=str(folder), kv_cache_tokens=512, max_context=128, threads=1)
+        server = ServerConfig(
+            model=str(folder), kv_cache_tokens=512, max_context=max_context, threads=1
+        )
         self.loaded = load_causal(server, choose(server))
         self._expected = {}
 
@@ -145,10 +148,14 @@ def check(served, site_set, order, budget):
     ]
     Steps(served.loaded, budget).run(callers, order)
     for prompt, adapter, caller in zip(PROMPTS, adapters, callers, strict=True):
-        tokens, logprobs = served.expected(prompt, adapter)
-        assert caller.tokens == tokens
-        got = [event.logprob for event in caller.events if isinstance(event, Token)]
-        assert got == pytest.approx(logprobs, abs=5e-4)
+        compare(served, prompt, adapter, caller)
+
+
+def compare(served, prompt, adapter, caller):
+    tokens, logprobs = served.expected(prompt, adapter)
+    assert caller.tokens == tokens
+    got = [event.logprob for event in caller.events if isinstance(event, Token)]
+    assert got == pytest.approx(logprobs, abs=5e-4)
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +171,25 @@ def test_a_family_s_tokens_equal_the_reference_in_every_pair(name, tmp_path):
     for family, *case in pairing():
         if family == name:
             check(served, *case)
+
+
+WIDER = {"sliding_window": 100, "max_position_embeddings": 256}
+FAR = [(11 * i) % 250 + 3 for i in range(140)]
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "cohere2"])
+def test_a_window_that_is_wider_than_the_prompts_of_the_start_up_check_is_kept_to(tmp_path, name):
+    family = dataclasses.replace(FAMILIES[name], options=FAMILIES[name].options | WIDER)
+    served = Served(name, family, tmp_path, max_context=160)
+    windows = {rule.window for rule in discover(load_base(str(tmp_path))[0])[1]}
+    assert 100 in windows
+    adapter = served.adapter("ffn", 1)
+    for budget in BUDGETS[1:]:
+        prompts = [FAR, FAR[:99]]
+        callers = [Caller(p, NUM_TOKENS, adapter=adapter, logprobs=True) for p in prompts]
+        Steps(served.loaded, budget).run(callers, "mixed")
+        for prompt, caller in zip(prompts, callers, strict=True):
+            compare(served, prompt, adapter, caller)
 
 
 @pytest.mark.slow

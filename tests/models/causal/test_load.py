@@ -74,17 +74,22 @@ PHI3 = {
 }  # fmt: skip
 
 
-def test_longrope_ends_the_context_where_it_would_change_the_positions_of_others(tmp_path):
+@pytest.mark.parametrize("original", [128, 64])  # longer than the prompts of the check, shorter
+def test_longrope_ends_the_context_where_it_would_change_the_positions_of_others(
+    tmp_path, original
+):
     """One position past it rescales all positions of the step, whosever they are."""
     from conftest import save_tiny_model
     from transformers import Phi3Config
 
-    folder = str(save_tiny_model(tmp_path, Phi3Config(**PHI3)))
+    options = PHI3 | {"original_max_position_embeddings": original}
+    folder = str(save_tiny_model(tmp_path, Phi3Config(**options)))
     loaded = load_causal(ServerConfig(model=folder), choices())
-    assert loaded.max_context == 128
-    assert "context: 128 tokens, longrope changes all positions beyond it" in loaded.reasons
-    with pytest.raises(InvalidArgumentError, match="129, but can be 128 at most: longrope"):
-        load_causal(ServerConfig(model=folder, max_context=129), choices())
+    assert loaded.max_context == original
+    assert f"context: {original} tokens, longrope changes all positions beyond it" in loaded.reasons
+    match = f"{original + 1}, but can be {original} at most: longrope"
+    with pytest.raises(InvalidArgumentError, match=match):
+        load_causal(ServerConfig(model=folder, max_context=original + 1), choices())
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,38 @@ def test_a_product_that_depends_on_the_number_of_rows_is_not_bit_identical(rig):
     assert not rig.is_bit_identical()
 
 
+ROWS_MOVED = {
+    "behind the fifth": lambda n: range(5, n),
+    "the eighth": lambda n: range(7, min(n, 8)),
+    "the first of each further eight": lambda n: range(8, n, 8),
+    "the first of the second six": lambda n: range(6, min(n, 7)),
+    "all of more than eight": lambda n: range(n if n > 8 else 0),
+    "all of nine to fifteen": lambda n: range(n if 8 < n < 16 else 0),
+    "those behind whole eights": lambda n: range(n // 8 * 8, n if n > 8 else 0),
+    "those behind whole sixes": lambda n: range(n // 6 * 6, n if n > 6 else 0),
+}
+
+
+@pytest.mark.parametrize("where", ["layers.2.mlp.down_proj", "lm_head"])
+def test_a_row_whose_bits_depend_on_where_it_stands_is_not_bit_identical(rig, where):
+    """Of steps that decode, in the last layer: no later keys and values tell of it."""
+
+    tried = []
+
+    def hook(module, args, output):
+        if where == "lm_head" or all(s.count == 1 for s in rig.cache.segments):
+            for i in ROWS_MOVED[tried[-1]](output.shape[1]):
+                output[0, i] = output[0, i].nextafter(torch.tensor(torch.inf))
+        return output
+
+    module = next(m for name, m in rig.model.named_modules() if name.endswith(where))
+    module.register_forward_hook(hook)
+    with rig.check() as check:
+        for what in ROWS_MOVED:
+            tried.append(what)
+            assert not check.is_bit_identical(rig.expected.prompts), what
+
+
 @pytest.mark.parametrize("method", ["compare", "is_bit_identical"])
 def test_the_check_leaves_no_hook_on_the_model(rig, method):
     getattr(rig, method)()

@@ -27,7 +27,22 @@ def context_limit(config: Any, rules: Sequence[LayerRule]) -> ContextLimit:
     return min(_limits(config, rules), key=lambda limit: limit.num_tokens)
 
 
+def longest_alike(config: Any) -> int:
+    """Returns the most tokens up to which nothing changes, whatever attention's rules are."""
+    return min(limit.num_tokens for limit in _told(config.get_text_config()))
+
+
 def _limits(config: Any, rules: Sequence[LayerRule]) -> Iterator[ContextLimit]:
+    yield from _told(config)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    is_used = kinds is None or any(kind != "full_attention" for kind in kinds)
+    if window and is_used and not any(rule.window for rule in rules):
+        # Or the model has it in its attention mask only, which a packed step does not have.
+        yield ContextLimit(int(window), "the model does not tell its attention of its window")
+
+
+def _told(config: Any) -> Iterator[ContextLimit]:
     positions = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
     yield ContextLimit(int(positions), "the model's positions end there")
     for rope in _ropes(config):
@@ -39,12 +54,6 @@ def _limits(config: Any, rules: Sequence[LayerRule]) -> Iterator[ContextLimit]:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk:
         yield ContextLimit(int(chunk), "the model's attention in chunks of that size is not known")
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    is_used = kinds is None or any(kind != "full_attention" for kind in kinds)
-    if window and is_used and not any(rule.window for rule in rules):
-        # Or the model has it in its attention mask only, which a packed step does not have.
-        yield ContextLimit(int(window), "the model does not tell its attention of its window")
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:

@@ -1,5 +1,6 @@
 """Prove at start that the packed, paged engine computes what the plain model computes."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from redmux_adapters import Adapter
 from redmux_server.engine.bank import AdapterBank
 from redmux_server.engine.blocks import BlockPool
 from redmux_server.engine.request import Request, SamplingParams, Work
+from redmux_server.models.causal.context_limit import longest_alike
 from redmux_server.models.causal.runner import CachedRunner
 from redmux_server.models.kvcache import BLOCK
 from redmux_server.models.proving import random_edits, relative_error
@@ -22,6 +24,10 @@ logger = logging.getLogger(__name__)
 # Together long enough for torch, and for our own products, to split rows over threads.
 _LENGTHS = (5, 13, 90, 21, 2)
 _CHUNKS = (3, 7, 31, 15, 2)  # tokens of each at a time, where their steps are mixed
+# Further mixes: how many requests decode, the prompts in any order and over and over, and what ends
+# of prompts (which, how many tokens) are computed beside them. Their rows fill tiles of 6 and of 8
+# once, twice and more, and leave some over.
+_MIXES = ((7, ((1, 4),)), (13, ()), (17, ((3, 9), (0, 1))))
 _MAX_TOKENS = 2
 _NUM_READ = 3  # prompts whose hidden states are compared
 MAX_RUNNING = len(_LENGTHS)
@@ -61,8 +67,8 @@ def reference(model: Any) -> Reference:
     """Runs the prompts through the model as transformers loaded it."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
-    longest = getattr(model.config, "max_position_embeddings", None) or max(_LENGTHS) + _MAX_TOKENS
-    lengths = [min(n, longest - _MAX_TOKENS) for n in _LENGTHS]
+    longest = longest_alike(model.config) - _MAX_TOKENS
+    lengths = [min(n, longest) for n in _LENGTHS]
     prompts = [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths]
     # A pass over few tokens is mostly reading the weights, so all prompts but the longest share
     # one: padding behind a prompt changes nothing in it.
@@ -138,7 +144,10 @@ class SelfCheck:
         return largest
 
     def is_bit_identical(self, prompts: Sequence[list[int]]) -> bool:
-        """Whether logits have the same bits alone and mixed, whatever the chunks and neighbours."""
+        """Whether logits have the same bits alone and mixed.
+
+        Whatever the chunks and neighbours, their order and number.
+        """
         alone = []
         for i, prompt in enumerate(prompts):
             request = self._request(prompt, self._adapters[i % 4])
@@ -161,10 +170,28 @@ class SelfCheck:
             ends = [r for r, n in plan if r.num_computed + n == len(r.token_ids)]
             for r, row in zip(ends, self._step(plan), strict=True):
                 mixed[requests.index(r)].append(row)
-        self._release(requests)
-        return self._reads_alike(prompts) and all(
+        is_identical = all(
             torch.equal(a, torch.stack(m)) for a, m in zip(alone, mixed, strict=True)
-        )
+        ) and self._mixes_alike(requests, alone)
+        self._release(requests)
+        return is_identical and self._reads_alike(prompts)
+
+    def _mixes_alike(self, requests: Sequence[Request], alone: Sequence[Tensor]) -> bool:
+        """Whether tokens that were computed before have the same bits `alone` in all `_MIXES`.
+
+        `alone` are the logits [2, vocab] behind the prompt and behind the token after it. What
+        several rows write for one request's token is the same, so they share its blocks.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for count, ends in _MIXES:
+            order = torch.randint(len(requests), (count,), generator=generator).tolist()
+            works = [_again(requests[i], 1, generated=1) for i in order]
+            works += [_again(requests[i], n) for i, n in ends]
+            rows = self._runner.forward(works)
+            want = [*(alone[i][1] for i in order), *(alone[i][0] for i, _ in ends)]
+            if not torch.equal(rows, torch.stack(want)):
+                return False
+        return True
 
     def _reads_alike(self, prompts: Sequence[list[int]]) -> bool:
         """Whether hidden states, which vectors are made of, have the same bits alone and mixed.
@@ -210,6 +237,14 @@ class SelfCheck:
         for request, count in plan:
             request.num_computed += count
         return logits
+
+
+def _again(request: Request, count: int, generated: int = 0) -> Work:
+    """Returns the work of computing tokens anew: the last `count` until so many are generated."""
+    known = dataclasses.replace(request)
+    known.token_ids = request.token_ids[: len(request.prompt_ids) + generated]
+    known.num_computed = max(0, len(known.token_ids) - count)
+    return Work(known, len(known.token_ids) - known.num_computed)
 
 
 def _random_adapter(sites: Mapping[str, int], seed: int) -> Adapter:
