@@ -21,6 +21,7 @@ from .format.files import Summary, parse_adapter, read_adapter, summarize, to_by
 from .format.head import Head, HeadConfig
 from .format.header import Limits
 from .format.prompt import PromptFormat, Turn
+from .mixing import mix, recipe_digest, recipe_of
 
 __all__ = [
     "Adapter",
@@ -43,9 +44,12 @@ __all__ = [
     "load_base",
     "load_seq2seq_base",
     "match_bases",
+    "mix",
     "parse_adapter",
     "read_adapter",
     "read_config",
+    "recipe_digest",
+    "recipe_of",
     "red_sites",
     "summarize",
     "to_bytes",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
-from redmux.errors import InvalidAdapterError, RedmuxError
+from redmux.errors import InvalidAdapterError, InvalidArgumentError, RedmuxError
+from redmux.mixes import HOWS, Mix, MixPart, parse_layers, parse_part
 
 from .bases.fingerprint import fingerprint
 from .bases.load import load_tokenizer
@@ -23,6 +24,7 @@ from .format.files import check_sites, read_adapter, write_file, write_folder
 from .format.head import PROBLEM_TYPES
 from .format.prompt import PromptFormat
 from .format.strictjson import parse_json
+from .mixing import mix
 from .show import describe, plot, table
 
 
@@ -109,6 +111,29 @@ def command_parser() -> argparse.ArgumentParser:
     fold.add_argument("--output", required=True, metavar="FOLDER", help="where to write the model")
     _add_allow_other_base(fold)
     fold.set_defaults(run=_fold)
+
+    mixing = commands.add_parser("mix", help="write several adapters, each with a weight, as one")
+    mixing.add_argument(
+        "parts", nargs="+", type=_part, metavar="PATH[:WEIGHT[:LAYERS]]",
+        help="adapter folder or safetensors file, its weight (default: 1) and the layers in which "
+        "it acts, such as a:0.7 or a:0.7:0,4-7",
+    )  # fmt: skip
+    mixing.add_argument("--output", required=True, metavar="FOLDER", help="where to write it")
+    mixing.add_argument(
+        "--how", choices=HOWS, default="interpolate",
+        help="add up what they change, or have them edit one after the other; default: interpolate",
+    )  # fmt: skip
+    mixing.add_argument(
+        "--strength", type=float, default=1.0, metavar="X", help="weight of the whole; default: 1"
+    )
+    mixing.add_argument(
+        "--layers", type=_layers, metavar="0,4-7", help="where parts act that do not say it"
+    )
+    mixing.add_argument(
+        "--prompt-from", metavar="PATH", help="the part whose prompt format the result has"
+    )
+    _add_allow_other_base(mixing)
+    mixing.set_defaults(run=_mix)
 
     stamp = commands.add_parser(
         "stamp", help="write an adapter anew, as made for a base model that you know it to be for"
@@ -203,6 +228,18 @@ def _pack(arguments: argparse.Namespace) -> None:
     print(_summary(adapter))
 
 
+def _mix(arguments: argparse.Namespace) -> None:
+    parts = [
+        dataclasses.replace(part, layers=arguments.layers) if part.layers is None else part
+        for part in arguments.parts
+    ]
+    mixture = Mix(parts, arguments.how, arguments.strength, arguments.prompt_from)
+    adapters = [read_adapter(part.adapter) for part in parts]
+    adapter = mix(mixture, adapters, allow_other_base=arguments.allow_other_base)
+    write_folder(adapter, arguments.output)
+    print(_summary(adapter))
+
+
 def _fold(arguments: argparse.Namespace) -> None:
     from .fold import fold
 
@@ -282,13 +319,17 @@ def _public_name(spec: str) -> str:
 
 def _layers(text: str) -> list[int]:
     """Returns the layers in a list such as "0,4-7"."""
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of layers such as 0,4-7")
-        layers.extend(range(int(first), int(last or first) + 1))
-    return layers
+    try:
+        return parse_layers(text)
+    except InvalidArgumentError as err:
+        raise argparse.ArgumentTypeError(err.message) from None
+
+
+def _part(text: str) -> MixPart:
+    try:
+        return parse_part(text)
+    except InvalidArgumentError as err:
+        raise argparse.ArgumentTypeError(err.message) from None
 
 
 def _prompt_format(text: str) -> PromptFormat:

@@ -32,6 +32,7 @@ from redmux.job_types import (
     TrainingStep,
     TrainingTask,
 )
+from redmux.mixes import Mix, MixPart
 from redmux.server_types import Health, Latencies, Load, ModelKind, ServerInfo
 from redmux.training import AsyncJobs, Jobs
 from redmux.types import (
@@ -94,6 +95,8 @@ __all__ = [
     "Jobs",
     "Latencies",
     "Load",
+    "Mix",
+    "MixPart",
     "ModelKind",
     "NotFoundError",
     "PermissionDeniedError",

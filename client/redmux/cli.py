@@ -42,6 +42,7 @@ _OFFLINE_VERBS = {
     "create": "make an adapter from vectors",
     "convert": "make an adapter from another checkpoint",
     "fold": "write a base model with an adapter in its weights",
+    "mix": "write several adapters as one",
     "stamp": "write an adapter anew, as made for a base model",
     "pack": "write an adapter as one file with its configuration inside",
     "show": "tell what an adapter file holds",

@@ -375,3 +375,50 @@ def test_the_command_redmux_knows_every_command_for_adapter_files(capsys):
     redmux_command(["adapters", "--help"])
     listed = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     assert set(verbs) < set(listed)
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """Two folders, a and b, of adapters whose edits are easy to add up."""
+    monkeypatch.chdir(tmp_path)
+    for name, bias in (("a", 1.0), ("b", 10.0)):
+        edits = {
+            f"m.{i}.out": Edit(torch.tensor([1 + bias, 1.0]), torch.tensor([bias, 0.0]))
+            for i in range(3)
+        }
+        write_folder(Adapter(BASE, edits, FORMAT), name)
+    return tmp_path
+
+
+def test_mix_writes_an_adapter_whose_metadata_has_the_recipe(two, capsys):
+    assert redmux_command(["adapters", "mix", "a:0.5", "b:0.25", "--output", "new"]) == 0
+    adapter = read_adapter("new")
+    assert adapter.digest in capsys.readouterr().out
+    assert adapter.edits["m.1.out"].scale.tolist() == [1 + 0.5 + 2.5, 1]
+    assert adapter.edits["m.1.out"].bias.tolist() == [0.5 + 2.5, 0]
+    assert adapter.prompt_format == FORMAT
+    parts = json.loads(adapter.metadata.training)["parts"]
+    digests = {read_adapter("a").digest: 0.5, read_adapter("b").digest: 0.25}
+    assert {part["digest"]: part["weight"] for part in parts} == digests
+
+
+def test_mix_composes_in_order_with_strength_and_layers(two):
+    options = ["--how", "compose", "--strength", "0.5", "--layers", "1-2", "--output", "new"]
+    assert main(["mix", "a", "b:1:0", *options]) == 0
+    edits = read_adapter("new").edits
+    assert edits["m.0.out"].bias.tolist() == [5, 0]  # b alone, half of it
+    assert edits["m.2.out"].bias.tolist() == [0.5, 0]  # a alone
+    assert main(["mix", "a", "b", "--how", "compose", "--output", "new"]) == 0
+    edit = read_adapter("new").edits["m.0.out"]
+    assert edit.scale.tolist() == [22, 1]
+    assert edit.bias.tolist() == [21, 0]
+
+
+def test_mix_refuses_what_is_no_part_or_does_not_fit(two, capsys):
+    for part, told in (("b:1000", "at most 100"), ("b:1:3-1", "layers of 'b'")):
+        with pytest.raises(SystemExit):
+            main(["mix", "a:0.5", part, "--output", "new"])
+        assert told in capsys.readouterr().err
+    assert main(["mix", "a", "b:1:7", "--output", "new"]) == 1
+    assert "'b' edits nothing in the layers 7" in capsys.readouterr().err
+    assert not (two / "new").exists()
