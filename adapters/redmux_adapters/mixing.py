@@ -35,9 +35,10 @@ def mix(mixture: Mix, adapters: Sequence[Adapter], *, allow_other_base: bool = F
     have the same.
 
     Raises InvalidAdapterError, which names the parts, where their modules have other sizes, where
-    heads or prompt formats differ and the mix does not say whose, for the LayerNorm behind an edit,
-    for a part that edits nothing in its layers and for values that become too large; WrongBaseError
-    where parts are for different bases, unless `allow_other_base` for relatives.
+    heads, prompt formats (unless the mix says whose) or the tokens that they edit differ, for the
+    LayerNorm behind an edit, for a part that edits nothing in its layers and for values that become
+    too large; WrongBaseError where parts are for different bases, unless `allow_other_base` for
+    relatives.
     """
     order = _order(mixture, [adapter.digest for adapter in adapters])
     parts = [mixture.parts[place] for place in order]
@@ -59,6 +60,7 @@ def mix(mixture: Mix, adapters: Sequence[Adapter], *, allow_other_base: bool = F
         _prompt_format(mixture, adapters),
         _metadata(mixture, adapters),
         _head(mixture, adapters),
+        _apply(mixture, adapters),
     )
 
 
@@ -203,6 +205,17 @@ def _prompt_format(mixture: Mix, adapters: Sequence[Adapter]) -> PromptFormat | 
                     "the part whose format the mix has as prompt_from"
                 )
     return adapters[chosen].prompt_format
+
+
+def _apply(mixture: Mix, adapters: Sequence[Adapter]) -> str:
+    for part, adapter in zip(mixture.parts, adapters, strict=True):
+        if adapter.apply != adapters[0].apply:
+            raise InvalidAdapterError(
+                f"{mixture.parts[0].adapter[:80]!r} edits {adapters[0].apply!r} and "
+                f"{part.adapter[:80]!r} {adapter.apply!r}; the parts of a mix have to edit the "
+                "same tokens"
+            )
+    return adapters[0].apply
 
 
 def _head(mixture: Mix, adapters: Sequence[Adapter]) -> Head | None:

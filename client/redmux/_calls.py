@@ -10,6 +10,7 @@ from redmux import _chats
 from redmux._arguments import check_names, fill, put
 from redmux._grammar import grammar
 from redmux.errors import InvalidArgumentError, RedmuxError
+from redmux.mixes import Mix
 from redmux.types import (
     Adapter,
     AdapterAlias,
@@ -63,6 +64,11 @@ _OPTIONS = (
 )
 _OF_TOKENIZE = ("adapter", "add_special_tokens", "token_texts")
 
+_MIX_METHODS = {
+    "interpolate": inference_pb2.MIX_METHOD_INTERPOLATE,
+    "compose": inference_pb2.MIX_METHOD_COMPOSE,
+}
+
 
 def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inference_pb2.Generation:
     """Returns the message for a request; ranges are the server's to check.
@@ -71,7 +77,8 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
     TypeError for a name that is no argument.
     """
     check_names(options, _OPTIONS, "generate() or stream()")
-    _check_adapter(options.get("adapter"))
+    adapter = options.pop("adapter", None)
+    _check_adapter(adapter)
     for name in ("stop", "bad_words"):
         texts = options.get(name)
         if isinstance(texts, str):
@@ -83,6 +90,7 @@ def generation(prompt: Prompt, **options: Unpack[GenerationOptions]) -> inferenc
         grammar=wanted, sampling=inference_pb2.Sampling(), stopping=inference_pb2.Stopping()
     )
     _put_biases(message.sampling, options.pop("logit_bias", {}))
+    _put_adapter(message, adapter)
     parts = (message.sampling, message.stopping, message)
     for name, value in options.items():
         part = next(part for part in parts if name in part.DESCRIPTOR.fields_by_name)
@@ -106,7 +114,7 @@ def score_request(
     prompt: Prompt,
     continuations: Sequence[Continuation],
     *,
-    adapter: str | None,
+    adapter: str | Mix | None,
     prompt_logprobs: bool,
     apply: str | None,
     parse_special_tokens: bool,
@@ -126,7 +134,8 @@ def score_request(
             "of token ids"
         )
     message = inference_pb2.ScoreRequest()
-    fill(message, adapter=adapter, prompt_logprobs=prompt_logprobs, apply=apply)
+    fill(message, prompt_logprobs=prompt_logprobs, apply=apply)
+    _put_adapter(message, adapter)
     _set_prompt(message, prompt, parse_special_tokens)
     for index, given in enumerate(continuations):
         added = message.continuations.add()
@@ -169,9 +178,26 @@ def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequ
     return message
 
 
-def _check_adapter(adapter: str | None) -> None:
+def _check_adapter(adapter: str | Mix | None) -> None:
     if adapter == "":
         raise InvalidArgumentError("adapter is empty; leave it out for the base model")
+
+
+def _put_adapter(
+    message: inference_pb2.Generation
+    | inference_pb2.ScoreRequest
+    | inference_pb2.ClassifyRequest
+    | inference_pb2.EmbedRequest,
+    adapter: str | Mix | None,
+) -> None:
+    if not isinstance(adapter, Mix):
+        fill(message, adapter=adapter)
+        return
+    message.mix.how = _MIX_METHODS[adapter.how]
+    message.mix.strength = adapter.strength
+    message.mix.prompt_from = adapter.prompt_from or ""
+    for part in adapter.parts:
+        message.mix.parts.add(adapter=part.adapter, weight=part.weight, layers=part.layers)
 
 
 def _set_prompt(
@@ -218,17 +244,24 @@ def _put_token_ids(message: inference_pb2.TokenIds, ids: Sequence[int], name: st
     put(message, "ids", [operator.index(item) for item in ids], name)
 
 
-def classify_request(inputs: Sequence[TextInput], adapter: str) -> inference_pb2.ClassifyRequest:
+def classify_request(
+    inputs: Sequence[TextInput], adapter: str | Mix
+) -> inference_pb2.ClassifyRequest:
     """Returns the message that classifies inputs; raises as `generation` does."""
-    if not isinstance(adapter, str) or not adapter:
+    if not isinstance(adapter, str | Mix) or not adapter:
         raise InvalidArgumentError(
             f"adapter is {adapter!r}; name a loaded adapter that has a classification head"
         )
-    return inference_pb2.ClassifyRequest(adapter=adapter, inputs=_inputs(inputs))
+    request = inference_pb2.ClassifyRequest(inputs=_inputs(inputs))
+    _put_adapter(request, adapter)
+    return request
 
 
 def embed_request(
-    inputs: Sequence[TextInput], adapter: str | None, pooling: Pooling | None, normalize: bool
+    inputs: Sequence[TextInput],
+    adapter: str | Mix | None,
+    pooling: Pooling | None,
+    normalize: bool,
 ) -> inference_pb2.EmbedRequest:
     """Returns the message that embeds inputs; raises as `generation` does."""
     _check_adapter(adapter)
@@ -237,7 +270,8 @@ def embed_request(
     request = inference_pb2.EmbedRequest(
         inputs=_inputs(inputs), pooling=None if pooling is None else _POOLINGS[pooling]
     )
-    fill(request, adapter=adapter, normalize=normalize)
+    fill(request, normalize=normalize)
+    _put_adapter(request, adapter)
     return request
 
 

@@ -9,6 +9,7 @@ from redmux._connecting import run_with_client
 from redmux._side_by_side import SideBySide
 from redmux.aio import AsyncClient
 from redmux.errors import InvalidArgumentError
+from redmux.mixes import HOWS, Mix, MixPart, parse_parts
 from redmux.types import GenerationOptions, Prompt
 
 
@@ -33,6 +34,14 @@ def add_generate(
     parser.add_argument(
         "--apply", metavar="WHERE",
         help="what adapters edit: all, prompt, generation or after:TEXT; default: what they say",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mix", type=_mix, action="append", default=[], metavar="NAME:WEIGHT,...",
+        help="several adapters as one, such as a:0.7,b:0.3 or a:1:0-14; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mix-how", choices=HOWS, default="interpolate",
+        help="what the parts of --mix change is added up, or they edit one after the other",
     )  # fmt: skip
     parser.add_argument("--base", action="store_true", help="run the base model beside --adapter")
     parser.add_argument("--chat", action="store_true", help="the prompt is a user's chat message")
@@ -93,6 +102,13 @@ def _add_grammar(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _mix(text: str) -> list[MixPart]:
+    try:
+        return parse_parts(text)
+    except InvalidArgumentError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+
+
 def _text_of(path: Path | None) -> str | None:
     if path is None:
         return None
@@ -105,7 +121,8 @@ def _text_of(path: Path | None) -> str | None:
 def _generate(options: argparse.Namespace) -> int:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     prompt: Prompt = [{"role": "user", "content": text}] if options.chat else text
-    adapters: list[str | None] = list(options.adapter)
+    adapters: list[str | Mix | None] = list(options.adapter)
+    adapters += [Mix(parts, options.mix_how) for parts in options.mix]
     if options.base or not adapters:
         adapters.insert(0, None)
     wanted = GenerationOptions(

@@ -11,6 +11,7 @@ from redmux._printing import json_line
 from redmux._shell import shell_line
 from redmux.aio import AsyncClient
 from redmux.errors import RedmuxError
+from redmux.mixes import Mix
 from redmux.types import Chunk, GenerationOptions, Prompt
 
 
@@ -25,7 +26,7 @@ class SideBySide:
 
     client: AsyncClient
     prompt: Prompt
-    adapters: Sequence[str | None]
+    adapters: Sequence[str | Mix | None]
     options: GenerationOptions
     timeout_s: float | None
 
@@ -58,7 +59,7 @@ class SideBySide:
         return code
 
     async def _fill(
-        self, queue: asyncio.Queue[Chunk | RedmuxError | None], adapter: str | None
+        self, queue: asyncio.Queue[Chunk | RedmuxError | None], adapter: str | Mix | None
     ) -> None:
         """Puts all chunks into the queue, then None or the error that ended them."""
         try:
@@ -94,21 +95,21 @@ class SideBySide:
                 print(result.text)
         return code
 
-    def _options(self, adapter: str | None) -> GenerationOptions:
+    def _options(self, adapter: str | Mix | None) -> GenerationOptions:
         options = self.options.copy()
         options["adapter"] = adapter
         if adapter is None:
             options.pop("apply", None)  # there is nothing to apply
         return options
 
-    def _print_heading(self, adapter: str | None) -> None:
+    def _print_heading(self, adapter: str | Mix | None) -> None:
         if len(self.adapters) > 1:
             print(f"== {_title(adapter)} ==")
 
-    def _report(self, adapter: str | None, error: RedmuxError) -> None:
+    def _report(self, adapter: str | Mix | None, error: RedmuxError) -> None:
         where = f"{_title(adapter)}: " if len(self.adapters) > 1 else ""
         print(f"redmux: {where}{shell_line(error.message)}", file=sys.stderr)
 
 
-def _title(adapter: str | None) -> str:
-    return "(base model)" if adapter is None else adapter
+def _title(adapter: str | Mix | None) -> str:
+    return "(base model)" if adapter is None else str(adapter)

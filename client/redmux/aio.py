@@ -22,6 +22,7 @@ from redmux._mapping import CONCURRENCY, check_mapping, map_in_order_async
 from redmux._progress import Progress, total_of
 from redmux._source import AdapterConfig, AdapterSource, read_source
 from redmux.errors import DeadlineExceededError, NotFoundError, RedmuxError, UnavailableError
+from redmux.mixes import Mix
 from redmux.server_types import Health, ServerInfo
 from redmux.training import AsyncJobs
 from redmux.types import (
@@ -167,7 +168,7 @@ class AsyncClient:
         )  # fmt: skip
 
     async def classify(
-        self, inputs: Sequence[TextInput], *, adapter: str, timeout_s: float | None = None
+        self, inputs: Sequence[TextInput], *, adapter: str | Mix, timeout_s: float | None = None
     ) -> Classifications:
         """Returns what the classification head of an adapter makes of each input.
 
@@ -184,7 +185,7 @@ class AsyncClient:
         self,
         inputs: Sequence[TextInput],
         *,
-        adapter: str | None = None,
+        adapter: str | Mix | None = None,
         pooling: Pooling | None = None,
         normalize: bool = False,
         timeout_s: float | None = None,
@@ -205,7 +206,7 @@ class AsyncClient:
         prompt: Prompt,
         continuations: Sequence[Continuation] = (),
         *,
-        adapter: str | None = None,
+        adapter: str | Mix | None = None,
         prompt_logprobs: bool = False,
         apply: str | None = None,
         parse_special_tokens: bool = False,

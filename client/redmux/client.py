@@ -14,6 +14,7 @@ from redmux._mapping import CONCURRENCY, Pending, check_mapping, map_in_order
 from redmux._progress import Progress, total_of
 from redmux._source import AdapterConfig, AdapterSource, read_source
 from redmux.errors import DeadlineExceededError, NotFoundError, RedmuxError, UnavailableError
+from redmux.mixes import Mix
 from redmux.server_types import Health, ServerInfo
 from redmux.training import Jobs
 from redmux.types import (
@@ -172,7 +173,7 @@ class Client:
         )
 
     def classify(
-        self, inputs: Sequence[TextInput], *, adapter: str, timeout_s: float | None = None
+        self, inputs: Sequence[TextInput], *, adapter: str | Mix, timeout_s: float | None = None
     ) -> Classifications:
         """Returns what the classification head of an adapter makes of each input.
 
@@ -187,7 +188,7 @@ class Client:
         self,
         inputs: Sequence[TextInput],
         *,
-        adapter: str | None = None,
+        adapter: str | Mix | None = None,
         pooling: Pooling | None = None,
         normalize: bool = False,
         timeout_s: float | None = None,
@@ -206,7 +207,7 @@ class Client:
         prompt: Prompt,
         continuations: Sequence[Continuation] = (),
         *,
-        adapter: str | None = None,
+        adapter: str | Mix | None = None,
         prompt_logprobs: bool = False,
         apply: str | None = None,
         parse_special_tokens: bool = False,

@@ -80,11 +80,13 @@ class Mix:
         """`parts` are weights by name or digest, or the parts themselves."""
         if isinstance(parts, Mapping):
             parts = [MixPart(name, weight) for name, weight in parts.items()]
-        own = tuple(parts) if isinstance(parts, Iterable) and not isinstance(parts, str) else ()
-        if not all(isinstance(part, MixPart) for part in own) or not 0 < len(own) <= MAX_PARTS:
-            raise InvalidArgumentError(
-                f"a mix has {len(own)} parts, must be 1 to {MAX_PARTS} adapters with their weights"
-            )
+        own = tuple(parts) if isinstance(parts, Iterable) else ()
+        check_num_parts(len(own))
+        for part in own:
+            if not isinstance(part, MixPart):
+                raise InvalidArgumentError(
+                    f"the mix has the part {part!r:.80}, must be a MixPart; or give weights by name"
+                )
         if how not in HOWS:
             raise InvalidArgumentError(f"how is {how!r}, must be one of {', '.join(HOWS)}")
         if prompt_from is not None and prompt_from not in [part.adapter for part in own]:
@@ -101,6 +103,14 @@ class Mix:
     def __str__(self) -> str:
         text = f"{self.how}({','.join(map(str, self.parts))})"
         return text if self.strength == 1 else f"{text}*{self.strength:g}"
+
+
+def check_num_parts(number: int) -> None:
+    """Raises InvalidArgumentError for more parts than a mix may have, or none."""
+    if not 0 < number <= MAX_PARTS:
+        raise InvalidArgumentError(
+            f"the mix has {number} parts, must be 1 to {MAX_PARTS} adapters with their weights"
+        )
 
 
 def parse_part(text: str) -> MixPart:
@@ -156,9 +166,10 @@ def _checked_factor(value: object, name: str) -> float:
 
 
 def _checked_layers(layers: object, adapter: str) -> tuple[int, ...]:
-    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else []
+    is_short = isinstance(layers, Sequence) and 0 < len(layers) <= MAX_LAYERS
+    given = list(cast(Sequence[object], layers)) if is_short else []
     numbers = [n for n in given if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
-    if not given or len(numbers) < len(given) or len(given) > MAX_LAYERS:
+    if not given or len(numbers) < len(given):
         raise InvalidArgumentError(
             f"the layers of {adapter[:80]!r} in the mix are no list of 1 to {MAX_LAYERS} numbers "
             "from 0 on; leave them out for all"

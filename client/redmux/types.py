@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
+from redmux.mixes import Mix
+
 FinishReason: TypeAlias = Literal["stop", "length"]
 Pooling: TypeAlias = Literal["mean", "cls", "last"]
 ProblemType: TypeAlias = Literal["single_label", "multi_label", "regression"]
@@ -57,8 +59,8 @@ class ChatOptions(TypedDict, total=False):
 class GenerationOptions(ChatOptions, total=False):
     """Keyword arguments of `generate` and `stream`; what is left out, the server decides."""
 
-    adapter: str | None
-    """Name or digest of a loaded adapter; None is the bare base model."""
+    adapter: str | Mix | None
+    """Name or digest of a loaded adapter, or a mix of some; None is the bare base model."""
     max_tokens: int | None
     """Most tokens to generate; by default what the context leaves."""
     min_tokens: int | None

@@ -25,6 +25,7 @@ from redmux_server.registry.given import GivenAdapter
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
 from redmux_server.services.grammar import Grammars
+from redmux_server.services.pinning import Pins
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.tokens import TokenService
@@ -60,7 +61,7 @@ def make_services(
 ) -> Services:  # fmt: skip
     """Returns the services of this model; they tokenize and compile grammars in these threads."""
     validator = Validator(model.vocab_size, model.max_context, allow_request_template)
-    parts = engine, registry, model.codec, validator, metrics, tokenizing
+    parts = engine, Pins(registry), model.codec, validator, metrics, tokenizing
     reading = ReadingService(readable(model), *parts)
     if not isinstance(model, BaseModel):
         tokens = TokenService(model.codec, validator, None)

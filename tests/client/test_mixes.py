@@ -55,10 +55,12 @@ def test_layers_of_a_part_are_numbers_from_zero_on(layers):
         MixPart("a", 1, layers)
 
 
-@pytest.mark.parametrize("parts", [{}, [], "a", None, ["a"], [MixPart("a")] * 9])
+@pytest.mark.parametrize("parts", [{}, [], None, [MixPart("a")] * 9])
 def test_a_mix_has_one_to_eight_parts(parts):
     with pytest.raises(InvalidArgumentError, match="must be 1 to 8 adapters with their weights"):
         Mix(parts)
+    with pytest.raises(InvalidArgumentError, match="has the part 'a', must be a MixPart"):
+        Mix(["a"])
 
 
 def test_how_and_prompt_from_are_checked():

@@ -26,6 +26,7 @@ from redmux_server.metrics import Metrics
 from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.generation import GenerationService
 from redmux_server.services.grammar import Grammars
+from redmux_server.services.pinning import Pins
 from redmux_server.services.reading import ReadableModel, ReadingService
 from redmux_server.services.scoring import ScoringService
 from redmux_server.services.spec import Chat, GenerationSpec, ScoreSpec
@@ -91,7 +92,7 @@ def servicers():
         asyncio.run(registry.delete("none"))
     validator, metrics, engine = Validator(260, CONTEXT), Metrics(), FullEngine()
     with contextlib.closing(FairThread("tokenizer")) as tokenizing:
-        parts = engine, registry, Codec(), validator, metrics, tokenizing
+        parts = engine, Pins(registry), Codec(), validator, metrics, tokenizing
         generation = GenerationService(*parts, Grammars(Codec(), 260, tokenizing))
         reading = ReadingService(ReadableModel("encoder", "X", 4, Pooling.MEAN), *parts)
         scoring = ScoringService(engine, generation, validator, metrics)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from redmux import InvalidArgumentError, _calls
+from redmux import InvalidArgumentError, Mix, MixPart, _calls
 from redmux.types import GenerationOptions, ToolCall
 from redmux.v1 import inference_service_pb2 as pb
 from redmux_adapters import to_bytes
@@ -51,6 +51,9 @@ OPTIONS = [
         "stop": ["a"],
     }.items()),
     ({"adapter": "one"}, {"model": "one"}),
+    ({"adapter": Mix([MixPart("one", 0.5, [0, 2]), MixPart("b")], "compose", 2, "b")},
+     {"mix": {"parts": [{"adapter": "one", "weight": 0.5, "layers": [0, 2]}, {"adapter": "b"}],
+              "how": "compose", "strength": 2, "prompt_from": "b"}}),
     ({"apply": "prompt", "adapter": "one"}, {"apply": "prompt", "model": "one"}),
     ({"no_repeat_ngram": 3}, {"no_repeat_ngram_size": 3}),
     ({"logit_bias": {50: -2.5}}, {"logit_bias": {"50": -2.5}}),

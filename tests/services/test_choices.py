@@ -12,6 +12,7 @@ from redmux_server.engine.request import FinishReason
 from redmux_server.fair_thread import FairThread
 from redmux_server.services.choice import choice_seed
 from redmux_server.services.generation import GenerationService
+from redmux_server.services.pinning import Pins
 from redmux_server.services.spec import GenerationSpec
 from redmux_server.services.validation import Validator
 
@@ -59,7 +60,7 @@ def parts():
 def service(parts):
     with contextlib.closing(FairThread("tokenizer")) as tokenizing:
         yield GenerationService(
-            parts.engine, None, Codec(), Validator(VOCAB, 40), parts.metrics, tokenizing, None
+            parts.engine, Pins(None), Codec(), Validator(VOCAB, 40), parts.metrics, tokenizing, None
         )
 
 

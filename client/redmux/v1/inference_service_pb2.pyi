@@ -6,6 +6,12 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class MixMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MIX_METHOD_UNSPECIFIED: _ClassVar[MixMethod]
+    MIX_METHOD_INTERPOLATE: _ClassVar[MixMethod]
+    MIX_METHOD_COMPOSE: _ClassVar[MixMethod]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -25,6 +31,9 @@ class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POOLING_MEAN: _ClassVar[Pooling]
     POOLING_CLS: _ClassVar[Pooling]
     POOLING_LAST: _ClassVar[Pooling]
+MIX_METHOD_UNSPECIFIED: MixMethod
+MIX_METHOD_INTERPOLATE: MixMethod
+MIX_METHOD_COMPOSE: MixMethod
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -38,7 +47,7 @@ POOLING_CLS: Pooling
 POOLING_LAST: Pooling
 
 class Generation(_message.Message):
-    __slots__ = ("adapter", "text", "token_ids", "chat", "sampling", "stopping", "logprobs", "top_logprobs", "prompt_logprobs", "skip_special_tokens", "priority", "grammar", "apply")
+    __slots__ = ("adapter", "text", "token_ids", "chat", "sampling", "stopping", "logprobs", "top_logprobs", "prompt_logprobs", "skip_special_tokens", "priority", "grammar", "mix", "apply")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +60,7 @@ class Generation(_message.Message):
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    MIX_FIELD_NUMBER: _ClassVar[int]
     APPLY_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     text: str
@@ -64,8 +74,30 @@ class Generation(_message.Message):
     skip_special_tokens: bool
     priority: int
     grammar: Grammar
+    mix: AdapterMix
     apply: str
-    def __init__(self, adapter: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., skip_special_tokens: bool = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., apply: _Optional[str] = ...) -> None: ...
+    def __init__(self, adapter: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., logprobs: bool = ..., top_logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., skip_special_tokens: bool = ..., priority: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., mix: _Optional[_Union[AdapterMix, _Mapping]] = ..., apply: _Optional[str] = ...) -> None: ...
+
+class AdapterMix(_message.Message):
+    __slots__ = ("parts", "how", "strength", "prompt_from")
+    class Part(_message.Message):
+        __slots__ = ("adapter", "weight", "layers")
+        ADAPTER_FIELD_NUMBER: _ClassVar[int]
+        WEIGHT_FIELD_NUMBER: _ClassVar[int]
+        LAYERS_FIELD_NUMBER: _ClassVar[int]
+        adapter: str
+        weight: float
+        layers: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, adapter: _Optional[str] = ..., weight: _Optional[float] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    HOW_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FROM_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedCompositeFieldContainer[AdapterMix.Part]
+    how: MixMethod
+    strength: float
+    prompt_from: str
+    def __init__(self, parts: _Optional[_Iterable[_Union[AdapterMix.Part, _Mapping]]] = ..., how: _Optional[_Union[MixMethod, str]] = ..., strength: _Optional[float] = ..., prompt_from: _Optional[str] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("json_schema", "json_object", "regex", "choices", "lark")
@@ -354,12 +386,14 @@ class TextPair(_message.Message):
     def __init__(self, first: _Optional[str] = ..., second: _Optional[str] = ...) -> None: ...
 
 class ClassifyRequest(_message.Message):
-    __slots__ = ("adapter", "inputs")
+    __slots__ = ("adapter", "inputs", "mix")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
+    MIX_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
-    def __init__(self, adapter: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ...) -> None: ...
+    mix: AdapterMix
+    def __init__(self, adapter: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., mix: _Optional[_Union[AdapterMix, _Mapping]] = ...) -> None: ...
 
 class ClassifyResponse(_message.Message):
     __slots__ = ("classifications", "labels", "problem_type", "adapter", "usage")
@@ -384,16 +418,18 @@ class Classification(_message.Message):
     def __init__(self, scores: _Optional[_Iterable[float]] = ..., logits: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("adapter", "inputs", "pooling", "normalize")
+    __slots__ = ("adapter", "inputs", "pooling", "normalize", "mix")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
     NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    MIX_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     inputs: _containers.RepeatedCompositeFieldContainer[Input]
     pooling: Pooling
     normalize: bool
-    def __init__(self, adapter: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., normalize: bool = ...) -> None: ...
+    mix: AdapterMix
+    def __init__(self, adapter: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., pooling: _Optional[_Union[Pooling, str]] = ..., normalize: bool = ..., mix: _Optional[_Union[AdapterMix, _Mapping]] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
     __slots__ = ("embeddings", "adapter", "usage")
@@ -412,7 +448,7 @@ class Embedding(_message.Message):
     def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("adapter", "text", "token_ids", "chat", "continuations", "prompt_logprobs", "apply")
+    __slots__ = ("adapter", "text", "token_ids", "chat", "continuations", "prompt_logprobs", "apply", "mix")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -420,6 +456,7 @@ class ScoreRequest(_message.Message):
     CONTINUATIONS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     APPLY_FIELD_NUMBER: _ClassVar[int]
+    MIX_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     text: str
     token_ids: TokenIds
@@ -427,7 +464,8 @@ class ScoreRequest(_message.Message):
     continuations: _containers.RepeatedCompositeFieldContainer[Continuation]
     prompt_logprobs: bool
     apply: str
-    def __init__(self, adapter: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., continuations: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ..., prompt_logprobs: bool = ..., apply: _Optional[str] = ...) -> None: ...
+    mix: AdapterMix
+    def __init__(self, adapter: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., continuations: _Optional[_Iterable[_Union[Continuation, _Mapping]]] = ..., prompt_logprobs: bool = ..., apply: _Optional[str] = ..., mix: _Optional[_Union[AdapterMix, _Mapping]] = ...) -> None: ...
 
 class Continuation(_message.Message):
     __slots__ = ("text", "token_ids")

@@ -5,19 +5,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from redmux.errors import InvalidArgumentError
+from redmux.mixes import How, Mix, MixPart, check_num_parts
 from redmux.v1 import inference_service_pb2 as inference_pb
 from redmux_server.engine.request import FinishReason
 from redmux_server.grpc_api.chats import chat_of, tool_calls_of
-from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import Generation
 from redmux_server.services.grammar_source import check_num_choices
-from redmux_server.services.spec import Chat, GenerationSpec, Grammar, GrammarKind, Prompt
+from redmux_server.services.pinning import Pinned
+from redmux_server.services.spec import (
+    AdapterRef,
+    Chat,
+    GenerationSpec,
+    Grammar,
+    GrammarKind,
+    Prompt,
+)
 from redmux_server.services.tools import ToolCallDelta, ToolCallParser, whole_calls
 
 _REASONS = {
     FinishReason.STOP: inference_pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb.FINISH_REASON_LENGTH,
+}
+
+_HOWS: dict[int, How] = {
+    inference_pb.MIX_METHOD_UNSPECIFIED: "interpolate",
+    inference_pb.MIX_METHOD_INTERPOLATE: "interpolate",
+    inference_pb.MIX_METHOD_COMPOSE: "compose",
 }
 
 
@@ -30,7 +44,7 @@ def spec_of(message: inference_pb.Generation, remaining_s: float | None) -> Gene
 
     return GenerationSpec(
         prompt=prompt_of(message),
-        adapter=message.adapter,
+        adapter=adapter_of(message),
         temperature=optional(sampling, "temperature"),
         top_p=optional(sampling, "top_p"),
         top_k=optional(sampling, "top_k"),
@@ -62,6 +76,36 @@ def spec_of(message: inference_pb.Generation, remaining_s: float | None) -> Gene
         apply=optional(message, "apply"),
         # A call whose time is up is cancelled by gRPC, whatever becomes of it here.
         timeout_s=None if remaining_s is None else max(remaining_s, 1e-3),
+    )
+
+
+def adapter_of(
+    message: inference_pb.Generation
+    | inference_pb.ScoreRequest
+    | inference_pb.ClassifyRequest
+    | inference_pb.EmbedRequest,
+) -> AdapterRef:
+    """Returns the adapter or the mix that a message names; raises InvalidArgumentError for both."""
+    if not message.HasField("mix"):
+        return message.adapter
+    if message.adapter:
+        raise InvalidArgumentError(
+            f"the request names the adapter {message.adapter[:80]!r} and a mix; give one of them"
+        )
+    mix = message.mix
+    check_num_parts(len(mix.parts))
+    if mix.how not in _HOWS:
+        raise InvalidArgumentError(f"how is {mix.how}, which this server lacks")
+    return Mix(
+        [
+            MixPart(
+                part.adapter, part.weight if part.HasField("weight") else 1.0, part.layers or None
+            )
+            for part in mix.parts
+        ],
+        _HOWS[mix.how],
+        mix.strength if mix.HasField("strength") else 1.0,
+        mix.prompt_from or None,
     )
 
 
@@ -151,7 +195,7 @@ class Whole:
         self._choices.setdefault(delta.index, Delta(delta.index)).add(delta)
 
     def response(
-        self, generation: Generation, published: Published | None
+        self, generation: Generation, published: Pinned | None
     ) -> inference_pb.CompleteResponse:
         """Returns the message of all choices; every one of them has its finish."""
         parsers = ToolParsers(generation)
@@ -184,7 +228,7 @@ def prompt_scores(generation: Generation) -> inference_pb.PromptScores | None:
     )
 
 
-def applied(published: Published | None) -> inference_pb.AppliedAdapter:
+def applied(published: Pinned | None) -> inference_pb.AppliedAdapter:
     """Returns what names the adapter that something was computed with."""
     if published is None:
         return inference_pb.AppliedAdapter()

@@ -15,6 +15,7 @@ from redmux_server.grpc_api.converted import Converted
 from redmux_server.grpc_api.generating import (
     ToolParsers,
     Whole,
+    adapter_of,
     applied,
     fill_chunk,
     prompt_of,
@@ -96,7 +97,7 @@ class InferenceServicer(InferenceServiceServicer):
         spec = ScoreSpec(
             prompt=prompt_of(request),
             continuations=Converted(request.continuations, _continuation),
-            adapter=request.adapter,
+            adapter=adapter_of(request),
             prompt_logprobs=request.prompt_logprobs,
             apply=request.apply if request.HasField("apply") else None,
         )
@@ -118,7 +119,7 @@ class InferenceServicer(InferenceServiceServicer):
     ) -> inference_pb.ClassifyResponse:
         """Returns what an adapter's head makes of each input."""
         inputs = Converted(request.inputs, _input)
-        done = await self._reading.classify(inputs, request.adapter, self._keys.tenant(context))
+        done = await self._reading.classify(inputs, adapter_of(request), self._keys.tenant(context))
         return inference_pb.ClassifyResponse(
             classifications=[
                 inference_pb.Classification(scores=scores, logits=logits)
@@ -138,7 +139,7 @@ class InferenceServicer(InferenceServiceServicer):
             raise InvalidArgumentError(f"pooling is {request.pooling}, which this server lacks")
         done = await self._reading.embed(
             Converted(request.inputs, _input),
-            request.adapter,
+            adapter_of(request),
             _POOLINGS[request.pooling],
             request.normalize,
             self._keys.tenant(context),

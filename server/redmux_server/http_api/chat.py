@@ -28,9 +28,9 @@ from redmux_server.http_api.schemas.answers import EVENTS, ChatCompletion
 from redmux_server.http_api.schemas.chat import ChatBody
 from redmux_server.http_api.sse import Chunks, EventStream
 from redmux_server.http_api.validated import JsonRoute
-from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import Generation
+from redmux_server.services.pinning import Pinned
 from redmux_server.services.tools import ToolCallDelta, ToolCallParser, whole_calls
 
 
@@ -42,9 +42,8 @@ def router(offer: Offer) -> APIRouter:
     async def create_chat_completion(request: Request, body: ChatBody) -> Response:
         """Returns the assistant's next message."""
         caller = caller_of(request)
-        await offer.names.resolve(body.model, caller.tenant)
+        adapter = await offer.names.wanted(body.model, body.mix, caller.tenant)
         timeout_s = timeout_of(caller, body.timeout, body.stream)
-        adapter = offer.names.adapter(body.model)
         spec = body.spec(body.chat(), adapter, timeout_s, **body.outputs())
         async with within(timeout_s):
             (generation,), published = await submit(offer, [spec], caller)
@@ -61,7 +60,7 @@ class _Answer:
     """The answer to one request, whole or in chunks."""
 
     def __init__(
-        self, offer: Offer, body: ChatBody, generation: Generation, published: Published | None
+        self, offer: Offer, body: ChatBody, generation: Generation, published: Pinned | None
     ) -> None:
         self._body = body
         self._generation = generation

@@ -33,9 +33,9 @@ from redmux_server.http_api.schemas.answers import EVENTS, Completion
 from redmux_server.http_api.schemas.completion import CompletionBody
 from redmux_server.http_api.sse import Chunks, EventStream
 from redmux_server.http_api.validated import JsonRoute
-from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta
 from redmux_server.services.generation import Generation
+from redmux_server.services.pinning import Pinned
 
 _OBJECT = "text_completion"
 
@@ -48,8 +48,7 @@ def router(offer: Offer) -> APIRouter:
     async def create_completion(request: Request, body: CompletionBody) -> Response:
         """Completes prompts."""
         caller = caller_of(request)
-        await offer.names.resolve(body.model, caller.tenant)
-        adapter = offer.names.adapter(body.model)
+        adapter = await offer.names.wanted(body.model, body.mix, caller.tenant)
         outputs = {
             "logprobs": body.logprobs is not None,
             "top_logprobs": body.logprobs,
@@ -79,7 +78,7 @@ class _Answer:
 
     def __init__(
         self, offer: Offer, body: CompletionBody, generations: Sequence[Generation],
-        published: Published | None,
+        published: Pinned | None,
     ) -> None:  # fmt: skip
         self._offer = offer
         self._body = body

@@ -30,12 +30,12 @@ def router(offer: Offer) -> APIRouter:
 
     async def embed(request: Request, body: EmbeddingBody) -> Embeddings:
         caller = caller_of(request)
-        await offer.names.resolve(body.model, caller.tenant)
+        adapter = await offer.names.wanted(body.model, body.mix, caller.tenant)
         pooling = None if body.pooling is None else Pooling(body.pooling)
         async with within(timeout_of(caller, body.timeout, streams=False)):
             return await offer.services.reading.embed(
                 body.input,
-                offer.names.adapter(body.model),
+                adapter,
                 pooling,
                 body.normalize,
                 caller.tenant,
@@ -82,10 +82,10 @@ async def classified(
 ) -> Classifications:
     """Returns what an adapter's head makes of the inputs of a request."""
     caller = caller_of(request)
-    await offer.names.resolve(body.model, caller.tenant)
+    adapter = await offer.names.wanted(body.model, body.mix, caller.tenant)
     async with within(timeout_of(caller, body.timeout, streams=False)):
         return await offer.services.reading.classify(
-            body.input, offer.names.adapter(body.model), caller.tenant, body.priority or 0
+            body.input, adapter, caller.tenant, body.priority or 0
         )
 
 

@@ -10,9 +10,9 @@ from starlette.requests import Request
 from redmux_server.engine.request import FinishReason
 from redmux_server.http_api.gate import Caller
 from redmux_server.http_api.offer import Offer, applied
-from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta, Finish
 from redmux_server.services.generation import Generation, generates_nothing
+from redmux_server.services.pinning import Pinned
 from redmux_server.services.spec import GenerationSpec
 
 _REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
@@ -43,7 +43,7 @@ def timeout_of(caller: Caller, given_s: float | None, streams: bool) -> float | 
 
 async def submit(
     offer: Offer, specs: Sequence[GenerationSpec], caller: Caller
-) -> tuple[list[Generation], Published | None]:
+) -> tuple[list[Generation], Pinned | None]:
     """Returns the accepted generations, all or none, and the adapter that they are pinned to.
 
     Raises a RedmuxError for whatever cannot be served.
@@ -162,7 +162,7 @@ def stop_of(finish: Finish) -> str | int | None:
     return finish.stop or finish.stop_token_id
 
 
-def told_of(published: Published | None, finish: Finish) -> dict[str, Any]:
+def told_of(published: Pinned | None, finish: Finish) -> dict[str, Any]:
     """Returns what an answer tells under `redmux` once it is complete."""
     return dict(applied(
         published, first_token_s=finish.first_token_s, total_s=finish.total_s,

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from redmux.errors import NotFoundError
-from redmux_server.http_api.errors import ModelNotFound
+from redmux_server.http_api.errors import ModelNotFound, Refusal
+from redmux_server.http_api.schemas.mix import MixBody
 from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.spec import AdapterRef
 
 
 class ModelNames:
@@ -34,6 +36,19 @@ class ModelNames:
             if model.startswith(f"{name}:"):
                 return model[len(name) + 1 :]
         return model
+
+    async def wanted(self, model: str, mix: MixBody | None, tenant: str) -> AdapterRef:
+        """Returns what services call the adapter that is meant, or the mix; raises as `resolve`."""
+        await self.resolve(model, tenant)
+        adapter = self.adapter(model)
+        if mix is None:
+            return adapter
+        if adapter:
+            raise Refusal(
+                f"model is the adapter {adapter[:80]!r} and mix has others; give the base model "
+                f"{self.base!r} with a mix", param="mix",
+            )  # fmt: skip
+        return mix.mix()
 
     async def resolve(self, model: str, tenant: str) -> Published | None:
         """Returns the adapter that is meant, None for the base model.

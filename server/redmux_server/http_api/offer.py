@@ -10,8 +10,8 @@ from redmux_server.http_api.health import Health
 from redmux_server.http_api.names import ModelNames
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
-from redmux_server.registry.published import Published
 from redmux_server.registry.registry import AdapterRegistry
+from redmux_server.services.pinning import Pinned
 from redmux_server.wiring import Desk, Services
 
 
@@ -33,13 +33,13 @@ class Offer:
     on_change: Callable[[], None]  # told of every change of adapters
 
 
-def applied(published: Published | None, **more: Any) -> Mapping[str, Any]:
+def applied(published: Pinned | None, **more: Any) -> Mapping[str, Any]:
     """Returns what answers tell under `redmux`: the adapter that was applied, and `more`."""
     if published is None:
         return {"adapter": None, "digest": None, **more}
     return {"adapter": published.name, "digest": published.digest, **more}
 
 
-def adapter_header(published: Published | None) -> dict[str, str]:
+def adapter_header(published: Pinned | None) -> dict[str, str]:
     """Returns the header that tells the digest of the adapter that was applied."""
     return {"x-redmux-adapter": "base" if published is None else published.digest}

@@ -27,9 +27,9 @@ from redmux_server.http_api.schemas.answers import EVENTS, ResponseObject
 from redmux_server.http_api.schemas.response import ResponseBody
 from redmux_server.http_api.sse import EventStream
 from redmux_server.http_api.validated import JsonRoute
-from redmux_server.registry.published import Published
 from redmux_server.services.choice import Delta
 from redmux_server.services.generation import Generation
+from redmux_server.services.pinning import Pinned
 
 
 def router(offer: Offer) -> APIRouter:
@@ -40,9 +40,9 @@ def router(offer: Offer) -> APIRouter:
     async def create_response(request: Request, body: ResponseBody) -> Response:
         """Returns the assistant's answer."""
         caller = caller_of(request)
-        await offer.names.resolve(body.model, caller.tenant)
+        adapter = await offer.names.wanted(body.model, body.mix, caller.tenant)
         timeout_s = timeout_of(caller, body.timeout, body.stream)
-        spec = body.spec(offer.names.adapter(body.model), timeout_s)
+        spec = body.spec(adapter, timeout_s)
         async with within(timeout_s):
             (generation,), published = await submit(offer, [spec], caller)
             answer = _Answer(offer, body, generation, published)
@@ -58,7 +58,7 @@ class _Answer:
     """The answer to one request, whole or as events."""
 
     def __init__(
-        self, offer: Offer, body: ResponseBody, generation: Generation, published: Published | None
+        self, offer: Offer, body: ResponseBody, generation: Generation, published: Pinned | None
     ) -> None:
         self._offer = offer
         self._body = body

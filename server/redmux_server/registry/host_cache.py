@@ -26,11 +26,17 @@ class HostCache:
     def __len__(self) -> int:
         return len(self._adapters)
 
+    def find(self, digest: str) -> Adapter | None:
+        """Returns the adapter of this digest if it is here."""
+        adapter = self._adapters.get(digest)
+        if adapter is not None:
+            self._adapters.move_to_end(digest)
+        return adapter
+
     async def get(self, published: Published) -> Adapter:
         """Returns the adapter of this version; raises DataLossError as `Published.read` does."""
-        adapter = self._adapters.get(published.digest)
+        adapter = self.find(published.digest)
         if adapter is not None:
-            self._adapters.move_to_end(published.digest)
             return adapter
         reading = self._reading.get(published)
         if reading is None:

@@ -145,6 +145,14 @@ class AdapterRegistry:
         """
         return await self._cache.get(published)
 
+    def ready(self, digest: str) -> Adapter | None:
+        """Returns the adapter of a digest if it is in memory; ask only for what may be seen."""
+        return self._cache.find(digest)
+
+    def keep(self, adapter: Adapter) -> None:
+        """Keeps an adapter in memory as those that were used last are, published or not."""
+        self._cache.add(adapter)
+
     async def file(self, reference: str, tenant: str = "") -> tuple[Published, bytes]:
         """Returns the version that is meant and its file; raises as `resolve` and `fetch` do.
 

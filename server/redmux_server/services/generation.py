@@ -31,12 +31,11 @@ from redmux_server.engine.stop_pattern import StopPattern
 from redmux_server.fair_thread import FairThread, portions
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
-from redmux_server.registry.published import Published
-from redmux_server.registry.registry import AdapterRegistry
 from redmux_server.services.chat import options_of, said_bytes
 from redmux_server.services.choice import Choice, Delta, choice_seed
 from redmux_server.services.grammar import Grammars
 from redmux_server.services.inbox import Inbox
+from redmux_server.services.pinning import Pinned, Pins
 from redmux_server.services.spec import Chat, GenerationSpec, Prompt, ScoreSpec
 from redmux_server.services.tool_grammar import with_tools
 from redmux_server.services.tools import ToolCallParser
@@ -145,7 +144,7 @@ class Prepared:
 
     ids: list[int]
     num_added: int  # of them, special tokens that no text asked for
-    published: Published | None
+    published: Pinned | None
     adapter: Adapter | None
     edited: range  # positions that the adapter edits
     owner: str  # whose cached prompts it shares
@@ -172,7 +171,7 @@ class GenerationService:
     def __init__(
         self,
         engine: Engine,
-        registry: AdapterRegistry,
+        pins: Pins,
         codec: TextCodec,
         validator: Validator,
         metrics: Metrics,
@@ -186,7 +185,7 @@ class GenerationService:
         """
         self.decoder_start = decoder_start
         self._engine = engine
-        self._registry = registry
+        self._pins = pins
         self._codec = codec
         self._validator = validator
         self._metrics = metrics
@@ -194,9 +193,7 @@ class GenerationService:
         self._grammars = grammars
         self._windows = Windows(codec, tokenizing, has_source=decoder_start is not None)
 
-    async def submit(
-        self, spec: GenerationSpec, tenant: str
-    ) -> tuple[Generation, Published | None]:
+    async def submit(self, spec: GenerationSpec, tenant: str) -> tuple[Generation, Pinned | None]:
         """Returns the accepted generation and the adapter that it is pinned to.
 
         Raises a RedmuxError for whatever cannot be served; nothing is queued then. `tenant` is
@@ -208,9 +205,7 @@ class GenerationService:
             self._metrics.refused(err.status.name.lower())
             raise
 
-    async def _submit(
-        self, spec: GenerationSpec, tenant: str
-    ) -> tuple[Generation, Published | None]:
+    async def _submit(self, spec: GenerationSpec, tenant: str) -> tuple[Generation, Pinned | None]:
         started_s = time.monotonic()
         sampling = self._validator.sampling(spec)
         pattern = self._validator.stops(spec)
@@ -288,18 +283,18 @@ class GenerationService:
         return choice
 
     async def prepare(self, spec: GenerationSpec | ScoreSpec, tenant: str) -> Prepared:
-        """Returns the prompt as token ids, beside the adapter of that name ("" is the base model).
+        """Returns the prompt as token ids, beside the adapter that is meant.
 
         Raises a RedmuxError for an adapter that is not there or a prompt that cannot be served.
         """
         self._windows.check(spec.apply, spec.adapter)
         prompt, owner = spec.prompt, tenant
-        published = await self._registry.resolve(spec.adapter, tenant) if spec.adapter else None
+        published = await self._pins.pin(spec.adapter, tenant)
         prompt_format = published.summary.config.prompt_format if published else None
         self._validator.prompt(prompt, prompt_format)
         tenant = tenant or (published.name if published else "")
         encoded, tool_format = await self._encode(prompt, prompt_format, tenant)
-        vectors = await self._registry.fetch(published) if published else None
+        vectors = await self._pins.fetch(published) if published else None
         edited = await self._windows.positions(vectors, spec.apply, encoded.ids, tenant)
         return Prepared(
             encoded.ids, encoded.num_added, published, vectors, edited, owner, tool_format

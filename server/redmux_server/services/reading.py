@@ -30,9 +30,8 @@ from redmux_server.engine.request import (
 from redmux_server.fair_thread import FairThread, portions
 from redmux_server.metrics import Metrics
 from redmux_server.models.text import TextCodec
-from redmux_server.registry.published import Published
-from redmux_server.registry.registry import AdapterRegistry
-from redmux_server.services.spec import ReadInput, TextPair
+from redmux_server.services.pinning import Pinned, Pins
+from redmux_server.services.spec import AdapterRef, ReadInput, TextPair
 from redmux_server.services.validation import Validator
 from redmux_server.services.windows import Windows
 
@@ -45,7 +44,7 @@ class Embeddings:
     """A vector per input, and what made them."""
 
     vectors: Sequence[Sequence[float]]
-    published: Published | None
+    published: Pinned | None
     num_tokens: int
     num_added_tokens: int  # of them, special tokens that the server put there
 
@@ -57,7 +56,7 @@ class Classifications:
     logits: Sequence[Sequence[float]]
     scores: Sequence[Sequence[float]]
     head: HeadConfig
-    published: Published
+    published: Pinned
     num_tokens: int
     num_added_tokens: int  # of them, special tokens that the server put there
 
@@ -79,7 +78,7 @@ class ReadingService:
         self,
         model: ReadableModel,
         engine: Engine,
-        registry: AdapterRegistry,
+        pins: Pins,
         codec: TextCodec,
         validator: Validator,
         metrics: Metrics,
@@ -88,7 +87,7 @@ class ReadingService:
         """`tokenizing` is the only thread that encodes with `codec`."""
         self._model = model
         self._engine = engine
-        self._registry = registry
+        self._pins = pins
         self._codec = codec
         self._validator = validator
         self._metrics = metrics
@@ -100,7 +99,7 @@ class ReadingService:
     async def embed(
         self,
         inputs: Sequence[ReadInput],
-        adapter: str,
+        adapter: AdapterRef,
         pooling: Pooling | None,
         normalize: bool,
         tenant: str,
@@ -115,7 +114,7 @@ class ReadingService:
         try:
             if self._model.kind == "encoder_decoder":
                 raise UnimplementedError("encoder-decoder models cannot embed yet")
-            published = await self._registry.resolve(adapter, tenant) if adapter else None
+            published = await self._pins.pin(adapter, tenant)
             reading = Reading(pooling or self._model.default_pooling, normalize)
             calls = await self._submit(inputs, published, reading, tenant, priority)
         except RedmuxError as err:
@@ -125,7 +124,7 @@ class ReadingService:
         return Embeddings(vectors, published, _num_tokens(calls), _num_added(calls))
 
     async def classify(
-        self, inputs: Sequence[ReadInput], adapter: str, tenant: str, priority: int = 0
+        self, inputs: Sequence[ReadInput], adapter: AdapterRef, tenant: str, priority: int = 0
     ) -> Classifications:
         """Returns what the head of the adapter makes of each input.
 
@@ -144,29 +143,29 @@ class ReadingService:
             logits, scores, head, published, _num_tokens(calls), _num_added(calls)
         )
 
-    async def _resolve_head(self, name: str, tenant: str) -> tuple[Published, HeadConfig]:
+    async def _resolve_head(self, adapter: AdapterRef, tenant: str) -> tuple[Pinned, HeadConfig]:
         if self._model.kind != "encoder":
             raise FailedPreconditionError(
                 f"the model is of kind {self._model.kind} ({self._model.architecture}), which "
                 "classifies nothing; use Generate or Complete"
             )
-        if not name:
+        published = await self._pins.pin(adapter, tenant)
+        if published is None:
             raise InvalidArgumentError(
                 "the request names no adapter; the base model has no head to classify with"
             )
-        published = await self._registry.resolve(name, tenant)
         head = published.summary.config.head
         if head is None:
             raise FailedPreconditionError(
-                f"adapter {name!r} has no classification head; put one that was trained with its "
-                "head, or use Embed"
+                f"adapter {published.name!r} has no classification head; put one that was trained "
+                "with its head, or use Embed"
             )
         return published, head
 
     async def _submit(
         self,
         inputs: Sequence[ReadInput],
-        published: Published | None,
+        published: Pinned | None,
         reading: Reading,
         tenant: str,
         priority: int = 0,
@@ -177,7 +176,7 @@ class ReadingService:
         tenant = tenant or (published.name if published else "")
         encoded = await self._encode(inputs, tenant)
         loop = asyncio.get_running_loop()
-        adapter = await self._registry.fetch(published) if published else None
+        adapter = await self._pins.fetch(published) if published else None
         calls = []
         for (ids, num_added), type_ids in encoded:
             edited = await self._windows.positions(adapter, None, ids, tenant)

@@ -8,9 +8,9 @@ from redmux.errors import InvalidArgumentError, RedmuxError, RequestCancelledErr
 from redmux_server.engine.engine import Engine
 from redmux_server.engine.request import Event, Failed, Finished, Request, SamplingParams, Scored
 from redmux_server.metrics import Metrics
-from redmux_server.registry.published import Published
 from redmux_server.services.generation import GenerationService, Prepared
 from redmux_server.services.inbox import Inbox
+from redmux_server.services.pinning import Pinned
 from redmux_server.services.spec import ScoreSpec
 from redmux_server.services.validation import Validator
 
@@ -40,7 +40,7 @@ class Scores:
     num_prompt_tokens: int
     num_cached_tokens: int  # of the prompt, found in the cache by the first continuation
     num_added_tokens: int  # of the prompt, special tokens that the server put there
-    published: Published | None
+    published: Pinned | None
 
 
 class ScoringService:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from redmux.mixes import Mix
+
 Message = Mapping[str, Any]  # as in OpenAI's chats: "role", "content" and what goes with them
 
 
@@ -28,6 +30,7 @@ class Chat:
 
 
 Prompt = str | Sequence[int] | Chat
+AdapterRef = str | Mix  # a name, a digest, or "" for the base model
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class GenerationSpec:
     """What a caller wants generated."""
 
     prompt: Prompt
-    adapter: str = ""
+    adapter: AdapterRef = ""
     apply: str | None = None  # which tokens the adapter edits, instead of what it says itself
     # Sampling.
     temperature: float | None = None
@@ -116,6 +119,6 @@ class ScoreSpec:
 
     prompt: Prompt
     continuations: Sequence[str | Sequence[int]]
-    adapter: str = ""
+    adapter: AdapterRef = ""
     prompt_logprobs: bool = False
     apply: str | None = None  # as in GenerationSpec

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from redmux.errors import FailedPreconditionError, InvalidArgumentError
 from redmux_adapters.format.window import ALL
 from redmux_server.models.text import TextCodec
-from redmux_server.registry.published import Published
 from redmux_server.services.generation import GenerationService
+from redmux_server.services.pinning import Pinned
 from redmux_server.services.spec import Chat, GenerationSpec, TokenizeSpec
 from redmux_server.services.validation import Validator
 
@@ -18,7 +18,7 @@ class Tokenized:
 
     ids: list[int]
     num_added: int  # of them, special tokens that the server put there
-    published: Published | None
+    published: Pinned | None
 
 
 class TokenService:

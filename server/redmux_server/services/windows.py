@@ -8,6 +8,7 @@ from redmux_adapters import Adapter
 from redmux_adapters.format.window import ALL, check_apply, edited_positions, marker_of
 from redmux_server.fair_thread import FairThread
 from redmux_server.models.text import TextCodec
+from redmux_server.services.spec import AdapterRef
 
 _KEPT = 1024  # markers whose tokens are known
 
@@ -21,7 +22,7 @@ class Windows:
         self._has_source = has_source
         self._marker = functools.lru_cache(_KEPT)(lambda text: tuple(codec.encode_bare(text)))
 
-    def check(self, apply: str | None, adapter: str) -> None:
+    def check(self, apply: str | None, adapter: AdapterRef) -> None:
         """Checks what a request says of where its adapter, "" for none, edits."""
         if apply is None:
             return

@@ -10,6 +10,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Unserved
+from redmux_server.http_api.schemas.mix import MixBody
 from redmux_server.http_api.schemas.prompts import SCHEMA, one_or_more
 from redmux_server.services.validation import MAX_PRIORITY
 
@@ -48,6 +49,7 @@ class EmbeddingBody(ReadingBody):
     """A request for vectors of inputs."""
 
     input: Inputs
+    mix: MixBody | None = Field(None, description="Several adapters as one; see docs/adapters.md.")
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "cls", "last"] | None = None
     normalize: bool = True
@@ -64,6 +66,7 @@ class ClassifyBody(ReadingBody):
     """A request for classes of inputs."""
 
     input: Inputs
+    mix: MixBody | None = Field(None, description="Several adapters as one; see docs/adapters.md.")
 
 
 Texts = Annotated[

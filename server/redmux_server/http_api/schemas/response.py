@@ -7,9 +7,17 @@ from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Objects, Unserved
+from redmux_server.http_api.schemas.mix import MixBody
 from redmux_server.http_api.schemas.sampling import JsonSchema, schema_grammar
 from redmux_server.services.chat import check_num_messages
-from redmux_server.services.spec import Chat, GenerationSpec, Grammar, GrammarKind, Message
+from redmux_server.services.spec import (
+    AdapterRef,
+    Chat,
+    GenerationSpec,
+    Grammar,
+    GrammarKind,
+    Message,
+)
 
 _Included = Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)]
 _PARTS = ("input_text", "output_text", "text")
@@ -77,6 +85,7 @@ class ResponseBody(Body):
     stream: bool = False
     seed: int | None = None
     ignore_eos: bool = False
+    mix: MixBody | None = Field(None, description="Several adapters as one; see docs/adapters.md.")
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
 
     @property
@@ -84,7 +93,7 @@ class ResponseBody(Body):
         """Whether log-probabilities are asked for."""
         return _LOGPROBS in (self.include or ())
 
-    def spec(self, adapter: str, timeout_s: float | None) -> GenerationSpec:
+    def spec(self, adapter: AdapterRef, timeout_s: float | None) -> GenerationSpec:
         """Returns what the services are asked for."""
         check_num_messages(len(self.input))
         messages = [_message(index, item) for index, item in enumerate(self.input)]

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Ids, Texts, Unserved
-from redmux_server.services.spec import GenerationSpec, Grammar, GrammarKind, Prompt
+from redmux_server.http_api.schemas.mix import MixBody
+from redmux_server.services.spec import AdapterRef, GenerationSpec, Grammar, GrammarKind, Prompt
 from redmux_server.services.validation import check_num_biases
 
 OneOrMore = Annotated[
@@ -125,6 +126,7 @@ class SamplingBody(Body):
     guided_regex: str | None = None
     guided_choice: Texts | None = None
     guided_grammar: str | None = None
+    mix: MixBody | None = Field(None, description="Several adapters as one; see docs/adapters.md.")
     apply: str | None = Field(
         None, description="Which tokens the adapter edits: all, prompt, generation or after:TEXT."
     )
@@ -133,7 +135,7 @@ class SamplingBody(Body):
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
 
     def spec(
-        self, prompt: Prompt, adapter: str, timeout_s: float | None, **more: Any
+        self, prompt: Prompt, adapter: AdapterRef, timeout_s: float | None, **more: Any
     ) -> GenerationSpec:
         """Returns what the services are asked for; `more` are fields of the spec."""
         fields: dict[str, Any] = {
