@@ -27,6 +27,7 @@ from redmux.errors import (
 from redmux_server.registry.schema import audit, blobs, versions
 
 A, B = "key-a", "key-b"
+OWNER = "whose it is"
 
 
 async def put_all(registry, name, files, tenant=""):
@@ -189,9 +190,9 @@ async def test_the_audit_has_every_change_and_nothing_else(open_kept, adapters, 
 
 
 NAMES = st.sampled_from(["a", "team/a"])
-TENANTS = st.sampled_from(["", "", "", A, B])
+TENANTS = st.sampled_from([OWNER, OWNER, OWNER, "", A, B])
 ALIASES = st.sampled_from(["prod", "next"])
-NUMBERS = st.integers(1, 3)
+NUMBERS = st.integers(0, 5)  # an index into the versions that there are, 0 for none of them
 
 
 class Model(RuleBasedStateMachine):
@@ -221,6 +222,13 @@ class Model(RuleBasedStateMachine):
             asyncio.run(call)
         return None
 
+    def played(self, name, tenant, pick=0):
+        """Returns the tenant that is meant, and the number of a version."""
+        owner, _, numbers, _ = self.names.get(name, (A, 0, {}, {}))
+        known = sorted(numbers)
+        number = known[-(pick % len(known)) or -1] if pick and known else 99
+        return (owner if tenant == OWNER else tenant), number
+
     def changing(self, name, tenant):
         """Returns what a change of a name by a tenant meets: an error, or None."""
         owner = self.names[name][0] if name in self.names else None
@@ -230,6 +238,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=NAMES, index=st.integers(0, 2), replace=st.booleans(), tenant=TENANTS)
     def put(self, name, index, replace, tenant):
+        tenant, _ = self.played(name, tenant)
         call = self.registry.put(name, self.files[index], "", replace, tenant)
         error = self.changing(name, tenant) if name in self.names else None
         if error is not None:
@@ -249,6 +258,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=NAMES, tenant=TENANTS)
     def delete_name(self, name, tenant):
+        tenant, _ = self.played(name, tenant)
         error = self.changing(name, tenant)
         if error is None and self.names[name][3]:
             error = FailedPreconditionError
@@ -256,8 +266,9 @@ class Model(RuleBasedStateMachine):
         if error is None:
             del self.names[name]
 
-    @rule(name=NAMES, number=NUMBERS, tenant=TENANTS)
-    def delete_version(self, name, number, tenant):
+    @rule(name=NAMES, pick=NUMBERS, tenant=TENANTS)
+    def delete_version(self, name, pick, tenant):
+        tenant, number = self.played(name, tenant, pick)
         error = self.changing(name, tenant)
         if name in self.names and number not in self.names[name][2]:
             error = NotFoundError
@@ -269,8 +280,9 @@ class Model(RuleBasedStateMachine):
             if not self.names[name][2]:
                 del self.names[name]
 
-    @rule(name=NAMES, alias=ALIASES, number=NUMBERS, tenant=TENANTS)
-    def set_alias(self, name, alias, number, tenant):
+    @rule(name=NAMES, alias=ALIASES, pick=NUMBERS, tenant=TENANTS)
+    def set_alias(self, name, alias, pick, tenant):
+        tenant, number = self.played(name, tenant, pick)
         error = self.changing(name, tenant)
         if name in self.names and number not in self.names[name][2]:
             error = NotFoundError
@@ -280,6 +292,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=NAMES, alias=ALIASES, tenant=TENANTS)
     def delete_alias(self, name, alias, tenant):
+        tenant, _ = self.played(name, tenant)
         error = self.changing(name, tenant)
         if error is None and alias not in self.names[name][3]:
             error = NotFoundError
@@ -323,5 +336,5 @@ class Model(RuleBasedStateMachine):
 def test_it_behaves_like_dictionaries_that_survive_restarts(open_kept, adapters, files):
     run_state_machine_as_test(
         lambda: Model(open_kept, adapters, files),
-        settings=settings(max_examples=20, stateful_step_count=40, deadline=None),
+        settings=settings(max_examples=15, stateful_step_count=40, deadline=None),
     )
