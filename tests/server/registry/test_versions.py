@@ -336,5 +336,5 @@ class Model(RuleBasedStateMachine):
 def test_it_behaves_like_dictionaries_that_survive_restarts(open_kept, adapters, files):
     run_state_machine_as_test(
         lambda: Model(open_kept, adapters, files),
-        settings=settings(max_examples=15, stateful_step_count=40, deadline=None),
+        settings=settings(max_examples=10, stateful_step_count=30, deadline=None),
     )
