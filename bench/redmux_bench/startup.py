@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             adapters = asyncio.run(_adapters(options, process))
         _fill(adapters, options.registered, full)
         with report.progress(2 * options.rounds, "start") as bar:
+            resident: dict[Path, list[int]] = {empty: [], full: []}
 
-            def started(folder: Path) -> tuple[float, int]:
+            def startup_s(folder: Path) -> float:
                 with _serving(options, folder) as process:
                     bar.update()
-                    return process.startup_s, process.resident_bytes
+                    resident[folder].append(process.resident_bytes)
+                    return process.startup_s
 
             rounds = in_turn(
-                options.rounds, lambda: started(empty), lambda: started(full), warm_ups=0
+                options.rounds, lambda: startup_s(empty), lambda: startup_s(full), warm_ups=0
             )
     result: dict[str, Any] = {"adapters": options.registered}
-    for kind, values in zip(("empty", "full"), rounds, strict=True):
-        result[f"{kind}_rounds_s"] = [seconds for seconds, _ in values]
-        result[f"{kind}_s"] = statistics.median(result[f"{kind}_rounds_s"])
-    both = list(zip(*rounds, strict=True))
-    result["extra_s"] = statistics.median(full[0] - empty[0] for empty, full in both)
-    extra_bytes = statistics.median(full[1] - empty[1] for empty, full in both)
-    result["bytes_per_adapter"] = extra_bytes / options.registered
+    for kind, times in zip(("empty", "full"), rounds, strict=True):
+        result[f"{kind}_s"], result[f"{kind}_rounds_s"] = statistics.median(times), times
+    result["extra_s"] = _median_difference(*rounds)
+    result["bytes_per_adapter"] = (
+        _median_difference(resident[empty], resident[full]) / options.registered
+    )
     print_table(
         ("adapters", "s to ready", "s more", "bytes more for each"),
         [
@@ -62,6 +64,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ],
     )  # fmt: skip
     return result
+
+
+def _median_difference(less: Sequence[float], more: Sequence[float]) -> float:
+    return statistics.median(b - a for a, b in zip(less, more, strict=True))
 
 
 def _serving(options: argparse.Namespace, folder: Path) -> ServerProcess:

@@ -172,6 +172,39 @@ async def test_aliases_are_their_owners_to_move(open_kept, files):
         await registry.versions("a", 0, 9, B)
 
 
+async def test_servers_of_one_database_see_each_others_changes(
+    postgresql, open_registry, adapters, files
+):
+    place = postgresql.new_database()
+    one, two = open_registry(place), open_registry(place, cache_bytes=0)
+    await asyncio.gather(*(r.put(f"x{n}", files[n], "", False) for n in (0, 1) for r in (one, two)))
+    await put_all(one, "x", files[:2])
+    held = await two.resolve("x@1")
+    await one.set_alias("x", "prod", "2")
+    assert (await two.resolve("x@prod")).number == 2
+    await one.delete("x@1")
+    with pytest.raises(NotFoundError, match="'x@1' was deleted meanwhile"):
+        await two.fetch(held)
+    await put_all(two, "x", files[2:3])
+    assert (await one.resolve("x")).read() == adapters[2]
+    assert [await r.count() for r in (one, two)] == [3, 3]
+    assert len(two) == 3
+    await two.delete("x0")
+    await two.delete("x1")
+    assert len(two) == 1
+    for registry in (one, two):
+        await registry.close()
+
+
+async def test_of_puts_beside_each_other_every_one_gets_its_own_number(open_kept, files):
+    one, two = open_kept(), open_kept()
+    await asyncio.gather(*(
+        registry.put("x", files[n % 4], "", True) for n in range(12) for registry in (one, two)
+    ))  # fmt: skip
+    found = [p.number for p in await one.versions("x", 0, 99)]
+    assert found == list(range(len(found), 0, -1))
+
+
 async def test_the_audit_has_every_change_and_nothing_else(open_kept, adapters, files):
     registry = open_kept()
     await put_all(registry, "x", [files[0], files[0], files[1]], A)
