@@ -82,6 +82,7 @@ class AdapterRegistry:
         )
         self._kept = KeptVersions(self._database, self.rules)
         self._num_kept = self._database.read_now(functools.partial(catalogue.count, tenant=""))
+        logger.info("%d adapters are kept in %s", self._num_kept, self._database.place)
 
     @property
     def max_file_bytes(self) -> int:
