@@ -54,7 +54,9 @@ def test_the_code_tells_why_a_command_failed(run, server, kind):
     [
         ["generate", "Hi"], ["generate", "--no-stream", "Hi"], ["embed", "Hi"], ["score", "Hi"],
         ["classify", "--adapter", "a", "Hi"], ["adapters", "get", "a"], ["adapters", "list"],
-        ["adapters", "delete", "a"], ["jobs", "get", "a"], ["jobs", "watch", "a"],
+        ["adapters", "delete", "a"], ["adapters", "versions", "a"],
+        ["adapters", "alias", "a", "b", "1"], ["adapters", "unalias", "a", "b"],
+        ["adapters", "download", "a", "there"], ["jobs", "get", "a"], ["jobs", "watch", "a"],
         ["jobs", "cancel", "a"], ["top", "--once"],
     ],
     ids=" ".join,
@@ -98,8 +100,9 @@ COMMANDS = {
     "`score`": [["score", "Hi", "there"]],
     "`classify`": [["classify", "--adapter", "a", "Hi"]],
     "`embed`": [["embed", "Hi"]],
-    "`adapters list`, `get`, `put`, `delete`": [
-        ["adapters", "list"], ["adapters", "get", "a"], ["adapters", "put", "a", "FILE"],
+    "`adapters list`, `versions`, `get`, `put`, `alias`, `delete`": [
+        ["adapters", "list"], ["adapters", "versions", "a"], ["adapters", "get", "a"],
+        ["adapters", "put", "a", "FILE"], ["adapters", "alias", "a", "prod", "1"],
         ["adapters", "delete", "a"],
     ],
     "`jobs list`, `get`, `create`, `cancel`": [
