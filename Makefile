@@ -7,8 +7,8 @@ LLAMA_CPP_BUILD := -DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF -DGGML_OPENMP=OFF -DLLAMA
   -DLLAMA_BUILD_TOOLS=OFF -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0 -DCMAKE_C_FLAGS_DEBUG=-O0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test browser test-slow test-clients test-vllm test-llama-cpp test-cpus lint format \
-  proto proto-check api docs bench clean
+.PHONY: help run test browser postgresql test-slow test-clients test-vllm test-llama-cpp test-cpus lint \
+  format proto proto-check api docs bench clean
 help:            ## list the targets
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 14
 
@@ -42,6 +42,10 @@ test: .venv/dev       ## run the default test suite
 browser:         ## install Chromium for the tests of the page, which are skipped without it
 	command -v chromium || { apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends chromium; }
+
+postgresql:      ## install PostgreSQL for the tests of the registry, which are skipped without it
+	ls /usr/lib/postgresql/*/bin/initdb 2> /dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends postgresql; }
 
 test-slow: .venv/dev  ## run the longer soak, load and fuzz checks
 	$(BIN)/pytest -m slow $(ARGS)

@@ -140,3 +140,15 @@ def put(client):
         return await client.adapters.put(name, to_bytes(adapter), **options)
 
     return put
+
+
+@pytest.fixture(scope="session")
+def postgresql():
+    """A real PostgreSQL server."""
+    import postgres
+
+    if reason := postgres.missing():
+        pytest.skip(reason)
+    server = postgres.PostgreSQL()
+    yield server
+    server.close()

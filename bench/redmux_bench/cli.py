@@ -116,7 +116,7 @@ def _loading(parser: _Parser) -> None:
     _add(parser, "--streams", positive, 16, "background streams of the loaded state")
     _add(parser, "--registered", count, 0, "measure with this many adapters registered, too")
     parser.add_argument(
-        "--startup", action="store_true", help="measure the start with a folder of those, too"
+        "--startup", action="store_true", help="measure the start with a registry of those, too"
     )
     _add(parser, "--concurrency", positive, 32, "requests at a time, for --registered")
     _add_rounds(parser, 3)

@@ -1,74 +1,101 @@
-"""How long a server takes to be ready with a folder of many adapters, against an empty one."""
+"""How long a server takes to be ready with a registry of many adapters, against an empty one."""
 
 import argparse
 import asyncio
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from redmux_adapters import to_bytes
 from redmux_bench import report
+from redmux_bench.adapters import random_adapter
 from redmux_bench.published import RandomAdapters
 from redmux_bench.rounds import in_turn
 from redmux_bench.server_process import ServerProcess, start
 from redmux_bench.tables import print_table
+from redmux_server.registry import changes
+from redmux_server.registry.database import Database
+from redmux_server.registry.kept import KeptVersions
+from redmux_server.registry.published import rules_of
+
+_NUM_CONTENTS = 1000  # that names share, so that a hundred thousand of them fit on a disk
+_AT_ONCE = 1000  # of one transaction
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Writes --registered adapters into a folder, then starts servers in turn.
+    """Fills a registry with --registered adapters, then starts servers in turn.
 
-    Prints and returns the seconds from the start of a process until it serves: with an empty
-    folder, with files that no server has seen (`first`), and with the index that the start before
-    has left (`later`). Extras are medians of the rounds' differences from the empty folder.
+    Prints and returns the seconds from the start of a process until it serves, and the memory that
+    it holds then: with an empty registry and with the full one. What is more with the full one is
+    the median of the rounds' differences.
     """
     with tempfile.TemporaryDirectory(prefix="redmux-bench-") as parent:
         empty, full = Path(parent, "empty"), Path(parent, "full")
-        empty.mkdir()
         with _serving(options, empty) as process:  # warms what is kept between starts, too
-            asyncio.run(_fill(options, process, full))
-        with report.progress(3 * options.rounds, "start") as bar:
+            adapters = asyncio.run(_adapters(options, process))
+        _fill(adapters, options.registered, full)
+        with report.progress(2 * options.rounds, "start") as bar:
+            resident: dict[Path, list[int]] = {empty: [], full: []}
 
-            def startup_s(folder: Path, has_index: bool = True) -> float:
-                if not has_index:
-                    (folder / ".index.json").unlink(missing_ok=True)
+            def startup_s(folder: Path) -> float:
                 with _serving(options, folder) as process:
                     bar.update()
+                    resident[folder].append(process.resident_bytes)
                     return process.startup_s
 
             rounds = in_turn(
-                options.rounds,
-                lambda: startup_s(empty),
-                lambda: startup_s(full, has_index=False),
-                lambda: startup_s(full),
-                warm_ups=0,
+                options.rounds, lambda: startup_s(empty), lambda: startup_s(full), warm_ups=0
             )
     result: dict[str, Any] = {"adapters": options.registered}
-    cells: list[tuple[str, float, float]] = []
-    for kind, times in zip(("empty", "first", "later"), rounds, strict=True):
-        result[f"{kind}_s"] = seconds = statistics.median(times)
-        result[f"{kind}_rounds_s"] = times
-        if kind == "empty":
-            cells.append(("none", seconds, 0.0))
-            continue
-        extras = [time - empty for time, empty in zip(times, rounds[0], strict=True)]
-        result[f"{kind}_extra_s"] = extra = statistics.median(extras)
-        cells.append((f"{options.registered}, {kind} start", seconds, extra))
-    print_table(("adapters in the folder", "s to ready", "s more"), cells)
+    for kind, times in zip(("empty", "full"), rounds, strict=True):
+        result[f"{kind}_s"], result[f"{kind}_rounds_s"] = statistics.median(times), times
+    result["extra_s"] = _median_difference(*rounds)
+    result["bytes_per_adapter"] = (
+        _median_difference(resident[empty], resident[full]) / options.registered
+    )
+    print_table(
+        ("adapters", "s to ready", "s more", "bytes more for each"),
+        [
+            ("none", result["empty_s"], 0.0, 0.0),
+            (str(options.registered), result["full_s"], result["extra_s"],
+             result["bytes_per_adapter"]),
+        ],
+    )  # fmt: skip
     return result
 
 
+def _median_difference(less: Sequence[float], more: Sequence[float]) -> float:
+    return statistics.median(b - a for a, b in zip(less, more, strict=True))
+
+
 def _serving(options: argparse.Namespace, folder: Path) -> ServerProcess:
-    return start(options, options.concurrency, "--adapter-dir", str(folder))
+    return start(options, options.concurrency, "--data-dir", str(folder))
 
 
-async def _fill(options: argparse.Namespace, process: ServerProcess, folder: Path) -> None:
-    """Writes the files that a server would keep there; through one, it would take minutes."""
+async def _adapters(options: argparse.Namespace, process: ServerProcess) -> RandomAdapters:
     async with process.client() as client:
-        adapters = await RandomAdapters.of(client, options.model, options.seed)
-    with report.progress(options.registered, "write") as bar:
-        for _ in range(options.registered):
-            name, content = adapters.new()
-            path = folder / f"{name}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-            bar.update()
+        return await RandomAdapters.of(client, options.model, options.seed)
+
+
+def _fill(adapters: RandomAdapters, count: int, folder: Path) -> None:
+    """Writes the rows that puts through a server would write; these would take minutes."""
+    database = Database.in_folder(folder)
+    base, sites = adapters.base_fingerprint, adapters.sites
+    kept = KeptVersions(database, rules_of(base, sites, 0, (), lambda prompt_format: None, False))
+    contents = [
+        kept.checked(to_bytes(random_adapter(base, sites, adapters.seed + number)), "")[1]
+        for number in range(min(count, _NUM_CONTENTS))
+    ]
+    with report.progress(count, "write") as bar:
+        for first in range(0, count, _AT_ONCE):
+
+            def write(connection: Any, first: int = first) -> None:
+                for number in range(first, min(first + _AT_ONCE, count)):
+                    new = contents[number % len(contents)]
+                    changes.put(connection, f"bench/{number:06d}", new, False, "")
+                    bar.update()
+
+            database.write_now(write)
+    database.close()

@@ -129,7 +129,7 @@ def test_products_of_a_model_that_is_not_fused_are_told_to_be_unknown(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # five starts of a server
+@pytest.mark.timeout(600)  # four starts of a server
 def test_load_measures_puts_memory_and_starts(bench):
     code, got = bench(
         "load", *LOAD, "--samples", "3", "--streams", "2", "--registered", "4", "--startup",
@@ -144,7 +144,7 @@ def test_load_measures_puts_memory_and_starts(bench):
     ]  # fmt: skip
     assert got["registered"]["vector_bytes"] == 8 * 3 * 64
     assert got["startup"]["adapters"] == 4
-    for kind in ("empty", "first", "later"):
+    for kind in ("empty", "full"):
         assert len(got["startup"][f"{kind}_rounds_s"]) == 1
 
 

@@ -343,7 +343,7 @@ def test_adapters_import_ends_where_the_server_does_not_take_any(run, server, tm
     server.fail = lambda call, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "no key")
     code, _, err = run("adapters", "import", str(tmp_path))
     assert (code, len(server.calls)) == (5, 1)
-    assert err.startswith("redmux: no key")
+    assert err.startswith("redmux: no key;")
 
 
 @pytest.mark.parametrize("verb", [["list"], ["get", "acme/a"], ["delete", "acme/a"]], ids=str)

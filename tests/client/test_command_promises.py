@@ -55,7 +55,9 @@ def test_the_code_tells_why_a_command_failed(run, server, kind):
         ["generate", "Hi"], ["generate", "--no-stream", "Hi"], ["embed", "Hi"], ["score", "Hi"],
         ["tokenize", "Hi"], ["detokenize", "7"],
         ["classify", "--adapter", "a", "Hi"], ["adapters", "get", "a"], ["adapters", "list"],
-        ["adapters", "delete", "a"], ["jobs", "get", "a"], ["jobs", "watch", "a"],
+        ["adapters", "delete", "a"], ["adapters", "versions", "a"],
+        ["adapters", "alias", "a", "b", "1"], ["adapters", "unalias", "a", "b"],
+        ["adapters", "download", "a", "there"], ["jobs", "get", "a"], ["jobs", "watch", "a"],
         ["jobs", "cancel", "a"], ["top", "--once"],
     ],
     ids=" ".join,
@@ -103,7 +105,7 @@ COMMANDS = {
     "`embed`": [["embed", "Hi"]],
     "`adapters list`, `versions`, `get`, `put`, `alias`, `delete`": [
         ["adapters", "list"], ["adapters", "versions", "a"], ["adapters", "get", "a"],
-        ["adapters", "put", "a", "FILE"], ["adapters", "alias", "a", "prod", "3"],
+        ["adapters", "put", "a", "FILE"], ["adapters", "alias", "a", "prod", "1"],
         ["adapters", "delete", "a"],
     ],
     "`jobs list`, `get`, `create`, `cancel`": [

@@ -99,7 +99,9 @@ async def test_adapters_come_out_as_the_library_trains_them_while_streams_do_not
         assert ours.token_ids == theirs.token_ids
         assert ours.token_ids != (await client.generate("say 3", max_tokens=8)).token_ids
         assert {a.name async for a in client.adapters.list()} == {"acme/yes", "no", "offline"}
-    assert (tmp_path / "acme" / "yes.safetensors").is_file()
+    await server.stop(drain_s=0)
+    server = await start_server(data_dir=str(tmp_path))
+    assert (await server.registry.resolve("acme/yes")).digest == last.tasks[0].digest
 
 
 async def test_an_encoder_learns_to_classify_pairs_and_to_score(start_server, tmp_path_factory):

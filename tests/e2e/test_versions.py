@@ -123,3 +123,22 @@ async def test_files_of_a_folder_come_change_and_go_while_the_server_runs(
         assert server.metrics.registry.get_sample_value("redmux_adapters") == 1
         path.unlink()
         await asyncio.wait_for(until(None), 60)
+
+
+async def test_servers_share_a_registry_in_postgresql(base, start_server, postgresql):
+    place = postgresql.new_database()
+    one, two = [await start_server(registry=place) for _ in range(2)]
+    async with (
+        AsyncClient(f"127.0.0.1:{one.port}") as first,
+        AsyncClient(f"127.0.0.1:{two.port}") as second,
+    ):
+        await first.adapters.put("x", to_bytes(base.adapter(1)))
+        got = await second.generate("abc", adapter="x", **OPTIONS)
+        assert got == await first.generate("abc", adapter="x@1", **OPTIONS)
+        await second.adapters.put("x", to_bytes(base.adapter(2)), replace=True)
+        assert (await first.adapters.get("x")).version == 2
+        assert (await first.info()).num_adapters == 1
+    await one.stop(drain_s=0)
+    await two.stop(drain_s=0)
+    last = await start_server(registry=place)
+    assert (await last.registry.resolve("x")).digest == base.adapter(2).digest

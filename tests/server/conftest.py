@@ -1,6 +1,5 @@
 """A small base, as far as the registry knows one, and adapters for it."""
 
-import postgres
 import pytest
 import torch
 
@@ -64,16 +63,6 @@ def open_registry():
         return AdapterRegistry(FINGERPRINT, SITES, database, **options)
 
     return open_registry
-
-
-@pytest.fixture(scope="session")
-def postgresql():
-    """A real PostgreSQL server."""
-    if reason := postgres.missing():
-        pytest.skip(reason)
-    server = postgres.PostgreSQL()
-    yield server
-    server.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

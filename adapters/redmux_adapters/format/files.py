@@ -24,7 +24,7 @@ from .adapter import Adapter, Edit
 from .config import CONFIG_NAME, AdapterConfig, format_config, parse_config
 from .head import Head, check_shapes
 from .header import HEAD_PREFIX, Header, Limits, read_header, write_container
-from .seal import check_seal, seal, unsealed
+from .seal import check_seal
 from .strictjson import shown
 from .vectors import check_file_values, digest_of, read_head, read_vectors, vector_bytes
 
@@ -166,15 +166,6 @@ def summary_of(adapter: Adapter) -> Summary:
 def to_bytes(adapter: Adapter) -> bytes:
     """Returns the self-contained safetensors file of `adapter`; equal adapters give equal bytes."""
     return _container(adapter, {"format": "pt", "adapter_config": _config_text(adapter)})
-
-
-def to_sealed_bytes(adapter: Adapter, owner: str) -> bytes:
-    """Returns the file of `to_bytes` with its owner ("" for none) and a checksum over all of it.
-
-    Whoever reads it compares the checksum: no change of a bit goes unnoticed.
-    """
-    text = _config_text(adapter)
-    return seal(_container(adapter, unsealed(owner) | {"format": "pt", "adapter_config": text}))
 
 
 def write_folder(adapter: Adapter, folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The seal of a stored file: whose it is, and a checksum over every one of its bytes."""
+"""The seal that a file may have: whose it is, and a checksum over every one of its bytes."""
 
 import hashlib
 import re
@@ -15,17 +15,6 @@ _FIELD = '"checksum":"%s"'
 _OPEN = "0" * 64
 # Found in damaged files, too, whose header nothing else can read.
 _OWNER = re.compile(rb'"owner":"([A-Za-z0-9-]{0,64})"')
-
-
-def unsealed(owner: str) -> dict[str, str]:
-    """Returns the metadata of a file of this owner, "" for none, that `seal` then closes."""
-    return {"checksum": _OPEN, "owner": owner}
-
-
-def seal(data: bytes) -> bytes:
-    """Returns a file that was written with the metadata of `unsealed`, with its checksum."""
-    field = _FIELD % _OPEN
-    return data.replace(field.encode(), (_FIELD % _checksum(data, field)).encode(), 1)
 
 
 def check_seal(header: Header, data: bytes) -> None:

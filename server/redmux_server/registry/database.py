@@ -27,6 +27,8 @@ T = TypeVar("T")
 FILE_NAME = "registry.db"
 _DRIVER = "postgresql+psycopg"
 _READERS = 4
+# A connection may break between a commit and the news of it.
+_PERHAPS = "its database does not answer, unless it had taken the change before"
 _CONNECT_S = 5
 _STATEMENT_MS = 30_000
 _LOCK_KEY = 0x7265646D7578  # "redmux": of the lock that one writer holds in PostgreSQL
@@ -120,7 +122,11 @@ class Database:
     def write_now(self, function: Callable[[Connection], T]) -> T:
         """Does what `write` does; blocks."""
         engine = self._engine.execution_options(writes=True)
-        with told("the registry is not changed"), self._alone(), engine.begin() as connection:
+        with (
+            told("the registry is not changed", _PERHAPS),
+            self._alone(),
+            engine.begin() as connection,
+        ):
             return function(connection)
 
     def close(self) -> None:

@@ -33,9 +33,10 @@ _AWAY = ("08", "53", "57", "55P03", "40")
 
 
 @contextlib.contextmanager
-def told(consequence: str) -> Iterator[None]:
+def told(consequence: str, if_away: str = "its database does not answer") -> Iterator[None]:
     """Turns what the database refuses into an error of the tree that begins with `consequence`.
 
+    `if_away` is what to say where the database is not reached, or not any more.
     The log has what the database said; callers learn no more than what they can do. What is a fault
     of ours is raised as it is.
     """
@@ -44,21 +45,21 @@ def told(consequence: str) -> Iterator[None]:
     except PoolTimeout:
         raise UnavailableError(f"{consequence}: it is busy; try again") from None
     except DBAPIError as err:
-        error = _error(err, consequence)
+        error = _error(err, consequence, if_away)
         if error is None:
             raise
         logger.error("%s: %s", consequence, str(err.orig).strip())
         raise error from None
 
 
-def _error(err: DBAPIError, consequence: str) -> RedmuxError | None:
+def _error(err: DBAPIError, consequence: str, if_away: str) -> RedmuxError | None:
     if isinstance(err.orig, sqlite3.Error):
         return _of_sqlite(getattr(err.orig, "sqlite_errorcode", 0) & 0xFF, err, consequence)
     state = getattr(err.orig, "sqlstate", None)
     if state is None or err.connection_invalidated or state.startswith(_AWAY):
         if state in _NO_ROOM:
             return _full(consequence)
-        return UnavailableError(f"{consequence}: its database does not answer; try again")
+        return UnavailableError(f"{consequence}: {if_away}; try again")
     if state.startswith(_READ_ONLY):
         return FailedPreconditionError(f"{consequence}: {_first_line(err)}")
     if state in _DAMAGE:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from watchfiles import awatch
 
-from redmux.errors import DataLossError, FailedPreconditionError, InvalidAdapterError, RedmuxError
+from redmux.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidAdapterError,
+    RedmuxError,
+    ResourceExhaustedError,
+)
 from redmux_adapters import Limits, summarize
 from redmux_adapters.format.files import read_file
 from redmux_adapters.format.seal import owner_in
@@ -25,6 +31,7 @@ logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it counts events
 _SETTLED_S = 0.2  # that a file has to stay as it is: nobody writes to it any more
 _LOOK_S = 0.05
 _EVENTS_MS = 50  # that events are gathered for
+_POLL_S = 0.5
 _START_S = 5.0
 
 
@@ -94,7 +101,19 @@ class AdapterFolder:
         return changes
 
     async def watch(self, tell: Callable[[FolderChanges], None]) -> None:
-        """Tells of all changes from now on, within a second, until it is cancelled."""
+        """Tells of all changes from now on, within a second, until it is cancelled.
+
+        Where the system tells of no more events, it looks by itself.
+        """
+        try:
+            await self._watch_events(tell)
+        except Exception:  # of the system, and of the library that asks it
+            logger.exception("%s is looked at every half a second: it cannot be watched", self.path)
+        while True:
+            await self._look_until_settled(tell)
+            await asyncio.sleep(_POLL_S)
+
+    async def _watch_events(self, tell: Callable[[FolderChanges], None]) -> None:
         events = awatch(
             self.path, watch_filter=None, debounce=_EVENTS_MS, step=_EVENTS_MS,
             ignore_permission_denied=True,
@@ -134,6 +153,8 @@ class AdapterFolder:
             check_name(name)
             data = read_file(path, self._rules.limits.file_bytes)
             summary, owner = self._rules.summarize(data, None), owner_in(data) or OPERATOR
+        except ResourceExhaustedError:
+            return None  # of descriptors, say, which tells nothing of the file
         except RedmuxError as err:
             if Stamp.of(path) != stamp:
                 return None

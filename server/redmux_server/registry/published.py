@@ -93,7 +93,7 @@ def rules_of(
     head_kinds: Collection[str],
     check_format: Callable[[PromptFormat | None], None],
     allow_other_base: bool,
-    has_windows: bool,
+    has_windows: bool = True,
 ) -> Rules:
     """Returns the rules of a base with these editable modules; see `Rules`."""
     # Every editable module and the largest head in fp32, and room for the header.

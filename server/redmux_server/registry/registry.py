@@ -89,6 +89,7 @@ class AdapterRegistry:
         )
         self._kept = KeptVersions(self._database, self.rules)
         self._num_kept = self._database.read_now(functools.partial(catalogue.count, tenant=""))
+        logger.info("%d adapters are kept in %s", self._num_kept, self._database.place)
 
     @property
     def max_file_bytes(self) -> int:
@@ -96,7 +97,7 @@ class AdapterRegistry:
         return self.rules.limits.file_bytes
 
     def __len__(self) -> int:
-        """Returns how many names there are, other servers' changes since the start left out."""
+        """Returns how many names there are, as of this server's last change."""
         return self._num_kept + len(self._local)
 
     async def has(self, name: str) -> bool:
@@ -237,8 +238,7 @@ class AdapterRegistry:
         version, is_new = await self._database.write(
             functools.partial(changes.put, name=name, new=new, replace=replace, tenant=tenant)
         )
-        if is_new and version.number == 1:
-            self._num_kept += 1
+        await self._count_again(is_new and version.number == 1)
         self._local.discard(name)
         published = self._kept.published(version)
         self._cache.add(adapter)
@@ -275,7 +275,7 @@ class AdapterRegistry:
         gone, is_last = await self._database.write(remove)
         if not gone:
             raise await self._not_found(reference, parsed, tenant)
-        self._num_kept -= is_last
+        await self._count_again(-is_last)
         for version in gone:
             self._kept.recent.forget(version.id)
         logger.info("adapter %s of %s is deleted", published.name if parsed.is_name else
@@ -336,6 +336,14 @@ class AdapterRegistry:
     async def close(self) -> None:
         """Waits for changes that are being written and lets go of the database."""
         await asyncio.to_thread(self._database.close)
+
+    async def _count_again(self, change: int) -> None:
+        """Notes how many names are kept after one of them has come (1) or gone (-1), or none."""
+        if self._database.is_shared:
+            read = functools.partial(catalogue.count, tenant="")
+            self._num_kept = await self._database.read(read)
+        else:
+            self._num_kept += change
 
     async def _on_version(
         self, text: str, tenant: str, change: Callable[[Connection, Version, str, str], None],

@@ -11,6 +11,7 @@ from redmux.errors import (
     FailedPreconditionError,
     NotFoundError,
     PermissionDeniedError,
+    ResourceExhaustedError,
 )
 from redmux_adapters import to_bytes
 from redmux_server.registry.folder import AdapterFolder
@@ -209,3 +210,37 @@ async def test_a_damaged_file_is_served_again_once_it_is_mended(
         path.write_bytes(files[0])
         await changed()
         assert await registry.fetch(await registry.resolve("x")) == adapters[0]
+
+
+async def test_a_folder_that_the_system_does_not_watch_is_looked_at(
+    tmp_path, open_folder, adapters, files, monkeypatch, caplog
+):
+    def exhausted(*args, **options):
+        raise OSError("OS file watch limit reached")
+
+    monkeypatch.setattr("redmux_server.registry.folder.awatch", exhausted)
+    registry, folder = open_folder()
+    async with following(registry, folder) as changed:
+        (tmp_path / "x.safetensors").write_bytes(files[0])
+        (found,) = (await changed()).found
+    assert found.digest == adapters[0].digest
+    assert f"{tmp_path} is looked at every half a second" in caplog.text
+
+
+def test_a_shortage_of_descriptors_says_nothing_of_a_file(
+    tmp_path, open_folder, files, monkeypatch
+):
+    _, folder = open_folder()
+    (tmp_path / "x.safetensors").write_bytes(files[0])
+    os.utime(tmp_path / "x.safetensors", (1, 1))
+
+    def short(path, limit):
+        raise ResourceExhaustedError("too many open files")
+
+    with monkeypatch.context() as context:
+        context.setattr("redmux_server.registry.folder.read_file", short)
+        context.setattr("redmux_server.registry.folder._SETTLED_S", 0.0)
+        for _ in range(2):
+            changes = folder.look()
+            assert (changes.found, changes.is_settled) == ([], False)
+    assert [item.name for item in folder.open_all().found] == ["x"]

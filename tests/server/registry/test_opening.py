@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -41,6 +42,30 @@ def test_tables_of_the_first_version_are_taken_to_todays_with_what_they_hold(ope
     for query, value in [("SELECT version_num FROM alembic_version", HEAD),
                          ("SELECT name FROM tenants", "old")]:  # fmt: skip
         assert registry._database.read_now(lambda c, q=query: c.execute(text(q)).scalar()) == value
+
+
+def test_servers_that_start_at_once_make_the_tables_once(postgresql):
+    place = postgresql.new_database()
+    with ThreadPoolExecutor(4) as threads:
+        opened = list(threads.map(Database.at, [place] * 4))
+    for database in opened:
+        database.close()
+
+
+@pytest.mark.parametrize(("kind", "statement"), [
+    ("write_now", "BEGIN IMMEDIATE"), ("read_now", "BEGIN"),
+])  # fmt: skip
+def test_a_change_locks_before_it_reads_and_a_look_up_does_not(kind, statement, tmp_path):
+    database, seen = Database.in_folder(tmp_path), []
+
+    def run(connection):
+        connection.connection.driver_connection.set_trace_callback(seen.append)
+        connection.exec_driver_sql("SELECT 1")
+
+    for _ in range(2):
+        getattr(database, kind)(run)
+    assert statement in seen
+    database.close()
 
 
 def test_a_restart_migrates_nothing_and_needs_no_alembic(open_kept):

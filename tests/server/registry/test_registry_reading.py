@@ -5,6 +5,7 @@ import gc
 
 import pytest
 
+from redmux_server.registry import changes
 from redmux_server.registry.given import read_given
 from redmux_server.registry.published import Published
 
@@ -27,6 +28,30 @@ async def fill(open_registry, folder, files, names="abcd"):
     for name, data in zip(names, files, strict=False):
         await registry.put(name, data, "", replace=False)
     return open_registry(folder)
+
+
+async def test_a_registered_adapter_that_nobody_uses_takes_no_memory(
+    tmp_path, open_registry, files
+):
+    registry = open_registry(tmp_path)
+    new = registry._kept.checked(files[0], "")[1]
+
+    def put_all(connection):
+        for number in range(1100):
+            changes.put(connection, f"n{number:04d}", new, False, "")
+
+    registry._database.write_now(put_all)
+    registry = open_registry(tmp_path)
+    assert (len(registry), len(held_by(registry))) == (1100, 0)
+    for number in range(1100):
+        await registry.resolve(f"n{number:04d}")
+    assert len(held_by(registry)) == 1024
+
+
+def held_by(registry):
+    gc.collect()
+    rules = registry.rules
+    return [p for p in gc.get_objects() if type(p) is Published and p._rules is rules]
 
 
 async def test_what_was_fetched_is_fetched_again_without_reading(

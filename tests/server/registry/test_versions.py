@@ -27,6 +27,7 @@ from redmux.errors import (
 from redmux_server.registry.schema import audit, blobs, versions
 
 A, B = "key-a", "key-b"
+OWNER = "whose it is"
 
 
 async def put_all(registry, name, files, tenant=""):
@@ -171,6 +172,39 @@ async def test_aliases_are_their_owners_to_move(open_kept, files):
         await registry.versions("a", 0, 9, B)
 
 
+async def test_servers_of_one_database_see_each_others_changes(
+    postgresql, open_registry, adapters, files
+):
+    place = postgresql.new_database()
+    one, two = open_registry(place), open_registry(place, cache_bytes=0)
+    await asyncio.gather(*(r.put(f"x{n}", files[n], "", False) for n in (0, 1) for r in (one, two)))
+    await put_all(one, "x", files[:2])
+    held = await two.resolve("x@1")
+    await one.set_alias("x", "prod", "2")
+    assert (await two.resolve("x@prod")).number == 2
+    await one.delete("x@1")
+    with pytest.raises(NotFoundError, match="'x@1' was deleted meanwhile"):
+        await two.fetch(held)
+    await put_all(two, "x", files[2:3])
+    assert (await one.resolve("x")).read() == adapters[2]
+    assert [await r.count() for r in (one, two)] == [3, 3]
+    assert len(two) == 3
+    await two.delete("x0")
+    await two.delete("x1")
+    assert len(two) == 1
+    for registry in (one, two):
+        await registry.close()
+
+
+async def test_of_puts_beside_each_other_every_one_gets_its_own_number(open_kept, files):
+    one, two = open_kept(), open_kept()
+    await asyncio.gather(*(
+        registry.put("x", files[n % 4], "", True) for n in range(12) for registry in (one, two)
+    ))  # fmt: skip
+    found = [p.number for p in await one.versions("x", 0, 99)]
+    assert found == list(range(len(found), 0, -1))
+
+
 async def test_the_audit_has_every_change_and_nothing_else(open_kept, adapters, files):
     registry = open_kept()
     await put_all(registry, "x", [files[0], files[0], files[1]], A)
@@ -189,9 +223,9 @@ async def test_the_audit_has_every_change_and_nothing_else(open_kept, adapters, 
 
 
 NAMES = st.sampled_from(["a", "team/a"])
-TENANTS = st.sampled_from(["", "", "", A, B])
+TENANTS = st.sampled_from([OWNER, OWNER, OWNER, "", A, B])
 ALIASES = st.sampled_from(["prod", "next"])
-NUMBERS = st.integers(1, 3)
+NUMBERS = st.integers(0, 5)  # an index into the versions that there are, 0 for none of them
 
 
 class Model(RuleBasedStateMachine):
@@ -221,6 +255,13 @@ class Model(RuleBasedStateMachine):
             asyncio.run(call)
         return None
 
+    def played(self, name, tenant, pick=0):
+        """Returns the tenant that is meant, and the number of a version."""
+        owner, _, numbers, _ = self.names.get(name, (A, 0, {}, {}))
+        known = sorted(numbers)
+        number = known[-(pick % len(known)) or -1] if pick and known else 99
+        return (owner if tenant == OWNER else tenant), number
+
     def changing(self, name, tenant):
         """Returns what a change of a name by a tenant meets: an error, or None."""
         owner = self.names[name][0] if name in self.names else None
@@ -230,6 +271,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=NAMES, index=st.integers(0, 2), replace=st.booleans(), tenant=TENANTS)
     def put(self, name, index, replace, tenant):
+        tenant, _ = self.played(name, tenant)
         call = self.registry.put(name, self.files[index], "", replace, tenant)
         error = self.changing(name, tenant) if name in self.names else None
         if error is not None:
@@ -249,6 +291,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=NAMES, tenant=TENANTS)
     def delete_name(self, name, tenant):
+        tenant, _ = self.played(name, tenant)
         error = self.changing(name, tenant)
         if error is None and self.names[name][3]:
             error = FailedPreconditionError
@@ -256,8 +299,9 @@ class Model(RuleBasedStateMachine):
         if error is None:
             del self.names[name]
 
-    @rule(name=NAMES, number=NUMBERS, tenant=TENANTS)
-    def delete_version(self, name, number, tenant):
+    @rule(name=NAMES, pick=NUMBERS, tenant=TENANTS)
+    def delete_version(self, name, pick, tenant):
+        tenant, number = self.played(name, tenant, pick)
         error = self.changing(name, tenant)
         if name in self.names and number not in self.names[name][2]:
             error = NotFoundError
@@ -269,8 +313,9 @@ class Model(RuleBasedStateMachine):
             if not self.names[name][2]:
                 del self.names[name]
 
-    @rule(name=NAMES, alias=ALIASES, number=NUMBERS, tenant=TENANTS)
-    def set_alias(self, name, alias, number, tenant):
+    @rule(name=NAMES, alias=ALIASES, pick=NUMBERS, tenant=TENANTS)
+    def set_alias(self, name, alias, pick, tenant):
+        tenant, number = self.played(name, tenant, pick)
         error = self.changing(name, tenant)
         if name in self.names and number not in self.names[name][2]:
             error = NotFoundError
@@ -280,6 +325,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(name=NAMES, alias=ALIASES, tenant=TENANTS)
     def delete_alias(self, name, alias, tenant):
+        tenant, _ = self.played(name, tenant)
         error = self.changing(name, tenant)
         if error is None and alias not in self.names[name][3]:
             error = NotFoundError
@@ -323,5 +369,5 @@ class Model(RuleBasedStateMachine):
 def test_it_behaves_like_dictionaries_that_survive_restarts(open_kept, adapters, files):
     run_state_machine_as_test(
         lambda: Model(open_kept, adapters, files),
-        settings=settings(max_examples=20, stateful_step_count=40, deadline=None),
+        settings=settings(max_examples=10, stateful_step_count=30, deadline=None),
     )
