@@ -69,6 +69,7 @@ OPTIONS = [
 OF_CHAT = [
     ({"logprobs": True, "top_logprobs": 2}, {"logprobs": True, "top_logprobs": 2}),
     ({"max_tokens": 5}, {"max_completion_tokens": 5}),
+    ({"parse_special_tokens": True}, {"parse_special_tokens": True}),
     ({"template": "t"}, {"chat_template": "t"}),
     ({"template_args": {"k": 1}}, {"chat_template_kwargs": {"k": 1}}),
     ({"add_generation_prompt": False}, {"add_generation_prompt": False}),
@@ -95,9 +96,7 @@ MESSAGES = [
 # What one door alone has, and why.
 ONLY_GRPC = {
     "ToolCall.index",  # of answers: which call a part belongs to
-    "Chat.parse_special_tokens",  # OpenAI's chats have no such wish
 }
-ONLY_CLIENT = {"parse_special_tokens"}
 ONLY_HTTP = {
     "stream", "stream_options",  # over gRPC these are calls of their own, and always told
     "return_token_ids", "return_tokens_as_token_ids",  # gRPC always returns ids
@@ -217,7 +216,7 @@ def test_every_field_of_every_door_is_compared_or_told_to_be_one_doors_own():
     assert not compared & ONLY_GRPC
     given = {name for options, _ in OPTIONS + OF_CHAT for name in options}
     given |= {name for _, options, _ in TEXTS for name in options}
-    assert given | ONLY_CLIENT == set(GenerationOptions.__annotations__)
+    assert given == set(GenerationOptions.__annotations__)
     in_bodies = {name for _, fields in OPTIONS + OF_CHAT for name in fields} | {"messages"}
     in_bodies |= {name for _, _, fields in TEXTS for name in fields}
     there = {*ChatBody.model_fields, *CompletionBody.model_fields}

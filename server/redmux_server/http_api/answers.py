@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from redmux.errors import RedmuxError
 from redmux_server.http_api.errors import body_of, headers_of, status_of
+from redmux_server.http_api.sent import Sent
 
 _JSON = "application/json"
 
@@ -19,7 +20,9 @@ def json_response(
     return Response(msgspec.json.encode(data), status, headers, _JSON)
 
 
-def error_response(err: RedmuxError, headers: Mapping[str, str] | None = None) -> Response:
-    """Returns an error in OpenAI's body."""
+def error_response(
+    err: RedmuxError, headers: Mapping[str, str] | None = None, sent: Sent | None = None
+) -> Response:
+    """Returns an error in OpenAI's body, in the names of what was sent."""
     told = {name.decode(): value.decode() for name, value in headers_of(err)}
-    return json_response(body_of(err), {**told, **(headers or {})}, status_of(err))
+    return json_response(body_of(err, sent), {**told, **(headers or {})}, status_of(err))

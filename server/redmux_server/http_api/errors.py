@@ -20,6 +20,7 @@ from redmux.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from redmux_server.http_api.sent import Sent
 from redmux_server.models.too_long import TooLongError
 from redmux_server.services.spec import GenerationSpec, ScoreSpec, TokenizeSpec
 
@@ -80,21 +81,26 @@ def status_of(err: RedmuxError) -> int:
     return err.status_code if isinstance(err, Refusal) else err.http_status
 
 
-def body_of(err: RedmuxError) -> dict[str, Any]:
-    """Returns OpenAI's body."""
+def body_of(err: RedmuxError, sent: Sent | None = None) -> dict[str, Any]:
+    """Returns OpenAI's body; what services raise is told in the names of what was sent."""
     status = status_of(err)
     kind = next((kind for cls, kind in _TYPES if isinstance(err, cls)), None)
     if kind is None:
         kind = "server_error" if status >= 500 else "invalid_request_error"
+    told = err.message
     if isinstance(err, Refusal):
         param, code = err.param, err.code
     elif isinstance(err, ModelNotFound):
         param, code = "model", "model_not_found"
     else:
-        begins = _FIELD.match(err.message)
-        param = begins[1] if begins and begins[1] in _FIELDS else None
+        if sent is None:
+            begins = _FIELD.match(told)
+            param = begins[1] if begins and begins[1] in _FIELDS else None
+        else:
+            told = sent.message(told)
+            param = sent.param(told)
         code = next((code for cls, code in _CODES if isinstance(err, cls)), None)
-    message = _CALL.sub(lambda found: _CALLS[found[1]], err.message)
+    message = _CALL.sub(lambda found: _CALLS[found[1]], told)
     if isinstance(err, TooLongError):  # as clients look for it, in the code or in the words
         message = f"This model's maximum context length is {err.max_context} tokens: {message}"
     code = code or err.status.name.lower()

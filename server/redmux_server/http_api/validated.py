@@ -10,7 +10,11 @@ from fastapi import HTTPException, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from redmux.errors import RedmuxError
+from redmux_server.http_api.answers import error_response
 from redmux_server.http_api.errors import Refusal
+from redmux_server.http_api.schemas.body import Body
+from redmux_server.internal_errors import told
 
 _SHOWN = 3  # faults that are told of a request
 _SHOWN_CHARS = 80
@@ -21,6 +25,8 @@ _KEYED = re.compile(r"([^\[\]]+)\[[^\[\]]+\]")  # of a parameter that is an obje
 
 class JsonRequest(Request):
     """A request whose body is JSON of the standard: no NaN, no lone surrogates, not too deep."""
+
+    _given: Any = None
 
     async def body(self) -> bytes:
         """Returns the bytes; raises where they are called something else than JSON."""
@@ -33,8 +39,11 @@ class JsonRequest(Request):
 
     async def json(self) -> Any:
         """Returns the body; raises for what is no JSON."""
+        if self._given is not None:
+            return self._given
         try:
-            return msgspec.json.decode(await self.body())
+            self._given = msgspec.json.decode(await self.body())
+            return self._given
         except (msgspec.DecodeError, RecursionError, UnicodeError, ValueError) as err:
             raise HTTPException(400, f"the body is no valid JSON: {err}") from None
 
@@ -64,14 +73,31 @@ class KnownRoute(APIRoute):
 
 
 class JsonRoute(KnownRoute):
-    """A route whose handler gets the body as `JsonRequest` reads it."""
+    """A route whose handler gets the body as `JsonRequest` reads it.
+
+    Errors name the fields of the body as they were sent.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See APIRoute."""
         handle = super().get_route_handler()
 
+        bodies = [field.field_info.annotation for field in self.dependant.body_params]
+
         async def handle_json(request: Request) -> Response:
-            return await handle(JsonRequest(request.scope, request.receive))
+            request = JsonRequest(request.scope, request.receive)
+            try:
+                return await handle(request)
+            except Refusal:  # in the client's names already, of a body that may be no JSON
+                raise
+            except RedmuxError as err:
+                failed = told(err)
+            sent = None
+            for body in bodies:
+                assert isinstance(body, type)
+                assert issubclass(body, Body)
+                sent = body.sent(await request.json())
+            return error_response(failed, sent=sent)
 
         return handle_json
 
@@ -108,5 +134,7 @@ def _told(error: Any) -> tuple[str | None, str]:
         return param or None, f"{param or 'the body'} is missing"
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
+        if message.startswith("must "):
+            message = f"{param} {message}"
         return param or None, message
     return param or None, f"{param or 'the body'}: {message[:1].lower()}{message[1:]}"

@@ -1,6 +1,7 @@
 """Bodies of vLLM's and SGLang's ways to load and unload an adapter."""
 
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from redmux_server.http_api.schemas.body import Body, Unserved
 
@@ -17,6 +18,13 @@ class LoadBody(Body):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        yield r"^adapter name\b", "lora_name"
+        yield r"\bpass replace\b", "set load_inplace"
 
 
 class UnloadBody(Body):

@@ -1,12 +1,13 @@
 """Body: fields that are served, fields without effect, and fields that are refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import JsonSchemaValue
 
 from redmux_server.http_api.errors import Refusal
+from redmux_server.http_api.sent import Sent, first_sent, of_name
 
 Unserved = Mapping[str, tuple[tuple[Any, ...], str]]  # values that ask for nothing; the reason
 # Of all that is wrong in a list only the first is told: it may have a million of them.
@@ -51,6 +52,21 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_complete)
     no_effect: ClassVar[frozenset[str]] = frozenset()
     unserved: ClassVar[Unserved] = {}
+    # Of fields that services call in another way: how they do, and names here, what goes before
+    # first; those with dots are inside of objects.
+    aliases: ClassVar[Mapping[str, Sequence[str]]] = {}
+
+    @classmethod
+    def sent(cls, given: Any) -> Sent:
+        """Returns the names of a body for the errors about it, valid or not."""
+        body = given if isinstance(given, dict) else {}
+        return Sent(frozenset((*cls.model_fields, *body)), tuple(cls.renamed(body)))
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yields what services call something, and what stands for it in this body."""
+        for theirs, names in cls.aliases.items():
+            yield of_name(theirs, first_sent(given, names))
 
     @model_validator(mode="before")
     @classmethod

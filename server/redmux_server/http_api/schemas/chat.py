@@ -1,11 +1,13 @@
 """The body of /v1/chat/completions."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Objects, Unserved
+from redmux_server.http_api.schemas.chat_names import chat_names
 from redmux_server.http_api.schemas.completion import MAX_TOP_LOGPROBS
 from redmux_server.http_api.schemas.sampling import SamplingBody
 from redmux_server.services.chat import check_num_messages
@@ -46,6 +48,11 @@ class ChatBody(SamplingBody):
         "reasoning_effort", "verbosity", "include_reasoning",
     }  # fmt: skip
     unserved: ClassVar[Unserved] = {**SamplingBody.unserved, **_OTHERS}
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **SamplingBody.aliases,
+        "max_tokens": ("max_completion_tokens", "max_tokens"),
+        "template_args": ("chat_template_kwargs",),
+    }
     messages: Objects = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -57,6 +64,15 @@ class ChatBody(SamplingBody):
     tools: Objects = Field(default_factory=list)
     tool_choice: str | NamedTool = "auto"
     parallel_tool_calls: bool = True
+    parse_special_tokens: bool = Field(
+        False, description="Whether what is written like a special token in a message is it."
+    )
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        yield from chat_names("messages")
 
     def chat(self) -> Chat:
         """Returns the messages for the services."""
@@ -64,6 +80,7 @@ class ChatBody(SamplingBody):
         is_open, choice = self.add_generation_prompt, self.tool_choice
         return Chat(
             self.messages,
+            parse_special=self.parse_special_tokens,
             template=self.chat_template,
             add_generation_prompt=not self.continue_final_message if is_open is None else is_open,
             continue_final_message=self.continue_final_message,

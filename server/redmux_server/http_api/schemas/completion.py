@@ -1,6 +1,7 @@
 """The body of /v1/completions."""
 
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -21,11 +22,21 @@ class CompletionBody(SamplingBody):
     """A request for completions of prompts."""
 
     unserved: ClassVar[Unserved] = {**SamplingBody.unserved, **_OTHERS}
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **SamplingBody.aliases, "token_ids": ("prompt",), "top_logprobs": ("logprobs",),
+    }  # fmt: skip
+
     prompt: Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(None, description="The same as n; others are refused.")
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        yield r"^the prompt\b", "prompt"
 
     @model_validator(mode="after")
     def _checked(self) -> "CompletionBody":

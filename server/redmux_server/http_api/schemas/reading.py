@@ -3,15 +3,16 @@
 import base64
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import AliasChoices, Field, PlainValidator, WithJsonSchema, model_validator
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Unserved
 from redmux_server.http_api.schemas.mix import MixBody
 from redmux_server.http_api.schemas.prompts import SCHEMA, one_or_more
+from redmux_server.http_api.sent import first_sent
 from redmux_server.services.validation import MAX_PRIORITY
 
 _UNSERVED: Unserved = {
@@ -45,11 +46,25 @@ class ReadingBody(Body):
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
 
 
-class EmbeddingBody(ReadingBody):
-    """A request for vectors of inputs."""
+class InputBody(ReadingBody):
+    """What those of inputs have."""
 
     input: Inputs
     mix: MixBody | None = Field(None, description="Several adapters as one; see docs/adapters.md.")
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        yield r"^the request has (\d+) inputs\b", r"input has \1 inputs"
+        several = given.get("input")
+        is_list = isinstance(several, list) and not all(type(item) is int for item in several)
+        yield r"^inputs\[(\d+)\](?:\.token_ids)?", r"input[\1]" if is_list else "input"
+
+
+class EmbeddingBody(InputBody):
+    """A request for vectors of inputs."""
+
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Literal["mean", "cls", "last"] | None = None
     normalize: bool = True
@@ -62,11 +77,8 @@ class PoolingBody(EmbeddingBody):
     task: Literal["embed", "classify"] = "embed"
 
 
-class ClassifyBody(ReadingBody):
+class ClassifyBody(InputBody):
     """A request for classes of inputs."""
-
-    input: Inputs
-    mix: MixBody | None = Field(None, description="Several adapters as one; see docs/adapters.md.")
 
 
 Texts = Annotated[
@@ -76,29 +88,37 @@ Texts = Annotated[
 ]
 
 
+_FIRST, _SECOND = ("text_1", "queries"), ("text_2", "documents", "items")  # as vLLM calls them, too
+
+
 class ScoreBody(ReadingBody):
     """A request for scores of pairs: one text with each of others, or each with its own."""
 
-    text_1: Texts
-    text_2: Texts
+    text_1: Texts = Field(validation_alias=AliasChoices(*_FIRST))
+    text_2: Texts = Field(validation_alias=AliasChoices(*_SECOND))
 
-    @model_validator(mode="before")
     @classmethod
-    def _renamed(cls, data: Any) -> Any:
-        """Takes the names that vLLM has for the same."""
-        if not isinstance(data, dict):
-            return data
-        others = {"queries": "text_1", "documents": "text_2", "items": "text_2"}
-        return {others.get(name, name): value for name, value in data.items()}
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        first, second = first_sent(given, _FIRST), first_sent(given, _SECOND)
+        yield r"^inputs\[\d+\](?:\.token_ids)?", f"{first} or {second}"
 
-    @model_validator(mode="after")
-    def _checked(self) -> "ScoreBody":
-        if len(self.text_1) not in (1, len(self.text_2)):
+    @model_validator(mode="wrap")
+    @classmethod
+    def _checked(cls, data: Any, handler: Callable[[Any], "ScoreBody"]) -> "ScoreBody":
+        given = data if isinstance(data, dict) else {}
+        for names in (_FIRST, _SECOND):
+            same = [name for name in names if given.get(name) is not None]
+            if len(same) > 1:
+                raise Refusal(f"{' and '.join(same)} are the same; give one", param=same[1])
+        body = handler(data)
+        if len(body.text_1) not in (1, len(body.text_2)):
+            first, second = first_sent(given, _FIRST), first_sent(given, _SECOND)
             raise Refusal(
-                f"text_1 has {len(self.text_1)} texts and text_2 has {len(self.text_2)}; give one, "
-                "or as many", param="text_1",
+                f"{first} has {len(body.text_1)} texts and {second} has {len(body.text_2)}; give "
+                "one, or as many", param=first,
             )  # fmt: skip
-        return self
+        return body
 
     def pairs(self) -> list[tuple[str, str]]:
         """Returns what is to be scored."""

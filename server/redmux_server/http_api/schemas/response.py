@@ -1,12 +1,14 @@
 """The body of /v1/responses: what of it needs no memory of earlier answers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Objects, Unserved
+from redmux_server.http_api.schemas.chat_names import chat_names
+from redmux_server.http_api.schemas.grammar_names import grammar_names
 from redmux_server.http_api.schemas.mix import MixBody
 from redmux_server.http_api.schemas.sampling import JsonSchema, schema_grammar
 from redmux_server.services.chat import check_num_messages
@@ -21,6 +23,7 @@ from redmux_server.services.spec import (
 
 _Included = Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)]
 _PARTS = ("input_text", "output_text", "text")
+_ROLES = ("system", "developer", "user", "assistant")
 _LOGPROBS = "message.output_text.logprobs"
 _MEMORY = "nothing is kept; send the whole conversation as input"
 
@@ -67,6 +70,9 @@ class ResponseBody(Body):
         "truncation": (("disabled",), "conversations are never cut; send a shorter one"),
         "context_management": (([],), _MEMORY),
     }
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "max_tokens": ("max_output_tokens",), "timeout_s": ("timeout",),
+    }  # fmt: skip
     model: str
     input: Annotated[
         Objects,
@@ -87,6 +93,16 @@ class ResponseBody(Body):
     ignore_eos: bool = False
     mix: MixBody | None = Field(None, description="Several adapters as one; see docs/adapters.md.")
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
+    parse_special_tokens: bool = Field(
+        False, description="Whether what is written like a special token in a message is it."
+    )
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        yield from grammar_names("text.format")
+        yield from chat_names("input")
 
     @property
     def tells_logprobs(self) -> bool:
@@ -100,7 +116,8 @@ class ResponseBody(Body):
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
         return GenerationSpec(
-            Chat(messages), adapter, temperature=self.temperature, top_p=self.top_p,
+            Chat(messages, parse_special=self.parse_special_tokens), adapter,
+            temperature=self.temperature, top_p=self.top_p,
             seed=self.seed, ignore_eos=self.ignore_eos, max_tokens=self.max_output_tokens,
             logprobs=self.tells_logprobs,
             top_logprobs=self.top_logprobs if self.tells_logprobs else None,
@@ -123,6 +140,11 @@ def _message(index: int, item: Mapping[str, Any]) -> Message:
         raise Refusal(
             f"input[{index}] has to have a role and a content, which are texts",
             param=f"input[{index}]",
+        )  # fmt: skip
+    if item["role"] not in _ROLES:
+        raise Refusal(
+            f"input[{index}].role is {item['role'][:40]!r}, must be one of {', '.join(_ROLES)}",
+            param=f"input[{index}].role",
         )  # fmt: skip
     return {"role": item["role"], "content": content}
 

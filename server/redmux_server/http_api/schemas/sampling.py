@@ -1,14 +1,16 @@
 """SamplingBody: what completions and chats have in common, as a GenerationSpec."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Ids, Texts, Unserved
+from redmux_server.http_api.schemas.grammar_names import grammar_names
 from redmux_server.http_api.schemas.mix import MixBody
+from redmux_server.http_api.sent import first_sent
 from redmux_server.services.spec import AdapterRef, GenerationSpec, Grammar, GrammarKind, Prompt
 from redmux_server.services.validation import check_num_biases
 
@@ -86,6 +88,12 @@ class SamplingBody(Body):
         "repetition_detection": ((), "use repetition_penalty or no_repeat_ngram_size"),
     }
 
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "no_repeat_ngram": ("no_repeat_ngram_size",),
+        "include_stop_str": ("include_stop_str_in_output",),
+        "timeout_s": ("timeout",),
+    }
+
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -134,6 +142,12 @@ class SamplingBody(Body):
     priority: int | None = None
     timeout: float | None = Field(None, gt=0, description="Seconds.", allow_inf_nan=False)
 
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        yield from grammar_names(first_sent(given, _GRAMMARS))
+
     def spec(
         self, prompt: Prompt, adapter: AdapterRef, timeout_s: float | None, **more: Any
     ) -> GenerationSpec:
@@ -151,11 +165,11 @@ class SamplingBody(Body):
     def _grammar(self) -> Grammar | None:
         given = [g for g in (*self._formats(), *self._guides()) if g is not None]
         if len(given) > 1:
+            sent = [name for name in _GRAMMARS if getattr(self, name, None) is not None]
             raise Refusal(
-                "the request says in several ways what the answer has to look like; give one of "
-                "response_format, structured_outputs and guided_*",
-                param="response_format",
-            )  # fmt: skip
+                f"{', '.join(sent)} say in several ways what the answer has to look like; give one",
+                param=sent[0],
+            )
         return given[0] if given else None
 
     def _formats(self) -> list[Grammar | None]:
@@ -165,7 +179,9 @@ class SamplingBody(Body):
         if given.type == "json_object":
             return [Grammar(GrammarKind.JSON_OBJECT)]
         if given.json_schema is None:
-            raise Refusal("response_format.json_schema is missing", param="response_format")
+            raise Refusal(
+                "response_format.json_schema is missing", param="response_format.json_schema"
+            )
         return [schema_grammar(given.json_schema.schema_)]
 
     def _guides(self) -> list[Grammar | None]:
@@ -179,6 +195,11 @@ class SamplingBody(Body):
         ]  # fmt: skip
 
 
+_GRAMMARS = (
+    "response_format.json_schema", "response_format", "guided_json", "guided_regex",
+    "guided_choice", "guided_grammar", "structured_outputs.json", "structured_outputs.regex",
+    "structured_outputs.choice", "structured_outputs.grammar", "structured_outputs",
+)  # fmt: skip
 _SAME = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "n", "seed", "min_tokens", "stop_regex", "ignore_eos",

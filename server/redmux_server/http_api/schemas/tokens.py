@@ -1,11 +1,13 @@
 """Bodies of /tokenize and /detokenize."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Ids, Objects, Unserved
+from redmux_server.http_api.schemas.chat_names import chat_names
 from redmux_server.services.chat import check_num_messages
 from redmux_server.services.spec import Chat, TokenizeSpec
 
@@ -26,6 +28,17 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = Field(None, description="Unless a message is continued.")
     continue_final_message: bool = False
     tools: Objects = Field(default_factory=list)
+    parse_special_tokens: bool = Field(
+        False, description="Whether what is written like a special token in a message is it."
+    )
+    aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {"template_args": ("chat_template_kwargs",)}
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        if given.get("messages") is not None:
+            yield from chat_names("messages")
 
     @model_validator(mode="after")
     def _checked(self) -> "TokenizeBody":
@@ -47,6 +60,7 @@ class TokenizeBody(Body):
             messages, template=self.chat_template, template_args=self.chat_template_kwargs or {},
             add_generation_prompt=not self.continue_final_message if is_open is None else is_open,
             continue_final_message=self.continue_final_message, tools=self.tools,
+            parse_special=self.parse_special_tokens,
         )  # fmt: skip
 
 
@@ -55,3 +69,9 @@ class DetokenizeBody(Body):
 
     model: str
     tokens: Ids
+
+    @classmethod
+    def renamed(cls, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """See Body."""
+        yield from super().renamed(given)
+        yield r"^tokens\.token_ids\b", "tokens"
