@@ -25,7 +25,13 @@ PACKAGES = {
 # The floors of a package, from the ground up: its modules and the wings of its modules. Each uses
 # what lies below it; those of the ground floor use each other.
 FLOORS = {
-    "adapters/redmux_adapters": ["bases", "format", "text", "convert fold show train", "cli"],
+    "adapters/redmux_adapters": [
+        "bases",
+        "format",
+        "text",
+        "convert fold mixing show train",
+        "cli",
+    ],
     "server/redmux_server": [
         "config descriptors device durable engine fair_thread in_flight internal_errors keys "
         "leaving load metrics metrics_port",

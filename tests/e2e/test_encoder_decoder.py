@@ -90,7 +90,7 @@ async def test_every_mix_gives_what_transformers_gives_and_the_same_bits(folder,
     }
     jobs = [(source, name) for source in SOURCES for name in (None, *adapters)]
     server = await start_server(model=str(folder), max_running=8, max_batch_tokens=8)
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     async with redmux.AsyncClient(f"127.0.0.1:{server.port}") as client:
         for name, adapter in adapters.items():
             await client.adapters.put(name, to_bytes(adapter))

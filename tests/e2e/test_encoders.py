@@ -69,7 +69,7 @@ async def test_logits_and_scores_equal_transformers_and_have_the_same_bits_alone
     work = [(name, item) for name in adapters for item in inputs]
     alone = [await client.classify([item], adapter=name) for name, item in work]
     mixed = await asyncio.gather(*(client.classify(inputs, adapter=name) for name in adapters))
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     for (name, item), got in zip(work, alone, strict=True):
         ids, types = ids_of(encoder, item)
         wanted = encoder.logits(ids, adapters[name], types)

@@ -51,7 +51,7 @@ async def check_served(num_layers, start_server, tmp_path, monkeypatch):
     by_hand = {name: read_adapter(name, encoder.fingerprint, num_layers) for name in NAMES}
     assert len(by_hand[NAMES[1]].edits) == 5 * num_layers
     server = await start_server(model=str(tmp_path))
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     async with AsyncClient(f"127.0.0.1:{server.port}", timeout_s=600) as client:
         for name, adapter in by_hand.items():
             await client.adapters.put(name, to_bytes(imported(name, adapter)))

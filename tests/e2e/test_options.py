@@ -163,7 +163,7 @@ async def test_bad_words_never_come(base, client):
 
 
 async def test_every_option_at_once_has_the_same_bits_in_company(base, server, client, put):
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     await put("a", base.adapter(1))
     options = {
         "max_tokens": 20, "min_tokens": 4, "temperature": 0.9, "seed": 3, "top_k": 50, "top_p": 0.9,

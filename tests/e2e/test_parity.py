@@ -43,7 +43,7 @@ async def test_tokens_and_logprobs_equal_the_reference_alone_and_mixed(base, cli
 
 async def test_bits_are_the_same_in_any_trace_of_requests(base, server, client, put):
     """Random arrivals, orders, lengths, cancellations: every log-probability has the same bits."""
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     rng = random.Random(3)
     work = jobs(base)
     await publish(put, [a for _, a in work])

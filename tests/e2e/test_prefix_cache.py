@@ -205,7 +205,7 @@ async def test_a_family_s_bits_are_the_same_warm(family, start_server, tmp_path)
 
     folder = save_tiny_model(tmp_path, AutoConfig.for_model(family, **FAMILIES[family]))
     server = await start_server(model=str(folder), max_batch_tokens=64)
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     async with AsyncClient(f"127.0.0.1:{server.port}") as client:
         cold, warm = [await client.generate(SYSTEM, **OPTIONS) for _ in range(2)]
     assert warm.usage.cached_prompt_tokens == 2 * BLOCK

@@ -52,7 +52,7 @@ async def test_scores_equal_the_reference_with_any_adapter(base, client, put):
 
 
 async def test_bits_are_the_same_alone_and_beside_generations(base, server, client, put):
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     adapters = {f"a{i}": base.adapter(i) for i in range(3)}
     for name, adapter in adapters.items():
         await put(name, adapter)

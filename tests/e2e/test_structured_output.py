@@ -80,7 +80,7 @@ async def test_a_stop_text_cuts_and_says_so(client):
 
 
 async def test_rows_have_the_same_bits_alone_and_in_any_company(server, client, base, put):
-    assert server.info().bit_identical
+    assert (await server.info()).bit_identical
     await put("one", base.adapter(1))
     work = [
         {"prompt": f"Prompt {i}", "adapter": "one" if i % 3 else None, "seed": i,

@@ -47,6 +47,13 @@ def test_an_encoder_without_a_table_of_positions_is_served(tmp_path):
     assert (loaded.max_context, loaded.bit_identical) == (128, True)
 
 
+def test_attention_in_chunks_is_served_up_to_the_length_of_one(tmp_path):
+    options = EXPERTS | {"intermediate_size_mlp": 96, "attention_chunk_size": 16}
+    loaded = served(save(tmp_path, "llama4_text", options))
+    assert loaded.max_context == 16
+    assert any("attention in chunks of that size is not known" in why for why in loaded.reasons)
+
+
 def test_a_decoder_whose_class_hides_its_stack_gives_vectors(tmp_path):
     options = EXPERTS | {"intermediate_size_mlp": 96, "attention_chunk_size": 128}
     runner = served(save(tmp_path, "llama4_text", options)).runner

@@ -138,8 +138,4 @@ REFUSED = {
     "doge": (LLAMA, "does not run its attention through transformers' attention interface"),
     "gpt_oss": (EXPERTS, "uses attention sinks"),
     "youtu": (_LATENT, "a head of its keys has 24 dimensions, one of its values 16"),
-    "llama4_text": (  # attention in chunks of 16 tokens
-        EXPERTS | {"attention_chunk_size": 16, "intermediate_size_mlp": 96},
-        "differs from the plain model",
-    ),
 }  # fmt: skip

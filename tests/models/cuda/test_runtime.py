@@ -191,7 +191,7 @@ async def test_attention_that_is_wrong_at_last_is_refused(on_device, start_serve
 async def test_large_pages_round_the_cache_up_and_leave_room_for_the_check(on_device, start_server):
     on_device(BigPages())
     server = await start_server(max_running=1, max_batch_tokens=24, max_context=64)
-    assert server.info().kv_cache_tokens == min_cache_tokens(256) == 5 * 256
+    assert (await server.info()).kv_cache_tokens == min_cache_tokens(256) == 5 * 256
 
 
 def test_an_architecture_whose_ffn_is_not_known_reserves_no_sites(base):
