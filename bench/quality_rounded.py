@@ -1,4 +1,6 @@
-"""What --quantization int8, int4 or bf16 changes: perplexity, answers of adapters, time and memory.
+"""What rounded products and keys and values change: perplexity, answers of adapters, time, memory.
+
+--quantization int8, int4 or bf16, and --kv-dtype bfloat16.
 
 Perplexity and prompts need the folders of --data that bench/zoo/tasks.py names; what is not there
 is skipped. Quality is measured with transformers' own attention and the edit by hand; time, with
@@ -6,6 +8,7 @@ the engine's own decode step, fp32 and the others in turn.
 """
 
 import argparse
+import asyncio
 import itertools
 import json
 import math
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from redmux_adapters import Adapter, read_adapter
-from redmux_adapters.bases.load import load_base
+from redmux_adapters.bases.load import load_base, load_tokenizer
 from redmux_bench.plain_model import edited, greedy
 from redmux_bench.rounds import in_turn
 from redmux_bench.server_process import ServerProcess
@@ -37,6 +40,7 @@ from tasks import TASKS
 
 ANSWER_TOKENS = 32
 WINDOW = 256  # tokens of text that are scored together
+KEPT_WINDOW = 1024  # the same where keys and values are compared, which more tokens look at
 PROMPT_TOKENS = 64  # before the timed steps
 BATCHES = (1, 8, 32)
 
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=16, help="for each adapter")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each")
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--parts", nargs="+", default=["quality", "time", "memory"])
+    parser.add_argument("--parts", nargs="+", default=["quality", "kv", "time", "memory"])
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -61,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             quality(args)
         if "time" in args.parts:
             step_times(args)
+    if "kv" in args.parts:
+        asyncio.run(kept_in_bf16(args))
     if "memory" in args.parts:
         memory(args)
 
@@ -163,6 +169,28 @@ def logprobs(model: Any, ids: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Returns the logprobs of ids[first:] and the likeliest tokens in their places."""
     rows = model(input_ids=ids[None], use_cache=False).logits[0, first - 1 : -1].log_softmax(-1)
     return rows.gather(1, ids[first:, None])[:, 0], rows.argmax(-1)
+
+
+async def kept_in_bf16(args: argparse.Namespace) -> None:
+    """Scores texts by servers whose keys and values are kept in fp32 and in bf16."""
+    tokenizer = load_tokenizer(args.model)
+    for name, text in texts(args.data):
+        ids = torch.tensor(tokenizer(text[: 8 * args.text_tokens])["input_ids"])
+        windows = ids[: args.text_tokens].unfold(0, KEPT_WINDOW, KEPT_WINDOW).tolist()
+        for quantization in ("none", *args.precision):
+            found = {}
+            for kept in ("float32", "bfloat16"):
+                flags = ("--quantization", quantization, "--kv-dtype", kept)
+                with ServerProcess("--model", args.model, *flags) as server:
+                    async with server.client() as client:
+                        scores = [await client.score(w, prompt_logprobs=True) for w in windows]
+                told = [x for score in scores if score.prompt for x in score.prompt.logprobs]
+                found[kept] = math.exp(-statistics.fmean(told))
+            change = found["bfloat16"] / found["float32"] - 1
+            print(
+                f"{name}, {quantization}: perplexity {found['float32']:.4f} with keys and values "
+                f"in fp32, {found['bfloat16']:.4f} in bf16 ({change:+.3%})", flush=True,
+            )  # fmt: skip
 
 
 # --- time and memory -----------------------------------------------------------------------------
