@@ -9,7 +9,21 @@ import jsonschema
 import pytest
 
 from redmux_adapters import to_bytes
-from redmux_server.http_api.schemas import chat, completion, response
+from redmux_server.descriptors import _MAX_CONNECTIONS
+from redmux_server.http_api import gate
+from redmux_server.http_api.connection import Limits
+from redmux_server.http_api.schemas import (
+    adapters,
+    batch,
+    chat,
+    completion,
+    fine_tuning,
+    reading,
+    response,
+    sampling,
+    tokens,
+)
+from redmux_server.http_api.schemas.body import Body
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "http.md").read_text()
@@ -22,6 +36,79 @@ def test_every_field_is_in_the_document():
     for model in (completion.CompletionBody, chat.ChatBody):
         for name in sorted(set(model.model_fields) - {"prompt", "messages", "model"}):
             assert f"`{name}`" in DOCUMENT, name
+
+
+# The rows of its table, by what their first column begins with.
+ROWS = {
+    "/v1/completions": (completion.CompletionBody,),
+    "/v1/chat/completions": (chat.ChatBody,),
+    "/v1/responses": (response.ResponseBody,),
+    "/v1/embeddings": (
+        reading.EmbeddingBody, reading.PoolingBody, reading.ClassifyBody, reading.ScoreBody,
+    ),
+    "/tokenize": (tokens.TokenizeBody,),
+    "/v1/load_lora_adapter": (adapters.LoadBody,),
+    "/v1/unload_lora_adapter": (adapters.UnloadBody,),
+    "/v1/fine_tuning/jobs": (fine_tuning.JobBody,),
+    "method": (fine_tuning.Method,),
+    "/v1/batches": (batch.BatchBody,),
+    "stream_options": (sampling.StreamOptions,),
+    "structured_outputs": (sampling.StructuredOutputs,),
+    "json_schema": (sampling.JsonSchema, response.TextFormat),
+    "text": (response.TextOptions,),
+}  # fmt: skip
+BASES = {"SamplingBody", "ReadingBody", "InputBody"}  # of others, sent nowhere
+
+
+def columns(row):
+    """Returns of a row the first name, the fields without effect, and those that are refused."""
+    what, effect, refused = row.strip("| ").split(" | ")
+    found = re.findall(r"`(\w+)`(?: \(([^)]*)\))?", refused)
+    values = {name: [json.loads(v) for v in re.findall("`(.*?)`", told)] for name, told in found}
+    return re.findall("`(.+?)`", what)[0], set(re.findall(r"`(\w+)`", effect)), values
+
+
+def test_fields_without_effect_and_refused_ones_are_those_of_the_code():
+    part = DOCUMENT.split("### Fields without effect, and fields that are refused\n")[1]
+    table = re.findall(r"^\|.*\|$", part.split("\n## ")[0], re.MULTILINE)[2:]
+    told = {name: rest for name, *rest in map(columns, table)}
+    assert set(told) == set(ROWS)
+    for name, classes in ROWS.items():
+        effect, refused = told[name]
+        for cls in classes:
+            assert effect == set(cls.no_effect), (name, cls)
+            assert set(refused) == set(cls.unserved), (name, cls)
+            for field, values in refused.items():
+                asks_for_nothing = cls.unserved[field][0]
+                assert all(value in values for value in asks_for_nothing), field
+                assert all(value in asks_for_nothing for value in values), field
+    listed = {cls for classes in ROWS.values() for cls in classes}
+    left = {cls for cls in bodies() if cls.no_effect or cls.unserved} - listed
+    assert {cls.__name__ for cls in left} == BASES
+
+
+def bodies():
+    left, found = [Body], set()
+    while left:
+        below = left.pop().__subclasses__()
+        found.update(below)
+        left += below
+    return found
+
+
+def test_limits_of_time_and_size_are_those_of_the_code():
+    part = DOCUMENT.split("## Headers and limits\n")[1].split("\n## ")[0]
+    limits = Limits(connections=0)
+    for told in (
+        f"A head has at most {limits.head_bytes >> 10} KiB, within {limits.head_s:g} s",
+        f"who reads nothing for {limits.stall_s:g} s",
+        f"the rest of a body {limits.rest_s:g} s after its answer",
+        f"no request for {limits.idle_s:g} s",
+        f"A body has at most {gate._BODY_BYTES >> 20} MiB",
+        f"within {gate._RECEIVE_S:g} s, and is called",
+        f"Beyond {_MAX_CONNECTIONS:,} connections",
+    ):
+        assert told in part
 
 
 CHAT = [{"role": "user", "content": "hi"}]
