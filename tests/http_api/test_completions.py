@@ -39,6 +39,24 @@ async def test_an_adapter_is_named_as_model_and_told_in_body_and_header(api, bas
     assert texts != {plain.choices[0].text}
 
 
+async def test_all_prompts_of_a_request_are_of_the_version_that_was_found_for_it(
+    api, base, put, server, monkeypatch
+):
+    """Others may be put meanwhile."""
+    await put("changing", base.adapter(1))
+    found, resolve = [], server.registry.resolve
+
+    async def change(name, tenant=""):
+        found.append(await resolve(name, tenant))
+        await put("changing", base.adapter(len(found) + 1), replace=True)
+        return found[-1]
+
+    monkeypatch.setattr(server.registry, "resolve", change)
+    answer = await api.completions.create(model="changing", prompt=["abc"] * 3, max_tokens=8)
+    assert answer.redmux["digest"] == found[0].digest
+    assert len({choice.text for choice in answer.choices}) == len(found) == 1
+
+
 async def test_a_model_that_is_not_there_is_never_the_base(api, base, put, model):
     await put("pirate", base.adapter(1))
     for name in ("pirat", f"{model}:pirat", f"{model}:", "", "a/b/c"):

@@ -19,6 +19,7 @@ from redmux_adapters.text.messages import normal
 from redmux_server.http_api.schemas.chat import ChatBody
 from redmux_server.http_api.schemas.completion import CompletionBody
 from redmux_server.http_api.schemas.tokens import TokenizeBody
+from redmux_server.registry.published import Published
 from redmux_server.services.chat import _KINDS as FUNCTION_KEYS
 from redmux_server.services.chat import options_of
 from redmux_server.services.generation import GenerationService
@@ -141,8 +142,13 @@ def same(asked, client, http, base):
 
 
 def plain(spec):
-    """A spec as values that compare, without what is the call's own: its deadline."""
+    """A spec as values that compare, without what is the call's own: its deadline.
+
+    HTTP has looked an adapter up by then, to tell an unknown model before all else.
+    """
     values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+    if isinstance(spec.adapter, Published):
+        values["adapter"] = spec.adapter.name
     values.pop("timeout_s", None)
     values["priority"] = values.get("priority") or 0
     if isinstance(spec.prompt, Chat):

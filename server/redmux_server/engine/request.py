@@ -277,11 +277,10 @@ class Work:
     def edited(self) -> range:
         """Which of these tokens the adapter edits, counted from the first token of this work."""
         r = self.request
-        first, last = (
-            min(max(0, position - r.num_computed), self.count)
-            for position in (r.edited.start, r.edited.stop)
-        )
-        return range(first, last if r.adapter is not None else first)
+        if r.adapter is None:
+            return range(0)
+        first, last = r.edited.start - r.num_computed, r.edited.stop - r.num_computed
+        return range(min(max(0, first), self.count), min(max(0, last), self.count))
 
     @property
     def samples(self) -> bool:

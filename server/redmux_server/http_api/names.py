@@ -38,15 +38,17 @@ class ModelNames:
         return model
 
     async def wanted(self, model: str, mix: MixBody | None, tenant: str) -> AdapterRef:
-        """Returns what services call the adapter that is meant, or the mix; raises as `resolve`."""
-        await self.resolve(model, tenant)
-        adapter = self.adapter(model)
+        """Returns the adapter that is meant, "" for the base model, or the mix.
+
+        Raises as `resolve` does. All that is computed for the request is of this version.
+        """
+        published = await self.resolve(model, tenant)
         if mix is None:
-            return adapter
-        if adapter:
+            return published or ""
+        if published is not None:
             raise Refusal(
-                f"model is the adapter {adapter[:80]!r} and mix has others; give the base model "
-                f"{self.base!r} with a mix", param="mix",
+                f"model is the adapter {self.adapter(model)[:80]!r} and mix has others; give the "
+                f"base model {self.base!r} with a mix", param="mix",
             )  # fmt: skip
         return mix.mix()
 

@@ -67,7 +67,7 @@ async def _scores(
 ) -> tuple[list[float], Embeddings | Classifications]:
     """Returns the scores of all pairs, and what they were computed from."""
     pairs, priority = body.pairs(), body.priority or 0
-    reading, adapter = offer.services.reading, offer.names.adapter(body.model)
+    reading, adapter = offer.services.reading, published or ""
     config = None if published is None else published.summary.config.head
     if config is not None:
         place = _place_of_score(config)

@@ -21,15 +21,15 @@ def router(offer: Offer) -> APIRouter:
     async def tokenize(request: Request, body: TokenizeBody) -> Response:
         """Returns the tokens that a prompt becomes, as a completion of it begins with."""
         tenant = caller_of(request).tenant
-        published = await offer.names.resolve(body.model, tenant)
-        found = await service.tokenize(body.spec(offer.names.adapter(body.model)), tenant)
+        adapter = await offer.names.wanted(body.model, None, tenant)
+        found = await service.tokenize(body.spec(adapter), tenant)
         answer = {
             "count": len(found.ids),
             "max_model_len": service.max_context,
             "tokens": found.ids,
         }
         texts = service.texts(found.ids) if body.return_token_strs else None
-        return json_response({**answer, "token_strs": texts}, adapter_header(published))
+        return json_response({**answer, "token_strs": texts}, adapter_header(found.published))
 
     @router.post("/detokenize", response_model=Text)
     async def detokenize(request: Request, body: DetokenizeBody) -> Response:

@@ -60,11 +60,14 @@ class OwnedRows:
     rows: NDArray[np.int32]  # [tokens]
 
 
-def slots_of(work: Sequence[Work]) -> list[int]:
-    """Returns the bank's slot of each item's adapter, IDENTITY where none edits its tokens."""
+def slots_of(work: Sequence[Work], edited: Sequence[range]) -> list[int]:
+    """Returns the bank's slot of each item's adapter, IDENTITY where none edits its tokens.
+
+    `edited` is `Work.edited` of each.
+    """
     return [
-        item.request.slot if item.edited and item.request.slot is not None else IDENTITY
-        for item in work
+        item.request.slot if some and item.request.slot is not None else IDENTITY
+        for item, some in zip(work, edited, strict=True)
     ]
 
 

@@ -70,6 +70,8 @@ class Pins:
         Raises as `AdapterRegistry.resolve` does, and for a mix as `fetch` and `mix` do. A name is
         resolved before anything else happens.
         """
+        if isinstance(wanted, Published):
+            return wanted
         if not isinstance(wanted, Mix):
             return await self._registry.resolve(wanted, tenant) if wanted else None
         parts = [await self._registry.resolve(part.adapter, tenant) for part in wanted.parts]

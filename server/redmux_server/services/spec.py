@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from redmux.mixes import Mix
+from redmux_server.registry.published import Published
 
 Message = Mapping[str, Any]  # as in OpenAI's chats: "role", "content" and what goes with them
 
@@ -30,7 +31,8 @@ class Chat:
 
 
 Prompt = str | Sequence[int] | Chat
-AdapterRef = str | Mix  # a name, a digest, or "" for the base model
+# A name, a digest, or "" for the base model; what either was resolved to; or several as one.
+AdapterRef = str | Published | Mix
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class TokenizeSpec:
     """What a caller wants the tokens of."""
 
     prompt: str | Chat
-    adapter: str = ""
+    adapter: AdapterRef = ""
     add_special_tokens: bool | None = None  # False leaves out what is put before a text
 
 

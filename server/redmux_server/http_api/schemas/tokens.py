@@ -9,7 +9,7 @@ from redmux_server.http_api.errors import Refusal
 from redmux_server.http_api.schemas.body import Body, Ids, Objects, Unserved
 from redmux_server.http_api.schemas.chat_names import chat_names
 from redmux_server.services.chat import check_num_messages
-from redmux_server.services.spec import Chat, TokenizeSpec
+from redmux_server.services.spec import AdapterRef, Chat, TokenizeSpec
 
 
 class TokenizeBody(Body):
@@ -46,7 +46,7 @@ class TokenizeBody(Body):
             raise Refusal("give either prompt or messages", param="prompt")
         return self
 
-    def spec(self, adapter: str) -> TokenizeSpec:
+    def spec(self, adapter: AdapterRef) -> TokenizeSpec:
         """Returns what the services are asked for."""
         return TokenizeSpec(self._prompt(), adapter, self.add_special_tokens)
 

@@ -179,7 +179,7 @@ class CausalRunner:
         self, work: Sequence[Work], segments: Sequence[Segment]
     ) -> StepRows | OwnedRows | None:
         edited = [item.edited for item in work]
-        slots = slots_of(work)
+        slots = slots_of(work, edited)
         if not any(slots):
             return None
         if self._decoder.reads_table:

@@ -131,7 +131,7 @@ class DeviceRunner:
         blocks = self._blocks.of([r.blocks for r in requests])
         positions = np.array([r.num_computed for r in requests], np.int32)
         ids = np.array([r.token_ids[r.num_computed] for r in requests], np.int32)
-        rows = np.array(self._bank.table_rows(slots_of(work)), np.int32)
+        rows = np.array(self._bank.table_rows(slots_of(work, [w.edited for w in work])), np.int32)
         index = HostIndex.of_decodes(positions, blocks, self.cache.block_size)
         return decode.run(ids, positions, rows, index)
 
@@ -146,10 +146,9 @@ class DeviceRunner:
             last += [len(ids) + i for i in item.wanted]
             ids += item.token_ids
             positions += range(first, first + item.count)
+        edited = [item.edited for item in work]
         rows = rows_of_tokens(
-            self._bank.table_rows(slots_of(work)),
-            [item.count for item in work],
-            [item.edited for item in work],
+            self._bank.table_rows(slots_of(work, edited)), [item.count for item in work], edited
         )
         index = HostIndex.of(segments, self.cache.block_size)
         return _HostStep(
