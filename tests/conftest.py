@@ -1,6 +1,7 @@
 """Tiny models, tiny adapters and real servers for the whole suite."""
 
 import dataclasses
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Triton's kernels run in its interpreter, which it decides on when it is imported.
 os.environ["TRITON_INTERPRET"] = "1"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """A command that runs in this process sets how much all of it logs."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
 
 
 def save_tiny_model(folder: Path, config, seed: int = 0, gain: float = 4, kind=None) -> Path:
